@@ -1,0 +1,97 @@
+"""What all three callbacks do at the start of a fit: find the task, check what cannot work, begin the phase."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_cf.errors import ContinualError
+from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
+from lightning_cf.module import ContinualModule
+from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for
+from lightning_cf.tasks import Task
+
+
+class ContinualCallback(Callback):
+    """Base of the callbacks: they share one ledger, kept beside the module and in every checkpoint."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses what cannot work, before anything runs; sets the task's outputs aside."""
+        if stage != "fit":
+            return
+        check_strategy(trainer)
+        task = task_of(trainer, type(self).__name__)
+        if not is_overridden("configure_model", pl_module, parent=LightningModule):
+            reserve_outputs(pl_module, task)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins the task, or goes on with it, in the shared ledger."""
+        task = task_of(trainer, type(self).__name__)
+        reserve_outputs(pl_module, task)
+        state_for(pl_module, task).ledger.begin(task.name, task.classes or [])
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Puts the ledger into the checkpoint."""
+        ledger = ledger_of(pl_module)
+        if ledger is not None:
+            checkpoint[CHECKPOINT_KEY] = ledger.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes the ledger out of the checkpoint."""
+        if CHECKPOINT_KEY in checkpoint:
+            keep_ledger(pl_module, NeuronLedger.from_state_dict(checkpoint[CHECKPOINT_KEY]))
+
+
+def task_of(trainer: Trainer, owner: str) -> Task:
+    """The task that a Trainer fits.
+
+    Raises:
+        ContinualError: if its data is no Task.
+    """
+    task = getattr(trainer, "datamodule", None)
+    if not isinstance(task, Task):
+        found = "no datamodule" if task is None else f"a {type(task).__name__}"
+        raise ContinualError(
+            f"{owner}: the Trainer got {found}; wrap the data in a Task that says its name and classes:"
+            " trainer.fit(module, datamodule=Task('zero-one', data, classes=[0, 1]))."
+        )
+    return task
+
+
+def reserve_outputs(module: LightningModule, task: Task) -> ContinualState:
+    """Sets the task's outputs aside; a ContinualModule adds columns for classes that return.
+
+    Raises:
+        ContinualError: for outputs that another task has, or that the head does not have.
+    """
+    state = state_for(module, task)
+    if task.name not in state.ledger.reserved:
+        if isinstance(module, ContinualModule):
+            module.add_task(task)
+        else:
+            state.ledger.reserve(task.name, state.outputs_of(task))
+    return state
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Raises ContinualError for strategies that would lose the ledger or shard what it guards."""
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise ContinualError(
+            "strategy='ddp_spawn' and its relatives run the fit in processes whose callback state and ledger are lost"
+            " at its end. Use strategy='ddp'."
+        )
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ContinualError(f"strategy {name} shards or moves the weights that the ledger guards. Use 'ddp'.")
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if processes != trainer.world_size:
+        raise ContinualError(
+            f"The Trainer expects {trainer.world_size} processes, but {processes} are running: it would train on part"
+            " of the data. Start each distributed job in a fresh process (unset LOCAL_RANK and WORLD_SIZE)."
+        )

@@ -1,0 +1,102 @@
+"""Sequences of tasks: a split of the classes, or the same classes in other domains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_cf.data.images import ImageData, ImageSplits, Transform
+from lightning_cf.errors import ContinualError, check_count
+from lightning_cf.randomness import keyed_generator
+from lightning_cf.tasks import Task
+
+
+def split_tasks(
+    source: ImageSplits, *, classes_per_task: int = 2, order: Sequence[int] | None = None, batch_size: int = 64
+) -> list[Task]:
+    """Tasks of a few classes each (task-incremental, disjoint classes).
+
+    Args:
+        source: the images of all classes.
+        classes_per_task: how many classes make a task.
+        order: the classes in the order in which they come; default from 0 up. May leave some out.
+        batch_size: images in a training batch.
+    """
+    check_count("tasks", "classes_per_task", classes_per_task)
+    check_count("tasks", "batch_size", batch_size)
+    known = sorted(set(source.train.labels.tolist()))
+    classes = known if order is None else list(order)
+    strange = [c for c in classes if c not in known]
+    if strange or len(set(classes)) < len(classes):
+        raise ContinualError(f"tasks: order must name classes of {known}, each once, got {classes}.")
+    if len(classes) % classes_per_task:
+        raise ContinualError(
+            f"tasks: {len(classes)} classes cannot be split into tasks of {classes_per_task};"
+            " choose a classes_per_task that divides them, or leave classes out with order=[...]."
+        )
+    chunks = [classes[i : i + classes_per_task] for i in range(0, len(classes), classes_per_task)]
+    return [
+        Task(
+            "-".join(map(str, chunk)),
+            ImageData(source.map(lambda part, chunk=chunk: part.of_classes(chunk)), batch_size=batch_size),
+            classes=chunk,
+        )
+        for chunk in chunks
+    ]
+
+
+def permuted_tasks(source: ImageSplits, *, count: int = 5, batch_size: int = 64, seed: int = 0) -> list[Task]:
+    """Tasks of all classes whose pixels are shuffled, each in a way of its own; the first is not.
+
+    Args:
+        source: the images.
+        count: how many tasks.
+        batch_size: images in a training batch.
+        seed: what the permutations depend on.
+    """
+    check_count("tasks", "count", count)
+    pixels = source.train.images[0].numel()
+    orders = [torch.arange(pixels)]
+    orders += [torch.randperm(pixels, generator=keyed_generator("permutation", seed, i)) for i in range(1, count)]
+    return [_domain(f"permutation-{i}", source, _permute(order), batch_size) for i, order in enumerate(orders)]
+
+
+def rotated_tasks(
+    source: ImageSplits, *, count: int = 5, degrees: float = 36.0, batch_size: int = 64
+) -> list[Task]:
+    """Tasks of all classes, each rotated further than the one before.
+
+    Args:
+        source: the images.
+        count: how many tasks.
+        degrees: between one task and the next.
+        batch_size: images in a training batch.
+    """
+    check_count("tasks", "count", count)
+    return [_domain(f"rotated-{i * degrees:g}", source, _rotate(i * degrees), batch_size) for i in range(count)]
+
+
+def _domain(name: str, source: ImageSplits, transform: Transform, batch_size: int) -> Task:
+    check_count("tasks", "batch_size", batch_size)
+    data = ImageData(source.map(lambda part: part.transformed(transform)), batch_size=batch_size)
+    return Task(name, data, classes=sorted(set(source.train.labels.tolist())))
+
+
+def _permute(order: Tensor) -> Transform:
+    return lambda images: images.flatten(1)[:, order].reshape(images.shape)
+
+
+def _rotate(degrees: float) -> Transform:
+    angle = torch.deg2rad(torch.tensor(degrees))
+    matrix = torch.tensor([[angle.cos(), -angle.sin(), 0.0], [angle.sin(), angle.cos(), 0.0]])
+
+    def rotate(images: Tensor) -> Tensor:
+        if degrees % 360 == 0:
+            return images
+        grid = F.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, align_corners=False)
+
+    return rotate

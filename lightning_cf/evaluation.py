@@ -1,0 +1,73 @@
+"""Scores of a module on a task's data, by the task's own metric."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_cf.errors import ContinualError
+from lightning_cf.structure import eval_mode
+from lightning_cf.tasks import Batches, Task
+
+
+def on_device(module: LightningModule, task: Task, batch: Any) -> Any:
+    """A batch as a training step would get it: through the data's or else the module's transfer hooks."""
+    for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        owner: Any = task if hook in task.__dict__ else module
+        between = (module.device,) if hook == "transfer_batch_to_device" else ()
+        batch = getattr(owner, hook)(batch, *between, 0)
+    return batch
+
+
+def metric_for(task: Task, predictions: Tensor) -> Metric:
+    """A fresh metric for the task: its own, or the share of right classes."""
+    metric = task.metric.clone() if task.metric is not None else MulticlassAccuracy(predictions.shape[1], average="micro")
+    metric.reset()
+    return metric.to(predictions.device)
+
+
+@torch.no_grad()
+def evaluate(module: LightningModule, task: Task, batches: Batches) -> float:
+    """The task's metric over some batches, in eval mode.
+
+    Args:
+        module: scored as it stands; which outputs it shows is the caller's business.
+        task: whose metric and ``evaluate`` are used.
+        batches: what to score on.
+
+    Raises:
+        ContinualError: if there is no batch.
+    """
+    metric: Metric | None = None
+    with eval_mode(module):
+        for batch in batches:
+            predictions, target = task.evaluate(module, on_device(module, task, batch))
+            metric = metric or metric_for(task, predictions)
+            metric.update(predictions, target)
+    if metric is None:
+        raise ContinualError(f"Task '{task.name}' has no data to score it on; give it a test or validation loader.")
+    return float(metric.compute())
+
+
+@torch.no_grad()
+def constant_predictor(module: LightningModule, task: Task, batches: Batches) -> float | None:
+    """The best score that one and the same class for every sample reaches; None for a task without classes."""
+    if task.classes is None:
+        return None
+    metrics: dict[int, Metric] = {}
+    with eval_mode(module):
+        for batch in batches:
+            predictions, target = task.evaluate(module, on_device(module, task, batch))
+            for label in task.classes:
+                metric = metrics.setdefault(label, metric_for(task, predictions))
+                constant = torch.zeros_like(predictions)
+                constant[:, label] = 1
+                metric.update(constant, target)
+    scores = [float(metric.compute()) for metric in metrics.values()]
+    best = min if task.metric is not None and task.metric.higher_is_better is False else max
+    return best(scores)

@@ -1,0 +1,168 @@
+"""Folding by regression: what the redundant units contributed is computed anew from the units that are kept."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_cf.randomness import keyed_generator
+
+Features = Float[Tensor, "samples features"]
+
+_CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+
+
+class InputRecorder(TorchFunctionMode):
+    """Calls ``record(name, x, patches)`` for the input of every linear or ungrouped convolution with a known weight.
+
+    ``x`` holds one row a sample (batch entry, token or position) and one column an input unit; ``patches`` one row an
+    output position and one column an entry of the flattened kernel.
+
+    Args:
+        weights: the weights to wait for, by name.
+        record: what to do with each input.
+        rows: how many rows of a convolution's patches to take from one batch at most.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], record: Callable[[str, Features, Features], None], *, rows: int = 8192
+    ) -> None:
+        super().__init__()
+        self.names = {id(weight): name for name, weight in weights.items()}
+        self.record = record
+        self.rows = rows
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear or func in _CONVOLUTIONS:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            name = self.names.get(id(weight))
+            if name is not None:
+                x = (args[0] if args else kwargs["input"]).detach()
+                if func is F.linear:
+                    self.record(name, x.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]))
+                else:
+                    options = dict(zip(("bias", "stride", "padding", "dilation", "groups"), args[2:], strict=False))
+                    options |= {key: value for key, value in kwargs.items() if key not in ("input", "weight")}
+                    if options.get("groups", 1) == 1:
+                        channels = x.movedim(1, -1).reshape(-1, x.shape[1])
+                        self.record(name, channels, self._patches(x, weight, _CONVOLUTIONS[func], options))
+        return func(*args, **kwargs)
+
+    def _patches(self, x: Tensor, weight: Tensor, spatial: int, options: Mapping[str, Any]) -> Features:
+        """Inputs of the kernel at every output position, the columns in the order of ``weight[0].flatten()``."""
+        stride, dilation = (_tuple(options.get(key, 1), spatial) for key in ("stride", "dilation"))
+        kernel = weight.shape[2:]
+        padding = options.get("padding", 0)
+        if padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            pads = [(t // 2, t - t // 2) for t in total]
+        else:
+            pads = [(p, p) for p in _tuple(0 if padding == "valid" else padding, spatial)]
+        x = F.pad(x, [side for pair in reversed(pads) for side in pair])
+        sizes = [
+            (n - d * (k - 1) - 1) // s + 1
+            for n, d, k, s in zip(x.shape[2:], dilation, kernel, stride, strict=True)
+        ]
+        views = []
+        for offset in itertools.product(*map(range, kernel)):
+            view = x
+            for axis, (o, d, s, size) in enumerate(zip(offset, dilation, stride, sizes, strict=True)):
+                view = view.narrow(axis + 2, o * d, s * (size - 1) + 1)
+                view = view[(slice(None),) * (axis + 2) + (slice(None, None, s),)]
+            views.append(view)
+        positions = torch.stack(views, dim=2).flatten(3).movedim(-1, 1)
+        rows = positions.reshape(-1, x.shape[1] * len(views))
+        if len(rows) > self.rows:
+            chosen = torch.randperm(len(rows), generator=keyed_generator("patches", len(rows)))[: self.rows]
+            rows = rows[chosen.to(rows.device)]
+        return rows
+
+
+def _tuple(value: Any, length: int) -> tuple[int, ...]:
+    return (value,) * length if isinstance(value, int) else tuple(value) * (length // len(value))
+
+
+@dataclass
+class Moments:
+    """Second moments of a layer's inputs, a constant one behind them.
+
+    Attributes:
+        matrix: mean of ``z zᵀ`` with ``z = (x, 1)``, where ``x`` is a sample (Linear) or a patch (convolution).
+        count: number of samples.
+    """
+
+    matrix: Float64[Tensor, "inputs inputs"]
+    count: int = 0
+
+    def update(self, features: Features) -> None:
+        """Takes in more samples."""
+        z = torch.cat([features, features.new_ones(len(features), 1)], dim=1).double()
+        total = self.count + len(z)
+        self.matrix += (z.T @ z - self.matrix * len(z)) / total
+        self.count = total
+
+
+def input_moments(weights: Mapping[str, Tensor], passes: Iterable[Callable[[], Any]]) -> dict[str, Moments]:
+    """Moments of the inputs of the layers with these weights, over some forward passes.
+
+    Args:
+        weights: weights of linear layers and convolutions, by name; grouped convolutions are left out.
+        passes: each call runs the network forward once.
+    """
+    moments: dict[str, Moments] = {}
+
+    def record(name: str, x: Features, patches: Features) -> None:
+        size = patches.shape[1] + 1
+        empty = torch.zeros(size, size, dtype=torch.float64, device=patches.device)
+        moments.setdefault(name, Moments(empty)).update(patches)
+
+    with torch.no_grad(), InputRecorder(weights, record):
+        for forward in passes:
+            forward()
+    return moments
+
+
+def fold(
+    weight: Float[Tensor, "outputs inputs"],
+    bias: Float[Tensor, "outputs"] | None,
+    moments: Moments,
+    kept: Bool[Tensor, "inputs"],
+    *,
+    ridge: float = 1e-4,
+) -> tuple[Float[Tensor, "outputs inputs"], Float[Tensor, "outputs"] | None]:
+    """Weights that compute from the kept inputs what ``weight`` and ``bias`` computed from all.
+
+    Least squares in closed form: ``W_kept + argmin over D of |X_rest W_rest - X_kept D|² + r |D|²``; the bias takes
+    part where there is one. The rest's columns come back as zero.
+
+    Args:
+        weight: rows to solve again, convolution kernels flattened.
+        bias: their biases, or None.
+        moments: of the layer's inputs.
+        kept: inputs that stay.
+        ridge: r, relative to the mean square of a kept input, dimensionless.
+    """
+    columns = kept.nonzero().flatten()
+    if bias is not None:
+        columns = torch.cat([columns, columns.new_tensor([len(kept)])])
+    rest = (~kept).nonzero().flatten()
+    matrix = moments.matrix
+    left = matrix[columns][:, columns]
+    left = left + ridge * left.diagonal().mean().clamp_min(1e-12) * torch.eye(len(columns)).to(left)
+    right = matrix[columns][:, rest] @ weight[:, rest].double().T
+    change = torch.linalg.solve(left, right).T
+    folded = weight.double().clone()
+    folded[:, rest] = 0
+    folded[:, columns[columns < len(kept)]] += change[:, : int(kept.sum())]
+    return folded.to(weight), None if bias is None else (bias.double() + change[:, -1]).to(bias)

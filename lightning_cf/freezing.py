@@ -1,0 +1,165 @@
+"""Entries that may not move do not move, bitwise, whatever optimiser runs; knows no Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+class Freezer:
+    """Holds the marked entries of a module's parameters and BatchNorm statistics still.
+
+    Two hooks do it. A post-accumulate-grad hook fills the frozen entries of each gradient with zero, so that clipping
+    and gradient scaling see only live gradients; filling, not multiplying, since 0 times inf is NaN. A step hook
+    copies the frozen entries back after each optimiser step, since weight decay, momentum and second-order methods
+    move entries whose gradient is zero. Frozen BatchNorm channels are normalised by their running statistics in train
+    mode too, and these do not move.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> before = layer.weight.detach().clone()
+    >>> optimizer = torch.optim.AdamW(layer.parameters(), weight_decay=1.0)
+    >>> with Freezer(layer, {"weight": torch.tensor([[True], [False]])}).attach([optimizer]):
+    ...     layer(torch.ones(1, 2)).sum().backward()
+    ...     _ = optimizer.step()
+    >>> (layer.weight == before).all(dim=1).tolist()
+    [True, False]
+
+    Args:
+        module: whose entries to freeze.
+        masks: for parameters and buffers by name, which entries stay; each mask broadcasts to its tensor.
+    """
+
+    def __init__(self, module: nn.Module, masks: Mapping[str, Bool[Tensor, "..."]]) -> None:
+        parameters = dict(module.named_parameters())
+        self.entries = [
+            _FrozenEntries(parameter, masks[name])
+            for name, parameter in parameters.items()
+            if name in masks and bool(masks[name].any())
+        ]
+        self.norms = [
+            _FrozenStatistics(norm, masks[f"{path}.running_mean" if path else "running_mean"])
+            for path, norm in module.named_modules()
+            if isinstance(norm, _BatchNorm) and norm.running_mean is not None
+        ]
+        self.optimizers: list[Optimizer] = []
+        self.handles: list[RemovableHandle] = []
+
+    def attach(self, optimizers: Iterable[Optimizer]) -> Freezer:
+        """Starts holding: remembers the frozen entries as they are now and hooks into backward, step and forward."""
+        self.optimizers = list(optimizers)
+        for entries in self.entries:
+            entries.save()
+            self.handles.append(entries.parameter.register_post_accumulate_grad_hook(entries.zero_gradient))
+        for optimizer in self.optimizers:
+            self.handles.append(optimizer.register_step_post_hook(self._after_step))
+        for norm in self.norms:
+            if bool(norm.channels.any()):
+                norm.save()
+                self.handles.append(norm.module.register_forward_hook(norm.forward_hook))
+        return self
+
+    def detach(self) -> None:
+        """Removes every hook."""
+        while self.handles:
+            self.handles.pop().remove()
+
+    def __enter__(self) -> Freezer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def zero_gradients(self) -> None:
+        """Fills the frozen entries of all gradients once more (after a reduction over processes wrote them anew)."""
+        for entries in self.entries:
+            entries.zero_gradient(entries.parameter)
+
+    def zero_optimizer_state(self) -> None:
+        """Fills the frozen entries of the optimisers' state with zero, after masks changed within a fit."""
+        by_parameter = {entries.parameter: entries for entries in self.entries}
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():
+                for value in state.values() if parameter in by_parameter else ():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        by_parameter[parameter].fill_zero(value)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for entries in self.entries:
+            entries.restore()
+
+
+class _FrozenEntries:
+    """The frozen entries of one parameter: all of it, whole rows along an axis, or any mask; rows cost least."""
+
+    def __init__(self, parameter: nn.Parameter, mask: Bool[Tensor, "..."]) -> None:
+        self.parameter = parameter
+        self.axis, self.index = 0, None
+        self.mask: Tensor | None = None
+        wide = [axis for axis, size in enumerate(mask.shape) if size > 1]
+        if bool(mask.all()):
+            self.fill_zero = lambda tensor: tensor.zero_()
+        elif len(wide) == 1:
+            self.axis, self.index = wide[0], mask.flatten().nonzero().flatten().to(parameter.device)
+            self.fill_zero = lambda tensor: tensor.index_fill_(self.axis, self.index, 0)
+        else:
+            self.mask = mask.to(parameter.device)
+            self.fill_zero = lambda tensor: tensor.masked_fill_(self.mask, 0)
+
+    fill_zero: Callable[[Tensor], Tensor]
+
+    def zero_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.fill_zero(parameter.grad)
+
+    def save(self) -> None:
+        data = self.parameter.detach()
+        self.saved = data.clone() if self.index is None else data.index_select(self.axis, self.index)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        if self.index is not None:
+            self.parameter.index_copy_(self.axis, self.index, self.saved)
+        elif self.mask is not None:
+            self.parameter.copy_(torch.where(self.mask, self.saved, self.parameter))
+        else:
+            self.parameter.copy_(self.saved)
+
+    saved: Shaped[Tensor, "..."]
+
+
+class _FrozenStatistics:
+    """The frozen channels of one BatchNorm layer."""
+
+    def __init__(self, module: _BatchNorm, channels: Bool[Tensor, "..."]) -> None:
+        assert module.running_mean is not None
+        self.module = module
+        self.channels = channels.expand(module.running_mean.shape).to(module.running_mean.device)
+
+    def save(self) -> None:
+        assert self.module.running_mean is not None and self.module.running_var is not None
+        self.mean, self.variance = self.module.running_mean.clone(), self.module.running_var.clone()
+
+    mean: Shaped[Tensor, "channels"]
+    variance: Shaped[Tensor, "channels"]
+
+    def forward_hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        """Replaces the frozen channels of a train-mode output by their eval-mode output; undoes their statistics."""
+        norm = self.module
+        if not norm.training:
+            return None
+        assert norm.running_mean is not None and norm.running_var is not None
+        with torch.no_grad():
+            norm.running_mean.copy_(torch.where(self.channels, self.mean, norm.running_mean))
+            norm.running_var.copy_(torch.where(self.channels, self.variance, norm.running_var))
+        evaluated = torch.nn.functional.batch_norm(
+            args[0], self.mean, self.variance, norm.weight, norm.bias, training=False, eps=norm.eps
+        )
+        shape = [1, -1] + [1] * (output.ndim - 2)
+        return torch.where(self.channels.reshape(shape), evaluated, output)

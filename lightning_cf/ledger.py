@@ -1,0 +1,293 @@
+"""Who owns which unit, and therefore which entries may move in which phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from lightning_cf.errors import CapacityError, ContinualError
+from lightning_cf.structure import Entries, Structure, lookup
+
+FREE = -1
+_INPUT = -2
+
+Phase = Literal["learn", "invariance", "sealed"]
+Isolation = Literal["exact", "perturb"]
+ISOLATIONS = ("exact", "perturb")
+
+CHECKPOINT_KEY = "lightning_cf"
+"""Where a Lightning checkpoint holds the ledger."""
+
+
+@dataclass
+class TaskEntry:
+    """What the ledger knows of a task.
+
+    Attributes:
+        name: its name.
+        classes: labels in its data.
+        outputs: the head's columns that belong to it, one a class.
+        phase: "learn" until it is partitioned, then "invariance", then "sealed".
+    """
+
+    name: str
+    classes: list[int]
+    outputs: list[int]
+    phase: Phase = "learn"
+
+
+@dataclass
+class NeuronLedger:
+    """The owner of every unit: ``FREE``, or the number of the task that claimed it.
+
+    Attributes:
+        owners: for each hidden group by name, the owner of each unit.
+        outputs: the owner of each output column.
+        width: how many classes the module shows: columns of the head as the user built it.
+        head: path of the layer whose columns the outputs are.
+        reserved: output columns of each task by name, begun or still to come.
+        tasks: the tasks so far, in the order in which they were learned.
+        isolation: "exact" or "perturb".
+        records: one entry for each partition of a group (what ``result.json`` shows).
+        revision: counts the changes, so that whoever caches masks knows when to make them anew.
+    """
+
+    owners: dict[str, Int64[Tensor, "units"]]
+    outputs: Int64[Tensor, "columns"]
+    width: int
+    head: str
+    reserved: dict[str, list[int]] = field(default_factory=dict)
+    tasks: list[TaskEntry] = field(default_factory=list)
+    isolation: Isolation = "exact"
+    records: list[dict[str, Any]] = field(default_factory=list)
+    revision: int = 0
+
+    @classmethod
+    def for_structure(cls, structure: Structure) -> NeuronLedger:
+        """A ledger in which every unit is free."""
+        owners = {group.name: torch.full((group.size,), FREE) for group in structure.groups}
+        return cls(owners, torch.full((structure.head.size,), FREE), structure.head.size, structure.head_layer)
+
+    # Tasks
+
+    @property
+    def current(self) -> TaskEntry | None:
+        """The task that was begun and is not sealed."""
+        return self.tasks[-1] if self.tasks and self.tasks[-1].phase != "sealed" else None
+
+    def index(self, name: str) -> int:
+        """Number of the task of that name.
+
+        Raises:
+            KeyError: if the ledger does not know it.
+        """
+        if not self.knows(name):
+            raise KeyError(name)
+        return [task.name for task in self.tasks].index(name)
+
+    def knows(self, name: str) -> bool:
+        """Whether a task of that name was begun."""
+        return any(task.name == name for task in self.tasks)
+
+    def reserve(self, name: str, outputs: Sequence[int]) -> None:
+        """Sets output columns aside for a task.
+
+        Raises:
+            ContinualError: for a column that another task has, or that the head does not have.
+        """
+        for output in outputs:
+            if not 0 <= output < len(self.outputs):
+                raise ContinualError(
+                    f"Task '{name}' needs output {output}, but the output head has {len(self.outputs)} columns"
+                    f" (0 to {len(self.outputs) - 1}). Widen the head, or correct the task's classes."
+                )
+            for other, taken in self.reserved.items():
+                if other != name and output in taken:
+                    raise ContinualError(
+                        f"Task '{name}' and task '{other}' both have output {output}. Give one of them outputs=[...] of"
+                        " its own, or wrap the module in ContinualModule, which adds outputs for classes that return."
+                    )
+        self.reserved[name] = list(outputs)
+
+    def add_outputs(self, count: int) -> list[int]:
+        """Takes note of new columns at the end of the head; returns their numbers."""
+        first = len(self.outputs)
+        self.outputs = torch.cat([self.outputs, torch.full((count,), FREE)])
+        self.revision += 1
+        return list(range(first, first + count))
+
+    def begin(self, name: str, classes: Sequence[int]) -> TaskEntry:
+        """Starts or continues a task whose outputs are reserved.
+
+        A name never seen starts LEARN, and seals the task before it; the current task goes on in its phase.
+
+        Raises:
+            ContinualError: for an earlier task, and for a task after one that was never partitioned.
+            CapacityError: if a group has no free unit left for a new task.
+        """
+        if self.knows(name):
+            if self.current is None or self.current.name != name:
+                raise ContinualError(
+                    f"Task '{name}' was learned before and its units are sealed; give new data a name of its own."
+                )
+            return self.current
+        if self.current is not None:
+            if self.current.phase == "learn":
+                raise ContinualError(
+                    f"Task '{name}' cannot start: task '{self.current.name}' was never partitioned, so nothing would"
+                    f" protect it. Fit '{self.current.name}' again up to its partition (PartitionCallback, after=...)."
+                )
+            self.seal()
+        self.require_capacity(name)
+        self.tasks.append(TaskEntry(name, list(classes), self.reserved[name]))
+        self.outputs[self.reserved[name]] = len(self.tasks) - 1
+        self.revision += 1
+        return self.tasks[-1]
+
+    def require_capacity(self, name: str) -> None:
+        """Raises CapacityError if a group has no free unit left for the task of that name."""
+        for group, owner in self.owners.items():
+            if not bool((owner == FREE).any()):
+                shares = ", ".join(
+                    f"{int((owner == i).sum())} by '{task.name}'"
+                    for i, task in enumerate(self.tasks)
+                    if bool((owner == i).any())
+                )
+                raise CapacityError(
+                    f"Task '{name}' cannot start: no free unit is left in '{group}' ({len(owner)} of {len(owner)} owned:"
+                    f" {shares}). Lower max_claim for the tasks before it, raise reserve_tasks, or widen the layer."
+                )
+
+    def claim(self, claimed: Mapping[str, Bool[Tensor, "units"]]) -> None:
+        """Gives units to the current task: those marked become its own, its other ones become free again.
+
+        Args:
+            claimed: for each group by name, the units that the task is to own.
+        """
+        task = len(self.tasks) - 1
+        for name, owner in self.owners.items():
+            owner[owner == task] = FREE
+            owner[claimed[name] & (owner == FREE)] = task
+        self.tasks[-1].phase = "invariance"
+        self.revision += 1
+
+    def seal(self) -> None:
+        """Ends the current task: its units never move again."""
+        self.tasks[-1].phase = "sealed"
+        self.revision += 1
+
+    def capacity(self) -> dict[str, float]:
+        """Share of units that are free, for each group."""
+        return {name: float((owner == FREE).double().mean()) for name, owner in self.owners.items()}
+
+    # Masks
+
+    def owner_of_units(self, structure: Structure) -> Int64[Tensor, "units"]:
+        """Owner of every unit of the structure, the outputs' at the end.
+
+        Raises:
+            ContinualError: if the network is not the one the ledger was made for.
+        """
+        sizes = {group.name: group.size for group in structure.groups}
+        known = {name: len(owner) for name, owner in self.owners.items()}
+        if sizes != known or structure.head.size != len(self.outputs):
+            raise ContinualError(
+                f"The ledger was made for another network: it knows units {known} and {len(self.outputs)} outputs,"
+                f" the network has {sizes} and {structure.head.size}."
+            )
+        return torch.cat([self.owners[group.name] for group in structure.groups] + [self.outputs])
+
+    def moving_units(self, structure: Structure) -> Bool[Tensor, "units_and_rest"]:
+        """Which units may move now; the last element stands for everything that has no unit.
+
+        LEARN: free units and the task's outputs; INVARIANCE: the claimed units and the task's outputs; otherwise
+        none. What has no unit moves with the first task.
+        """
+        owner = self.owner_of_units(structure)
+        moving = torch.zeros(structure.n_units + 1, dtype=torch.bool)
+        if self.current is None:
+            return moving
+        task = len(self.tasks) - 1
+        hidden = slice(0, structure.head.first)
+        moving[hidden] = owner[hidden] == (FREE if self.current.phase == "learn" else task)
+        moving[structure.head.units] = owner[structure.head.units] == task
+        moving[-1] = task == 0
+        return moving
+
+    def frozen(self, structure: Structure, tensors: Mapping[str, Tensor]) -> dict[str, Bool[Tensor, "..."]]:
+        """For each tensor, the entries that may not move now; each mask broadcasts to its tensor."""
+        moving = self.moving_units(structure)
+        masks = {}
+        for name in tensors:
+            uses = structure.entries.get(name)
+            if uses is None:
+                masks[name] = (~moving[-1]).reshape((1,) * tensors[name].ndim)
+            else:
+                masks[name] = _any(~moving[use.target] for use in uses)
+                if self.isolation == "exact":
+                    masks[name] = masks[name] | self.cut(structure, uses)
+        return masks
+
+    def cut(self, structure: Structure, uses: Iterable[Entries]) -> Bool[Tensor, "..."]:
+        """Entries that must be zero under exact isolation: from a free or later unit into an owned one."""
+        owner = self.owner_of_units(structure)
+        masks = []
+        for use in uses:
+            target, source = lookup(use.target, owner, none=FREE), lookup(use.source, owner, none=_INPUT)
+            masks.append((target >= 0) & ((source == FREE) | (source > target)))
+        return _any(masks)
+
+    # Persistence
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors and plain containers that ``torch.load(weights_only=True)`` reads."""
+        return {
+            "owners": {name: owner.clone() for name, owner in self.owners.items()},
+            "outputs": self.outputs.clone(),
+            "width": self.width,
+            "head": self.head,
+            "reserved": {name: list(outputs) for name, outputs in self.reserved.items()},
+            "tasks": [asdict(task) for task in self.tasks],
+            "isolation": self.isolation,
+            "records": [dict(record) for record in self.records],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> NeuronLedger:
+        """The ledger that :meth:`state_dict` described."""
+        return cls(
+            owners={name: owner.clone().cpu() for name, owner in state["owners"].items()},
+            outputs=state["outputs"].clone().cpu(),
+            width=state["width"],
+            head=state["head"],
+            reserved={name: list(outputs) for name, outputs in state["reserved"].items()},
+            tasks=[TaskEntry(**task) for task in state["tasks"]],
+            isolation=state["isolation"],
+            records=[dict(record) for record in state["records"]],
+        )
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> NeuronLedger:
+        """Reads the ledger from a Lightning checkpoint that was written with one of the callbacks.
+
+        Raises:
+            ContinualError: if the checkpoint holds none.
+        """
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if CHECKPOINT_KEY not in checkpoint:
+            raise ContinualError(f"{path} holds no ledger: it was written without lightning_cf's callbacks.")
+        return cls.from_state_dict(checkpoint[CHECKPOINT_KEY])
+
+
+def _any(masks: Iterable[Bool[Tensor, "..."]]) -> Bool[Tensor, "..."]:
+    first, *others = masks
+    for mask in others:
+        first = first | mask
+    return first
+

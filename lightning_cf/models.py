@@ -1,0 +1,176 @@
+"""Small networks for the command line, and a LightningModule that trains any classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from lightning_cf.errors import check_count
+
+Images = Float[Tensor, "batch channels height width"]
+Logits = Float[Tensor, "batch classes"]
+
+
+class Classifier(LightningModule):
+    """Cross-entropy training of a network that returns logits.
+
+    Args:
+        network: maps inputs to logits.
+        optimizer: makes an optimiser from parameters; default Adam with learning rate 0.001.
+        cosine: whether the learning rate falls to zero along a cosine within each fit.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = torch.optim.Adam,
+        cosine: bool = True,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.make_optimizer = optimizer
+        self.cosine = cosine
+
+    def forward(self, x: Tensor) -> Logits:
+        """Logits of a batch."""
+        logits: Tensor = self.network(x)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch."""
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser, with a schedule over the fit's steps."""
+        optimizer = self.make_optimizer(self.parameters())
+        if not self.cosine:
+            return optimizer
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = CosineAnnealingLR(optimizer, T_max=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class MLP(nn.Sequential):
+    """Fully connected layers with ReLU.
+
+    Args:
+        shape: of one input, without the batch.
+        classes: number of outputs.
+        hidden: widths of the hidden layers.
+    """
+
+    def __init__(self, *, shape: Sequence[int], classes: int, hidden: Sequence[int] = (400, 400)) -> None:
+        layers: list[nn.Module] = [nn.Flatten()]
+        width = int(torch.Size(shape).numel())
+        for units in hidden:
+            check_count("MLP", "hidden", units)
+            layers += [nn.Linear(width, units), nn.ReLU()]
+            width = units
+        super().__init__(*layers, nn.Linear(width, classes))
+
+
+class CNN(nn.Module):
+    """Convolutions with BatchNorm and ReLU, each but the last followed by a pooling to half the size.
+
+    Args:
+        shape: (channels, height, width) of one image.
+        classes: number of outputs.
+        channels: of each convolution.
+        hidden: width of the layer between convolutions and outputs.
+    """
+
+    def __init__(
+        self, *, shape: Sequence[int], classes: int, channels: Sequence[int] = (32, 64), hidden: int = 128
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width, height = shape[0], min(shape[1:])
+        for position, units in enumerate(channels):
+            check_count("CNN", "channels", units)
+            layers += [nn.Conv2d(width, units, 3, padding=1, bias=False), nn.BatchNorm2d(units), nn.ReLU()]
+            if position < len(channels) - 1 and height >= 2:
+                layers.append(nn.MaxPool2d(2))
+                height //= 2
+            width = units
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(min(4, height)), nn.Flatten())
+        check_count("CNN", "hidden", hidden)
+        self.classifier = nn.Sequential(
+            nn.Linear(width * min(4, height) ** 2, hidden), nn.ReLU(), nn.Linear(hidden, classes)
+        )
+
+    def forward(self, x: Images) -> Logits:
+        """Logits of a batch of images."""
+        logits: Tensor = self.classifier(self.features(x))
+        return logits
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions beside a shortcut (He et al. 2016, basic block).
+
+    Args:
+        inputs: channels in.
+        outputs: channels out.
+        stride: of the first convolution and the shortcut.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm2d(outputs)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Images) -> Images:
+        """Features of the same or half the size."""
+        y = F.relu(self.first_norm(self.first(x)))
+        return F.relu(self.second_norm(self.second(y)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """A stem, stages of residual blocks of which each but the first halves the size, mean pooling and a linear head.
+
+    Args:
+        shape: (channels, height, width) of one image.
+        classes: number of outputs.
+        channels: of each stage.
+        blocks: in each stage.
+    """
+
+    def __init__(
+        self, *, shape: Sequence[int], classes: int, channels: Sequence[int] = (32, 64), blocks: int = 1
+    ) -> None:
+        super().__init__()
+        check_count("ResNet", "blocks", blocks)
+        for units in channels:
+            check_count("ResNet", "channels", units)
+        width = channels[0]
+        self.stem = nn.Sequential(nn.Conv2d(shape[0], width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        stages: list[nn.Module] = []
+        for stage, units in enumerate(channels):
+            for block in range(blocks):
+                stages.append(ResidualBlock(width, units, stride=2 if stage and not block else 1))
+                width = units
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Images) -> Logits:
+        """Logits of a batch of images."""
+        logits: Tensor = self.head(self.stages(self.stem(x)).mean(dim=(2, 3)))
+        return logits

@@ -1,0 +1,125 @@
+"""ContinualModule: a user's LightningModule with a ledger that stays with it and outputs of its own for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule
+from torch import nn
+
+from lightning_cf.errors import ContinualError
+from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
+from lightning_cf.outputs import grow_head, head_of
+from lightning_cf.state import keep_ledger, ledger_of, state_for
+from lightning_cf.tasks import Task
+
+
+class ContinualModule(LightningModule):
+    """Wraps a LightningModule in place: ``ContinualModule(net)`` is ``net``, with a class derived from its own.
+
+    Hooks, ``self.log``, names of weights and checkpoints stay what they are; the plain class loads the checkpoints.
+    What comes with it: the ledger persists with the module's state, classes that return in another domain get output
+    columns of their own, and a fit installs the three callbacks unless the Trainer has them.
+
+    >>> from lightning.pytorch.demos.boring_classes import BoringModel
+    >>> net = BoringModel()
+    >>> module = ContinualModule(net)
+    >>> module is net, isinstance(module, BoringModel), type(module).__name__
+    (True, True, 'ContinualBoringModel')
+
+    Args:
+        module: the LightningModule to wrap.
+
+    Raises:
+        ContinualError: if it is none.
+    """
+
+    installs_callbacks: bool = True
+    """Whether a fit installs the callbacks that the Trainer lacks."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> ContinualModule:
+        """Changes the class of the module given; a derived class is made as usual."""
+        if cls is not ContinualModule:
+            return super().__new__(cls)
+        module = args[0] if args else kwargs.get("module")
+        if not isinstance(module, LightningModule):
+            raise ContinualError(
+                f"ContinualModule wraps a LightningModule, got {type(module).__name__};"
+                " give a plain network its loss and optimiser first, for instance with lightning_cf.Classifier."
+            )
+        if not isinstance(module, ContinualModule):
+            module.__class__ = _derived(type(module))
+        assert isinstance(module, ContinualModule)
+        return module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not (args and args[0] is self or kwargs.get("module") is self):
+            super().__init__(*args, **kwargs)
+
+    @property
+    def ledger(self) -> NeuronLedger | None:
+        """Who owns which unit; None before the first task."""
+        return ledger_of(self)
+
+    def add_task(self, task: Task) -> list[int]:
+        """Sets the task's outputs aside, adding columns to the head for classes whose columns another task has.
+
+        Returns:
+            the output column of each of the task's classes.
+        """
+        state = state_for(self, task)
+        if task.name not in state.ledger.reserved:
+            outputs = state.outputs_of(task)
+            taken = {output for others in state.ledger.reserved.values() for output in others}
+            if task.outputs is None and taken & set(outputs) and max(outputs) < state.ledger.width:
+                grow_head(head_of(self, state.structure), len(state.ledger.outputs) + len(outputs))
+                outputs = state.ledger.add_outputs(len(outputs))
+                state.retrace(self)
+            state.ledger.reserve(task.name, outputs)
+        return state.ledger.reserved[task.name]
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """The module's own, and those of the three that neither it nor the Trainer has."""
+        from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback
+
+        own = super().configure_callbacks()
+        callbacks = list(own) if isinstance(own, Sequence) else [own]
+        if self.installs_callbacks:
+            present = [*self.trainer.callbacks, *callbacks]  # type: ignore[attr-defined]
+            for kind in (PartitionCallback, InvarianceCallback, MaskedGradientCallback):
+                if not any(isinstance(callback, kind) for callback in present):
+                    callbacks.append(kind())
+        return callbacks
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The ledger, for ``state_dict``."""
+        return {} if self.ledger is None else self.ledger.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes the ledger from a ``state_dict`` and widens the head to the columns that the ledger knows."""
+        if state:
+            ledger = NeuronLedger.from_state_dict(state)
+            keep_ledger(self, ledger)
+            grow_head(self.get_submodule(ledger.head), len(ledger.outputs))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Moves the ledger out of the weights, so that the plain class loads the checkpoint."""
+        super().on_save_checkpoint(checkpoint)
+        ledger = checkpoint["state_dict"].pop(_EXTRA_STATE, {})
+        if ledger:
+            checkpoint[CHECKPOINT_KEY] = ledger
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Moves it back."""
+        super().on_load_checkpoint(checkpoint)
+        checkpoint["state_dict"][_EXTRA_STATE] = checkpoint.get(CHECKPOINT_KEY, {})
+
+
+_EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
+
+
+@cache
+def _derived(base: type[LightningModule]) -> type[ContinualModule]:
+    return type(f"Continual{base.__name__}", (ContinualModule, base), {"__module__": base.__module__})

@@ -1,0 +1,101 @@
+"""The leak probe: randomise everything that may still move and see whether a claimed output moves with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from lightning_cf.errors import LeakError
+from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.randomness import keyed_generator
+from lightning_cf.structure import Forward, Structure, call, eval_mode, first_sample, lookup, named_tensors
+
+
+def probe(
+    module: nn.Module, structure: Structure, ledger: NeuronLedger, example: Any, forward: Forward = call
+) -> None:
+    """Checks that every owned unit and output stays bitwise equal while all free entries take random values.
+
+    The module's own weights are not touched.
+
+    Args:
+        module: the network.
+        structure: its structure, as traced.
+        ledger: whose claims to check.
+        example: an input whose first axis is the batch; its first sample is used.
+        forward: how to run the network on the example.
+
+    Raises:
+        LeakError: names the first layer whose owned outputs moved.
+    """
+    owner = ledger.owner_of_units(structure)
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(module).items()}
+    run = _Run(module, forward, first_sample(module, example))
+    before = _owned_outputs(run, structure, owner, tensors)
+    after = _owned_outputs(run, structure, owner, _randomised(structure, owner, tensors))
+    for layer, values in before.items():
+        if not torch.equal(values, after[layer]):
+            raise LeakError(
+                f"Exact isolation does not hold in layer '{layer}': its owned outputs change when only free weights"
+                " change. Use isolation='perturb', or report the layer's kind."
+            )
+
+
+def _randomised(structure: Structure, owner: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with random numbers in every entry that belongs to a free unit at all of its uses."""
+    generator = keyed_generator("probe")
+    result = dict(tensors)
+    for name, uses in structure.entries.items():
+        tensor = tensors[name]
+        free = torch.stack(
+            [(lookup(use.target, owner, none=0) == FREE).expand(tensor.shape) for use in uses]
+        ).all(dim=0)
+        if tensor.is_floating_point():
+            noise = torch.rand(tensor.shape, generator=generator) + 0.5
+            result[name] = torch.where(free.to(tensor.device), noise.to(tensor), tensor)
+    return result
+
+
+class _Run(nn.Module):
+    """One forward pass as a module, so that ``functional_call`` can put other weights in."""
+
+    def __init__(self, module: nn.Module, forward: Forward, example: Any) -> None:
+        super().__init__()
+        self.module, self.run, self.example = module, forward, example
+
+    def forward(self) -> Any:
+        return self.run(self.module, self.example)
+
+
+@torch.no_grad()
+def _owned_outputs(
+    run: _Run, structure: Structure, owner: Tensor, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Outputs of the owned units, layer by layer in the order of the forward pass."""
+    found: dict[str, Tensor] = {}
+    handles = []
+    for group in (*structure.groups, structure.head):
+        owned = owner[group.units] >= 0
+        for rows in group.rows:
+            path = rows.tensor.rpartition(".")[0]
+            if rows.role == "weight" and rows.index.shape[1] == 1 and bool(owned.any()):
+                channels = rows.index[owned].flatten()
+
+                def hook(layer: nn.Module, args: Any, output: Any, path: str = path, channels: Tensor = channels) -> None:
+                    values = tree_leaves(output)[0]
+                    axis = values.ndim - 1 if isinstance(layer, nn.Linear) else min(1, values.ndim - 1)
+                    found[path] = values.index_select(axis, channels.to(values.device)).clone()
+
+                handles.append(run.module.get_submodule(path).register_forward_hook(hook, prepend=True))
+    try:
+        with eval_mode(run):
+            functional_call(run, {f"module.{name}": tensor for name, tensor in tensors.items()}, ())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,44 @@
+"""Gives free units a fresh start before the next task."""
+
+import torch
+from torch import nn
+
+from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.randomness import derive_seed
+from lightning_cf.structure import Structure, lookup
+
+
+def reinitialise_free(module: nn.Module, structure: Structure, ledger: NeuronLedger, *key: int | str) -> None:
+    """Resets the incoming weights, biases and norm entries of free units as their layers' ``reset_parameters`` does.
+
+    Entries of owned units and outputs keep their values; layers without that method are left alone. The global
+    generator is left as it was.
+
+    Args:
+        module: the network, in place.
+        structure: its structure.
+        ledger: says which units are free.
+        key: what the random numbers depend on, such as (seed, task).
+    """
+    owner = ledger.owner_of_units(structure)
+    free = owner == FREE
+    free[structure.head.units] = False
+    for path, layer in module.named_modules():
+        reset = getattr(layer, "reset_parameters", None)
+        own = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+        masks = {}
+        for name in own:
+            uses = structure.entries.get(f"{path}.{name}" if path else name, ())
+            if uses:
+                masks[name] = torch.stack(
+                    [lookup(use.target, free, none=False).expand(own[name].shape) for use in uses]
+                ).all(dim=0)
+        if not callable(reset) or not any(bool(mask.any()) for mask in masks.values()):
+            continue
+        before = {name: tensor.detach().clone() for name, tensor in own.items()}
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(derive_seed(*key, path))
+            reset()
+            for name, tensor in own.items():
+                mask = masks.get(name, torch.zeros((), dtype=torch.bool)).to(tensor.device)
+                tensor.copy_(torch.where(mask, tensor, before[name]))

@@ -1,0 +1,125 @@
+"""What the callbacks share about a module: its structure, its ledger, and which task's outputs it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+
+from lightning_cf.errors import ContinualError
+from lightning_cf.evaluation import on_device
+from lightning_cf.ledger import NeuronLedger
+from lightning_cf.outputs import OutputView, head_of
+from lightning_cf.structure import Forward, Structure, call, named_tensors
+from lightning_cf.tasks import Task
+from lightning_cf.tracing import trace
+
+_ATTRIBUTE = "_continual_state"
+_PENDING = "_continual_ledger"
+
+
+@dataclass
+class ContinualState:
+    """Kept beside a module, outside its ``state_dict``, from the first task on.
+
+    Attributes:
+        structure: the module's unit groups.
+        ledger: who owns what.
+        example: an input to trace and probe with.
+        forward: how to run the module on it.
+        mask_outputs: whether each task trains and is scored on its own outputs only.
+        start: parameters at the current task's start, where a partition asked to keep them.
+        shown: the view through which the outputs are seen now, if any.
+    """
+
+    structure: Structure
+    ledger: NeuronLedger
+    example: Any
+    forward: Forward
+    mask_outputs: bool = True
+    start: dict[str, Tensor] | None = None
+    shown: OutputView | None = None
+
+    def retrace(self, module: nn.Module) -> None:
+        """Traces the module again, after its head grew."""
+        self.structure = trace(module, self.example, self.forward)
+
+    def outputs_of(self, task: Task) -> list[int]:
+        """The head's columns that a task owns."""
+        return self.ledger.reserved.get(task.name) or task.outputs or task.classes or []
+
+    @contextmanager
+    def showing(self, module: nn.Module, tasks: Sequence[Task]) -> Iterator[OutputView | None]:
+        """Shows the outputs of one task, or of several sample by sample (see ``OutputView.view_of_sample``)."""
+        if self.shown is not None or not self.mask_outputs or any(task.classes is None for task in tasks):
+            yield self.shown
+            return
+        views = [list(zip(task.classes or [], self.outputs_of(task), strict=True)) for task in tasks]
+        with OutputView(head_of(module, self.structure), width=self.ledger.width, views=views) as view:
+            self.shown = view
+            try:
+                yield view
+            finally:
+                self.shown = None
+
+    def remember_start(self, module: nn.Module) -> None:
+        """Keeps a copy of the parameters as they are now."""
+        self.start = {name: tensor.detach().clone() for name, tensor in named_tensors(module).items()}
+
+
+def state_of(module: nn.Module) -> ContinualState | None:
+    """The state kept beside a module, or None before its first task."""
+    state: ContinualState | None = getattr(module, _ATTRIBUTE, None)
+    return state
+
+
+def state_for(module: LightningModule, task: Task) -> ContinualState:
+    """The state kept beside a module; made by tracing it on the task's data when there is none.
+
+    Raises:
+        StructureError: if the module cannot be traced.
+        ContinualError: if the task has no data, or its batches give no input to trace with.
+    """
+    state = state_of(module)
+    if state is None:
+        example, forward = _example(module, task)
+        structure = trace(module, example, forward)
+        ledger = getattr(module, _PENDING, None) or NeuronLedger.for_structure(structure)
+        state = ContinualState(structure, ledger, example, forward)
+        object.__setattr__(module, _ATTRIBUTE, state)
+    return state
+
+
+def ledger_of(module: nn.Module) -> NeuronLedger | None:
+    """The ledger kept beside a module, also one that was loaded before the module's first fit."""
+    state = state_of(module)
+    return getattr(module, _PENDING, None) if state is None else state.ledger
+
+
+def keep_ledger(module: nn.Module, ledger: NeuronLedger) -> None:
+    """Makes a ledger the module's own, such as one that ``NeuronLedger.from_checkpoint`` read."""
+    state = state_of(module)
+    if state is None:
+        object.__setattr__(module, _PENDING, ledger)
+    else:
+        state.ledger = ledger
+
+
+def _example(module: LightningModule, task: Task) -> tuple[Any, Forward]:
+    """An input and how to run it: ``example_input_array``, else the first batch."""
+    batch = task.check_data()
+    if not is_overridden("forward", module, parent=LightningModule):
+        return on_device(module, task, batch), lambda net, batch: task.evaluate(net, batch)[0]  # type: ignore[arg-type]
+    if module.example_input_array is not None:
+        return module.example_input_array, call
+    if not (isinstance(batch, (tuple, list)) and isinstance(batch[0], Tensor)):
+        raise ContinualError(
+            f"Task '{task.name}': its batches are no (input, target) pairs, so there is no example to trace"
+            f" {type(module).__name__} with. Set example_input_array in the module."
+        )
+    return on_device(module, task, batch)[0], call

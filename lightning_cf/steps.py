@@ -1,0 +1,118 @@
+"""The method's steps between training phases: partition a task, seal it; on several processes alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_cf.claiming import Claimer, PartitionOptions
+from lightning_cf.errors import ContinualError
+from lightning_cf.evaluation import evaluate, on_device
+from lightning_cf.probe import probe
+from lightning_cf.randomness import derive_seed
+from lightning_cf.reinitialise import reinitialise_free
+from lightning_cf.state import ContinualState, keep_ledger, state_for
+from lightning_cf.structure import eval_mode, named_tensors
+from lightning_cf.tasks import Task
+
+FOLD_SAMPLES = 4096
+"""From how many inputs of the task the regression learns what to fold."""
+
+
+def partition_task(
+    module: LightningModule, task: Task, options: PartitionOptions, *, tasks_left: int = 1
+) -> None:
+    """Partitions the current task's units, claims the non-redundant ones and, under ``exact``, probes for leaks.
+
+    Args:
+        module: the network, in place.
+        task: the current task; its training data is folded on, its validation data judges.
+        options: how to partition.
+        tasks_left: tasks still to come, this one counted, as far as known.
+
+    Raises:
+        LeakError: if a claimed output still depends on free weights.
+    """
+    state = state_for(module, task)
+    lower_is_better = task.metric is not None and task.metric.higher_is_better is False
+    with isolate_rng(), eval_mode(module), state.showing(module, [task]):
+        torch.manual_seed(derive_seed("partition", task.name))
+        Claimer(
+            module=module,
+            structure=state.structure,
+            ledger=state.ledger,
+            options=options,
+            score=lambda: evaluate(module, task, task.judging_batches()),
+            higher_is_better=not lower_is_better,
+            passes=lambda: _passes(module, task),
+            start=state.start,
+            tasks_left=tasks_left,
+        ).claim()
+    state.start = None
+    if state.ledger.isolation == "exact":
+        probe(module, state.structure, state.ledger, state.example, state.forward)
+
+
+def seal_task(module: LightningModule, state: ContinualState, seed: int) -> None:
+    """Seals the current task's claim; under ``exact`` gives the free units a fresh start.
+
+    Args:
+        module: the network, in place.
+        state: its state.
+        seed: what the fresh weights depend on, with the task's name.
+    """
+    name = state.ledger.tasks[-1].name
+    state.ledger.seal()
+    if state.ledger.isolation == "exact":
+        reinitialise_free(module, state.structure, state.ledger, seed, name)
+
+
+def decide_together(trainer: Trainer, module: LightningModule, step: Callable[[], None]) -> None:
+    """Runs a step on the first process; the others take over its weights and ledger, or its error."""
+    if trainer.world_size == 1:
+        return step()
+    payload: Any = None
+    if trainer.is_global_zero:
+        try:
+            step()
+            tensors = {name: tensor.detach().cpu() for name, tensor in named_tensors(module).items()}
+            payload = (tensors, module.__dict__["_continual_state"].ledger.state_dict())
+        except ContinualError as error:
+            payload = error
+    payload = trainer.strategy.broadcast(payload)
+    if isinstance(payload, ContinualError):
+        raise payload
+    if not trainer.is_global_zero:
+        tensors, ledger = payload
+        with torch.no_grad():
+            for name, tensor in named_tensors(module).items():
+                tensor.copy_(tensors[name])
+        keep_ledger(module, type(module.__dict__["_continual_state"].ledger).from_state_dict(ledger))
+    return None
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named_tensors(module).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _passes(module: LightningModule, task: Task) -> Iterator[Callable[[], Any]]:
+    """Forward passes over the task's training data, up to ``FOLD_SAMPLES`` inputs."""
+    seen = 0
+    for batch in task.train_dataloader():
+        batch = on_device(module, task, batch)
+        yield lambda batch=batch: task.evaluate(module, batch)
+        seen += max((len(x) for x in tree_leaves(batch) if isinstance(x, torch.Tensor) and x.ndim), default=1)
+        if seen >= FOLD_SAMPLES:
+            return

@@ -1,0 +1,170 @@
+"""What a traced network consists of: its unit groups, and which unit every weight entry writes to and reads from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+NO_UNIT = -1
+"""Stands for the network's input where a source is named, and for "not part of any unit" where a target is."""
+
+Forward = Callable[[nn.Module, Any], Any]
+"""Runs a network on an example."""
+
+Role = Literal["weight", "bias", "scale", "shift", "statistic"]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Which unit each entry of one tensor writes to and reads from, at one place where the network uses it.
+
+    Attributes:
+        target: unit that the entry helps to compute; broadcastable to the tensor's shape.
+        source: unit that the entry reads; broadcastable to the tensor's shape.
+        role: what the tensor is there.
+    """
+
+    target: Int64[Tensor, "..."]
+    source: Int64[Tensor, "..."]
+    role: Role
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the units of a group sit in one tensor.
+
+    Attributes:
+        tensor: the tensor's name.
+        axis: the axis along which units lie (0 for a Linear, 1 for a transposed convolution).
+        index: positions along that axis, one row a unit.
+        role: what the tensor is there.
+    """
+
+    tensor: str
+    axis: int
+    index: Int64[Tensor, "units rows"]
+    role: Role
+
+    def read(self, tensor: Tensor) -> Shaped[Tensor, "units values"]:
+        """Copies each unit's entries out of the tensor, one row a unit."""
+        rows = tensor.detach().movedim(self.axis, 0)[self.index.flatten().to(tensor.device)]
+        return rows.reshape(self.index.shape[0], -1)
+
+    def write(self, tensor: Tensor, values: Shaped[Tensor, "units values"], units: Int64[Tensor, "some"]) -> None:
+        """Writes the rows ``values[units]`` into the tensor, in place; the other units' entries stay."""
+        moved = tensor.detach().movedim(self.axis, 0)
+        index = self.index[units.cpu()].flatten().to(tensor.device)
+        moved[index] = values[units.to(values.device)].reshape(len(index), *moved.shape[1:]).to(moved)
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units that share one fate because the network adds or normalises their layers index by index.
+
+    Attributes:
+        name: path of the layer that the forward pass met first; reports call the group by it.
+        first: number of its first unit.
+        size: how many units it has, numbered ``first`` to ``first + size - 1``.
+        layers: paths of all layers whose weight rows belong to it.
+        rows: where its units sit in which tensor.
+    """
+
+    name: str
+    first: int
+    size: int
+    layers: tuple[str, ...]
+    rows: tuple[Rows, ...]
+
+    @property
+    def units(self) -> slice:
+        """Where the group stands in a vector over all units."""
+        return slice(self.first, self.first + self.size)
+
+    def weights(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "units inputs"]:
+        """Incoming weight vector of each unit: the rows of all layers of the group, joined."""
+        return torch.cat([rows.read(tensors[rows.tensor]) for rows in self.rows if rows.role == "weight"], dim=1)
+
+    def biases(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "units"]:
+        """Bias of each unit: the layer's, else the shift of the norm behind it, else zero."""
+        for role in ("bias", "shift"):
+            for rows in self.rows:
+                if rows.role == role:
+                    return rows.read(tensors[rows.tensor]).mean(dim=1)
+        return self.weights(tensors).new_zeros(self.size)
+
+    def write_weights(
+        self, tensors: Mapping[str, Tensor], vectors: Float[Tensor, "units inputs"], units: Int64[Tensor, "some"]
+    ) -> None:
+        """Writes the incoming vectors of ``units`` (numbered within the group) into the layers, in place."""
+        start = 0
+        for rows in self.rows:
+            if rows.role == "weight":
+                tensor = tensors[rows.tensor]
+                width = rows.index.shape[1] * (tensor.numel() // tensor.shape[rows.axis])
+                rows.write(tensor, vectors[:, start : start + width], units)
+                start += width
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The units of a network, numbered 0 to ``n_units - 1``, group after group, the outputs last.
+
+    Attributes:
+        groups: groups of hidden units, in the order of the forward pass.
+        head: the group of the network's outputs: its unit ``c`` is output column ``c``.
+        entries: for each parameter and buffer that the forward pass uses, where it does.
+    """
+
+    groups: tuple[UnitGroup, ...]
+    head: UnitGroup
+    entries: Mapping[str, tuple[Entries, ...]]
+
+    @property
+    def n_units(self) -> int:
+        """Number of units, outputs included."""
+        return self.head.first + self.head.size
+
+    @property
+    def head_layer(self) -> str:
+        """Path of the layer whose outputs are the network's outputs."""
+        return self.head.name
+
+
+def lookup(index: Int64[Tensor, "..."], values: Shaped[Tensor, "units"], *, none: int) -> Shaped[Tensor, "..."]:
+    """``values[index]``, with ``none`` where the index says ``NO_UNIT``."""
+    return torch.cat([values, values.new_full((1,), none)])[index]
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; a tensor that is shared appears once, under its first name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module into eval mode, and afterwards every submodule back into its own mode."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes.items():
+            child.training = training
+
+
+def call(module: nn.Module, example: Any) -> Any:
+    """``module(example)``, or ``module(*example)`` for a tuple."""
+    return module(*example) if isinstance(example, tuple) else module(example)
+
+
+def first_sample(module: nn.Module, example: Any) -> Any:
+    """The first sample of a batch, on the module's device."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return tree_map_only(Tensor, lambda x: x[:1].detach().to(device), example)

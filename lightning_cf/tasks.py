@@ -1,0 +1,201 @@
+"""A task: the user's own data with a name, its classes, its outputs and how it is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
+from torchmetrics import Metric
+
+from lightning_cf.errors import ContinualError, check_share
+from lightning_cf.randomness import keyed_generator
+
+Batches = Iterable[Any]
+
+_HOOKS = (
+    "prepare_data",
+    "setup",
+    "teardown",
+    "val_dataloader",
+    "test_dataloader",
+    "predict_dataloader",
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+    "on_exception",
+    "state_dict",
+    "load_state_dict",
+)
+
+
+class Task(LightningDataModule):
+    """One task of a sequence: a datamodule around the user's own, which the callbacks find as ``trainer.datamodule``.
+
+    >>> from lightning.pytorch.demos.boring_classes import BoringDataModule
+    >>> task = Task("zero-one", BoringDataModule(), classes=[0, 1])
+    >>> task.name, task.classes, task.outputs
+    ('zero-one', [0, 1], None)
+
+    Args:
+        name: what the task is called in the ledger, in files and in plots; each task has a name of its own.
+        data: a datamodule, or loaders by stage: ``{"train": ..., "val": ..., "test": ...}``.
+        classes: the labels in the data.
+        outputs: the head's columns that the task owns, one a class. Default: equal to its classes; in a
+            ``ContinualModule``, columns of its own where an earlier task has those already.
+        metric: any torchmetrics metric; default the accuracy over the task's own outputs.
+        evaluate: gives predictions and targets of a batch; default ``x, y = batch; return module(x), y``.
+        holdout: share of the training data that is kept for judging partitions where the data has no validation set.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        data: LightningDataModule | Mapping[str, Any],
+        *,
+        classes: Sequence[int] | None = None,
+        outputs: Sequence[int] | None = None,
+        metric: Metric | None = None,
+        evaluate: Callable[[LightningModule, Any], tuple[Tensor, Tensor]] | None = None,
+        holdout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.name = _checked_name(name)
+        self.classes = None if classes is None else _checked_columns(name, "classes", classes)
+        self.outputs = None if outputs is None else _checked_columns(name, "outputs", outputs)
+        if self.classes is None and self.outputs is None:
+            raise ContinualError(f"Task '{name}' needs classes=[...] or outputs=[...]: what of the head is its own?")
+        if self.classes and self.outputs and len(self.classes) != len(self.outputs):
+            raise ContinualError(
+                f"Task '{name}' has {len(self.classes)} classes {self.classes} but {len(self.outputs)} outputs"
+                f" {self.outputs}; give one output a class."
+            )
+        self.metric = metric
+        self.evaluate = evaluate or _supervised
+        self.holdout = check_share(f"Task '{name}'", "holdout", holdout)
+        self.data = data if isinstance(data, LightningDataModule) else _Loaders(name, data)
+        # Lightning asks of each hook whether it is overridden, so only those that the data overrides are passed on.
+        for hook in _HOOKS:
+            if is_overridden(hook, self.data, parent=LightningDataModule):
+                setattr(self, hook, getattr(self.data, hook))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "trainer" and "data" in self.__dict__:
+            self.data.trainer = value
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether the data brings a validation set of its own."""
+        return is_overridden("val_dataloader", self.data, parent=LightningDataModule)
+
+    def train_dataloader(self) -> Any:
+        """The data's training loader, less what is held out where there is no validation set."""
+        loader = self.data.train_dataloader()
+        parts = None if self.has_validation else self._parts(loader)
+        return loader if parts is None else _subset(loader, parts[0], shuffle=None)
+
+    def judging_batches(self) -> Batches:
+        """What a partition is judged on: validation data, else held-out or, failing that, all training data."""
+        if self.has_validation:
+            loader = self.data.val_dataloader()
+            return loader[0] if isinstance(loader, list) else loader
+        loader = self.data.train_dataloader()
+        parts = self._parts(loader)
+        return loader if parts is None else _subset(loader, parts[1], shuffle=False)
+
+    def check_data(self) -> Any:
+        """Raises ContinualError if the task has no training data; returns the first batch."""
+        for batch in self.train_dataloader():
+            self._check_labels(batch)
+            return batch
+        raise ContinualError(
+            f"Task '{self.name}' has no training data: its train_dataloader() yields no batch. Check the data set's"
+            " length, its filter of classes, and drop_last with the batch size."
+        )
+
+    def _check_labels(self, batch: Any) -> None:
+        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+        if self.classes is None or not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
+            return
+        strange = sorted(set(labels.tolist()) - set(self.classes))
+        if strange:
+            raise ContinualError(
+                f"Task '{self.name}' declares classes {self.classes}, but its data holds label {strange[0]};"
+                " correct classes=[...] or the data."
+            )
+
+    def _parts(self, loader: Any) -> tuple[list[int], list[int]] | None:
+        """Indices to train on and to hold out; None where the loader cannot be split."""
+        plain = isinstance(loader, DataLoader) and isinstance(loader.sampler, (RandomSampler, SequentialSampler))
+        if not plain or loader.batch_size is None or self.holdout == 0:
+            return None
+        size = len(loader.dataset)  # type: ignore[arg-type]
+        order = torch.randperm(size, generator=keyed_generator("holdout", self.name, size)).tolist()
+        held = int(size * self.holdout)
+        return (sorted(order[held:]), sorted(order[:held])) if held else None
+
+
+class _Loaders(LightningDataModule):
+    """Loaders by stage, as a datamodule that overrides just the stages given."""
+
+    def __init__(self, name: str, loaders: Mapping[str, Any]) -> None:
+        super().__init__()
+        unknown = set(loaders) - {"train", "val", "test", "predict"}
+        if unknown or "train" not in loaders:
+            raise ContinualError(
+                f"Task '{name}': data must be a LightningDataModule or loaders by stage, with 'train' and perhaps"
+                f" 'val', 'test', 'predict'; got the stages {sorted(loaders)}."
+            )
+        for stage, loader in loaders.items():
+            setattr(self, f"{stage}_dataloader", _Constant(loader).get)
+
+
+class _Constant:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def get(self) -> Any:
+        """The value."""
+        return self.value
+
+
+def _supervised(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+    x, y = batch
+    return module(x), y
+
+
+def _subset(loader: DataLoader[Any], indices: list[int], *, shuffle: bool | None) -> DataLoader[Any]:
+    """The same loader over some of its data."""
+    return DataLoader(
+        Subset(loader.dataset, indices),
+        batch_size=loader.batch_size,
+        shuffle=isinstance(loader.sampler, RandomSampler) if shuffle is None else shuffle,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last if shuffle is None else False,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        persistent_workers=loader.persistent_workers,
+        generator=loader.generator if shuffle is None else None,
+    )
+
+
+def _checked_name(name: str) -> str:
+    if not isinstance(name, str) or not name.strip():
+        raise ContinualError(f"A task needs a name, got {name!r}.")
+    return name
+
+
+def _checked_columns(name: str, what: str, columns: Sequence[int]) -> list[int]:
+    columns = list(columns)
+    if not columns or any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in columns):
+        raise ContinualError(f"Task '{name}': {what} must be whole numbers from 0 on, got {columns}.")
+    if len(set(columns)) < len(columns):
+        raise ContinualError(f"Task '{name}': {what} must differ from one another, got {columns}.")
+    return columns
