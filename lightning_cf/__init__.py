@@ -6,6 +6,8 @@ from lightning_cf.ledger import NeuronLedger
 from lightning_cf.models import Classifier
 from lightning_cf.module import ContinualModule
 from lightning_cf.perturbation import Ablate, Noise, Resample
+from lightning_cf.result import Result
+from lightning_cf.runner import SequentialTaskRunner
 from lightning_cf.tasks import Task
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "Noise",
     "PartitionCallback",
     "Resample",
+    "Result",
+    "SequentialTaskRunner",
     "StructureError",
     "Task",
 ]

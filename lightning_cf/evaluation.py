@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -55,12 +56,21 @@ def evaluate(module: LightningModule, task: Task, batches: Batches) -> float:
 
 
 @torch.no_grad()
-def constant_predictor(module: LightningModule, task: Task, batches: Batches) -> float | None:
-    """The best score that one and the same class for every sample reaches; None for a task without classes."""
+def constant_predictor(
+    module: LightningModule, task: Task, batches: Batches, *, shown: AbstractContextManager[Any]
+) -> float | None:
+    """The best score that one and the same class for every sample reaches; None for a task without classes.
+
+    Args:
+        module: gives the shape of predictions.
+        task: whose metric and ``evaluate`` are used.
+        batches: what to score on.
+        shown: shows the task's outputs meanwhile.
+    """
     if task.classes is None:
         return None
     metrics: dict[int, Metric] = {}
-    with eval_mode(module):
+    with eval_mode(module), shown:
         for batch in batches:
             predictions, target = task.evaluate(module, on_device(module, task, batch))
             for label in task.classes:

@@ -155,9 +155,9 @@ class _FrozenStatistics:
         if not norm.training:
             return None
         assert norm.running_mean is not None and norm.running_var is not None
-        with torch.no_grad():
-            norm.running_mean.copy_(torch.where(self.channels, self.mean, norm.running_mean))
-            norm.running_var.copy_(torch.where(self.channels, self.variance, norm.running_var))
+        # Through .data, as the layer's own update does: backward checks the buffers' versions but never reads them.
+        norm.running_mean.data.copy_(torch.where(self.channels, self.mean, norm.running_mean))
+        norm.running_var.data.copy_(torch.where(self.channels, self.variance, norm.running_var))
         evaluated = torch.nn.functional.batch_norm(
             args[0], self.mean, self.variance, norm.weight, norm.bias, training=False, eps=norm.eps
         )

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.claiming import Claimer, PartitionOptions
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import evaluate, on_device
+from lightning_cf.ledger import NeuronLedger
 from lightning_cf.probe import probe
 from lightning_cf.randomness import derive_seed
 from lightning_cf.reinitialise import reinitialise_free
-from lightning_cf.state import ContinualState, keep_ledger, state_for
+from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for
 from lightning_cf.structure import eval_mode, named_tensors
 from lightning_cf.tasks import Task
 
@@ -83,7 +84,7 @@ def decide_together(trainer: Trainer, module: LightningModule, step: Callable[[]
         try:
             step()
             tensors = {name: tensor.detach().cpu() for name, tensor in named_tensors(module).items()}
-            payload = (tensors, module.__dict__["_continual_state"].ledger.state_dict())
+            payload = (tensors, _ledger(module).state_dict())
         except ContinualError as error:
             payload = error
     payload = trainer.strategy.broadcast(payload)
@@ -94,8 +95,30 @@ def decide_together(trainer: Trainer, module: LightningModule, step: Callable[[]
         with torch.no_grad():
             for name, tensor in named_tensors(module).items():
                 tensor.copy_(tensors[name])
-        keep_ledger(module, type(module.__dict__["_continual_state"].ledger).from_state_dict(ledger))
+        keep_ledger(module, NeuronLedger.from_state_dict(ledger))
     return None
+
+
+def synchronise(trainer: Trainer, module: nn.Module) -> None:
+    """At the end of a phase: gives every process the first one's buffers, and checks that all hold one network.
+
+    Raises:
+        ContinualError: if weights or owners differ between processes.
+    """
+    if trainer.world_size == 1:
+        return
+    buffers = trainer.strategy.broadcast({name: buffer.cpu() for name, buffer in module.named_buffers()})
+    for name, buffer in module.named_buffers():
+        buffer.copy_(buffers[name])
+    ledger = ledger_of(module)
+    owners = "" if ledger is None else repr({name: owner.tolist() for name, owner in ledger.owners.items()})
+    hashes: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(hashes, weights_sha256(module) + hashlib.sha256(owners.encode()).hexdigest())
+    if len(set(hashes)) > 1:
+        raise ContinualError(
+            f"The processes hold different networks at the end of a phase (hashes {[h[:8] for h in hashes]}): something"
+            " outside the Trainer changed weights on one of them, or drew from a generator of its own."
+        )
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -105,6 +128,12 @@ def weights_sha256(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _ledger(module: nn.Module) -> NeuronLedger:
+    ledger = ledger_of(module)
+    assert ledger is not None
+    return ledger
 
 
 def _passes(module: LightningModule, task: Task) -> Iterator[Callable[[], Any]]:

@@ -1,0 +1,83 @@
+"""How far a run has come, kept on disk after every phase."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_cf.errors import ContinualError
+
+
+@dataclass
+class RunProgress:
+    """What a run found so far.
+
+    Attributes:
+        finished: names of the phases that are over.
+        rows: scores of all tasks, at initialisation and after each task.
+        capacity: free share of each layer after each task.
+        stages: each task's score once learned, partitioned and retrained.
+        seconds: time spent in finished phases.
+    """
+
+    finished: list[str] = field(default_factory=list)
+    rows: list[list[float]] = field(default_factory=list)
+    capacity: dict[str, list[float]] = field(default_factory=dict)
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunStore:
+    """The folder of a run: its settings and, after each phase, the module with what was found so far."""
+
+    root: Path
+
+    def open(self, module: nn.Module, settings: Mapping[str, Any]) -> RunProgress:
+        """Takes up the run that the folder holds, or starts one.
+
+        Raises:
+            ContinualError: if the folder holds a run with other settings.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        stored = self.root / "settings.json"
+        wanted = json.loads(json.dumps(settings))
+        if not stored.exists():
+            write_atomically(stored, json.dumps(wanted, indent=2))
+            return RunProgress()
+        found = json.loads(stored.read_text())
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise ContinualError(
+                    f"The folder {self.root} holds a run with {name}={found.get(name)!r}, not {value!r}; go on with the"
+                    " same settings, or choose another folder."
+                )
+        if not self._state.exists():
+            return RunProgress()
+        state = torch.load(self._state, map_location="cpu", weights_only=True)
+        module.load_state_dict(state["module"])
+        return RunProgress(**state["progress"])
+
+    def save(self, module: nn.Module, progress: RunProgress) -> None:
+        """Stores the module and the progress; a kill at any moment leaves the old or the new state whole."""
+        partial = self._state.with_suffix(".partial")
+        torch.save({"module": module.state_dict(), "progress": asdict(progress)}, partial)
+        os.replace(partial, self._state)
+
+    @property
+    def _state(self) -> Path:
+        return self.root / "state.pt"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

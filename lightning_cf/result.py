@@ -1,0 +1,108 @@
+"""What a run found, and how it is written down."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+
+from lightning_cf.metrics import AccuracyMatrix
+from lightning_cf.progress import RunProgress
+from lightning_cf.state import ContinualState
+from lightning_cf.steps import weights_sha256
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores and partitions of a run.
+
+    Attributes:
+        tasks: their names, in order.
+        accuracy: the accuracy matrix with its averages.
+        capacity: free share of each layer after each task; empty without partitions.
+        partition: one entry for each task and layer.
+        stages: each task's test score once learned, partitioned and retrained.
+        constant_predictor: for each task the best score of one and the same class for all samples; None without
+            classes.
+        weights_sha256: of the final weights.
+        seconds: time spent, all phases together.
+    """
+
+    tasks: list[str]
+    accuracy: AccuracyMatrix
+    capacity: dict[str, list[float]]
+    partition: list[dict[str, Any]]
+    stages: dict[str, dict[str, float]]
+    constant_predictor: list[float | None]
+    weights_sha256: str
+    seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        progress: RunProgress,
+        module: nn.Module,
+        state: ContinualState,
+        tasks: Sequence[str],
+        constant_predictor: Sequence[float | None],
+    ) -> Result:
+        """Gathers what a run left."""
+        accuracy = AccuracyMatrix(len(tasks))
+        for row in progress.rows:
+            accuracy.update(row)
+        return cls(
+            tasks=list(tasks),
+            accuracy=accuracy,
+            capacity=progress.capacity,
+            partition=[dict(record) for record in state.ledger.records],
+            stages=progress.stages,
+            constant_predictor=list(constant_predictor),
+            weights_sha256=weights_sha256(module),
+            seconds=progress.seconds,
+        )
+
+    def averages(self) -> dict[str, float]:
+        """Average accuracy, forgetting, backward and forward transfer."""
+        return {name: float(value) for name, value in self.accuracy.compute().items()}
+
+    def as_dict(
+        self, *, compare: Mapping[str, Result] | None = None, seed: int, config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Everything, for ``result.json``.
+
+        Args:
+            compare: results of other methods by name.
+            seed: of the run.
+            config: the resolved configuration.
+        """
+        packages = ("lightning-cf", "lightning", "torch", "torchmetrics", "hydra-core", "omegaconf", "numpy")
+        return {
+            "tasks": self.tasks,
+            "accuracy_matrix": self.accuracy.matrix.tolist(),
+            "initial_accuracy": self.accuracy.initial.tolist(),
+            **self.averages(),
+            "forgetting_per_task": self.accuracy.forgetting_per_task,
+            "capacity": self.capacity,
+            "partition": self.partition,
+            "stages": self.stages,
+            "constant_predictor": self.constant_predictor,
+            "compare": {
+                name: {
+                    **other.averages(),
+                    "accuracy_matrix": other.accuracy.matrix.tolist(),
+                    "forgetting_per_task": other.accuracy.forgetting_per_task,
+                    "stages": other.stages,
+                    "seconds": other.seconds,
+                }
+                for name, other in (compare or {}).items()
+            },
+            "weights_sha256": self.weights_sha256,
+            "seconds": self.seconds,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "seed": seed,
+            "config": dict(config),
+        }

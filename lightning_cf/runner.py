@@ -1,0 +1,308 @@
+"""Trains one network on tasks one after another: learn, partition, retrain, seal, score."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial as partial_function
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback
+from lightning_cf.callbacks.session import check_strategy
+from lightning_cf.errors import CapacityError, ContinualError, check_choice, check_count
+from lightning_cf.evaluation import constant_predictor, evaluate
+from lightning_cf.joint import JointTask
+from lightning_cf.ledger import ISOLATIONS, Isolation
+from lightning_cf.module import ContinualModule
+from lightning_cf.progress import RunProgress, RunStore
+from lightning_cf.randomness import derive_seed
+from lightning_cf.result import Result
+from lightning_cf.state import ContinualState, state_for
+from lightning_cf.steps import decide_together, partition_task, seal_task, synchronise
+from lightning_cf.tasks import Task
+
+Method = Literal["partition", "finetune", "joint"]
+METHODS = ("partition", "finetune", "joint")
+
+MakeTrainer = Callable[..., Trainer]
+
+
+class SequentialTaskRunner:
+    """Runs a sequence of tasks through one network, one Trainer a phase; goes on where an earlier run stopped.
+
+    Args:
+        module: the network; wrapped in a ContinualModule if it is none.
+        tasks: in the order in which they come.
+        trainer: makes a Trainer from keywords, such as ``partial(Trainer, accelerator="auto")``.
+        epochs: of LEARN, for each task.
+        invariance_epochs: of INVARIANCE, for each task.
+        partition: how to partition; None leaves partition and INVARIANCE out, so that nothing is protected.
+        invariance: what to perturb meanwhile; None leaves INVARIANCE out.
+        masking: what holds owned units still; None lets everything train.
+        callbacks: the user's own; every phase gets copies, ours come behind them.
+        isolation: ``"exact"`` or ``"perturb"``, see :class:`PartitionCallback`.
+        method: ``"partition"``; ``"finetune"`` trains the tasks in turn and protects nothing; ``"joint"`` trains them
+            together. Both train as many epochs as the two phases have.
+        seed: what everything random depends on.
+        root: folder for checkpoints and logs. A run started again on it goes on after its last finished phase.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        tasks: Sequence[Task],
+        *,
+        trainer: MakeTrainer = Trainer,
+        epochs: int = 6,
+        invariance_epochs: int = 4,
+        partition: PartitionCallback | None = PartitionCallback(),
+        invariance: InvarianceCallback | None = InvarianceCallback(),
+        masking: MaskedGradientCallback | None = MaskedGradientCallback(),
+        callbacks: Sequence[Callback] = (),
+        isolation: Isolation = "exact",
+        method: Method = "partition",
+        seed: int = 0,
+        root: str | Path,
+    ) -> None:
+        self.module = ContinualModule(module)
+        self.tasks = list(tasks)
+        self.make_trainer = trainer
+        self.epochs = check_count("runner", "epochs", epochs)
+        self.invariance_epochs = check_count("runner", "invariance_epochs", invariance_epochs, least=0)
+        check_choice("runner", "isolation", isolation, ISOLATIONS)
+        check_choice("runner", "method", method, METHODS)
+        self.isolation: Isolation = isolation
+        self.method: Method = method
+        self.seed = check_count("runner", "seed", seed, least=0)
+        self.partitioning = copy.deepcopy(partition)
+        self.perturbing = copy.deepcopy(invariance)
+        self.masking = copy.deepcopy(masking)
+        if self.perturbing is not None:
+            self.perturbing.seed = self.seed
+        self.callbacks = list(callbacks)
+        self.store = RunStore(Path(root))
+        self.progress = RunProgress()
+
+    def run(self) -> Result:
+        """Runs what is left of the sequence.
+
+        Returns:
+            the scores of every task after every task, and what the partitions found.
+
+        Raises:
+            ContinualError: before any training, for tasks, a network or options that cannot work.
+        """
+        self.start()
+        self.phase("baseline", self.score)
+        if self.method == "joint":
+            self.phase("joint", self.learn_jointly)
+            self.phase("score", self.score)
+        else:
+            for task in self.tasks:
+                self.phase(f"learn {task.name}", lambda task=task: self.learn(task))
+                self.phase(f"partition {task.name}", lambda task=task: self.partition(task))
+                self.phase(f"invariance {task.name}", lambda task=task: self.invariance(task))
+                self.phase(f"score {task.name}", self.score)
+        return self.result()
+
+    # The method's steps
+
+    def learn(self, task: Task) -> None:
+        """LEARN: the free units train on the task (all units under ``method="finetune"``)."""
+        if self.method == "finetune":
+            self.fit(task, self.epochs + self.invariance_epochs, [])
+        elif self.partitioning is None:
+            self.fit(task, self.epochs + self.invariance_epochs, [self.masking])
+        else:
+            self.fit(task, self.epochs, [self.masking])
+
+    def partition(self, task: Task) -> None:
+        """Partitions the task's units and claims those that carry it."""
+        self.note_stage(task, "learned")
+        if self.method == "finetune" or self.partitioning is None:
+            return
+        ledger = self.state.ledger
+        ledger.isolation = self.isolation
+        left = len(self.tasks) - len(ledger.tasks) + 1
+        options = self.partitioning.options
+        with self.on_device():
+            decide_together(self.host, self.module, lambda: partition_task(self.module, task, options, tasks_left=left))
+        self.note_stage(task, "partitioned")
+
+    def invariance(self, task: Task) -> None:
+        """INVARIANCE: the claimed units train on while the redundant ones are perturbed; then the claim is sealed."""
+        if self.method == "finetune":
+            return
+        if self.partitioning is not None and self.perturbing is not None and self.invariance_epochs > 0:
+            self.fit(task, self.invariance_epochs, [self.perturbing, self.masking])
+        decide_together(self.host, self.module, lambda: seal_task(self.module, self.state, self.seed))
+        self.note_stage(task, "retrained")
+
+    def learn_jointly(self) -> None:
+        """Trains all tasks together, each sample scored on its own task's outputs."""
+        with self.state.showing(self.module, self.tasks) as view:
+            self.fit(JointTask(self.tasks, view), self.epochs + self.invariance_epochs, [])
+
+    def score(self) -> None:
+        """Scores every task."""
+        with self.on_device():
+            self.progress.rows.append([self.score_of(task) for task in self.tasks])
+        if self.method == "partition" and len(self.progress.rows) > 1:
+            for layer, share in self.state.ledger.capacity().items():
+                self.progress.capacity.setdefault(layer, []).append(share)
+
+    def result(self) -> Result:
+        """What the run found so far."""
+        with self.on_device():
+            constant = [
+                constant_predictor(self.module, task, _test_batches(task), shown=self.state.showing(self.module, [task]))
+                for task in self.tasks
+            ]
+        return Result.of(self.progress, self.module, self.state, [task.name for task in self.tasks], constant)
+
+    # What they need
+
+    def start(self) -> None:
+        """Checks everything that can be checked before training, and takes up an earlier run's state."""
+        self.check_tasks()
+        self.host = self.new_trainer(max_epochs=self.epochs, callbacks=[], root=self.store.root)
+        self.host.strategy._lightning_module = self.module
+        launch = self.host.strategy.launcher
+        if launch is not None:
+            launch.launch(self.host.strategy.setup_environment, trainer=self.host)
+        check_strategy(self.host)
+        with self.seeded("outputs"):
+            self.state = self.check_module()
+        self.progress = self.store.open(self.module, self.settings())
+        if self.host.world_size > 1:
+            self.host.strategy.barrier()
+
+    def check_tasks(self) -> None:
+        """Raises ContinualError for tasks that cannot be told apart or have no data."""
+        if not self.tasks:
+            raise ContinualError("runner: tasks is empty; give at least one Task.")
+        for task in self.tasks:
+            if not isinstance(task, Task):
+                raise ContinualError(f"runner: tasks must be Task objects, got a {type(task).__name__}.")
+        names = [task.name for task in self.tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ContinualError(f"runner: two tasks are called '{name}'; give each a name of its own.")
+        for task in self.tasks:
+            task.prepare_data()
+            task.setup("fit")
+            task.setup("test")
+            with isolate_rng():
+                task.check_data()
+
+    def check_module(self) -> ContinualState:
+        """Sets outputs aside for every task; raises if the network cannot be traced or is too narrow."""
+        self.module.installs_callbacks = False
+        state = state_for(self.module, self.tasks[0])
+        if self.masking is not None:
+            state.mask_outputs = self.masking.mask_outputs
+        for task in self.tasks:
+            self.module.add_task(task)
+        for group in state.structure.groups:
+            if self.method == "partition" and self.partitioning is not None and group.size < len(self.tasks):
+                raise CapacityError(
+                    f"runner: '{group.name}' has {group.size} units for {len(self.tasks)} tasks, each of which must own"
+                    " at least one. Widen the layer, or give fewer tasks."
+                )
+        return state
+
+    def phase(self, name: str, step: Callable[[], None]) -> None:
+        """Runs a phase unless an earlier run finished it, and stores what it left."""
+        if name in self.progress.finished:
+            return
+        began = time.monotonic()
+        step()
+        synchronise(self.host, self.module)
+        self.progress.seconds += time.monotonic() - began
+        self.progress.finished.append(name)
+        if self.host.is_global_zero:
+            self.store.save(self.module, self.progress)
+        if self.host.world_size > 1:
+            self.host.strategy.barrier()
+
+    def fit(self, task: Any, epochs: int, ours: Sequence[Callback | None]) -> None:
+        """One Trainer, one fit, everything random keyed by the phase."""
+        key = (task.name, len(self.progress.finished))
+        callbacks = [copy.deepcopy(callback) for callback in [*self.callbacks, *ours] if callback is not None]
+        folder = self.store.root / "phases" / f"{key[1]:03d}"
+        shown = self.state.showing(self.module, [task]) if isinstance(task, Task) else isolate_rng()
+        with self.seeded(*key), shown:
+            trainer = self.new_trainer(max_epochs=epochs, callbacks=callbacks, root=folder)
+            trainer.fit(self.module, datamodule=task)
+
+    def new_trainer(self, *, max_epochs: int, callbacks: list[Callback], root: Path) -> Trainer:
+        """A Trainer from the user's factory."""
+        theirs = self.make_trainer.keywords if isinstance(self.make_trainer, partial_function) else {}
+        if "max_epochs" in theirs:
+            raise ContinualError(
+                f"runner: the trainer sets max_epochs={theirs['max_epochs']}; the runner's epochs={self.epochs} and"
+                f" invariance_epochs={self.invariance_epochs} decide. Leave max_epochs out."
+            )
+        given = theirs.get("callbacks") or []
+        given = copy.deepcopy(list(given) if isinstance(given, Sequence) else [given])
+        return self.make_trainer(max_epochs=max_epochs, callbacks=[*given, *callbacks], default_root_dir=root)
+
+    def score_of(self, task: Task) -> float:
+        """The task's score on its test data, on its own outputs; higher is better."""
+        with self.state.showing(self.module, [task]):
+            score = evaluate(self.module, task, _test_batches(task))
+        return -score if task.metric is not None and task.metric.higher_is_better is False else score
+
+    def note_stage(self, task: Task, stage: str) -> None:
+        """Keeps the task's score at a stage of the method."""
+        with self.on_device():
+            self.progress.stages.setdefault(task.name, {})[stage] = self.score_of(task)
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same when a run is taken up again."""
+        return {
+            "method": self.method,
+            "isolation": self.isolation,
+            "epochs": self.epochs,
+            "invariance_epochs": self.invariance_epochs,
+            "seed": self.seed,
+            "tasks": {task.name: list(self.state.outputs_of(task)) for task in self.tasks},
+            "partition": None if self.partitioning is None else repr(self.partitioning.options),
+            "perturbation": None if self.perturbing is None else repr(self.perturbing.perturbation),
+            "network": {group.name: group.size for group in self.state.structure.groups},
+            "processes": self.host.world_size,
+        }
+
+    @contextmanager
+    def seeded(self, *key: int | str) -> Iterator[None]:
+        """Global generators that depend on the key alone; afterwards they are as they were."""
+        seed = derive_seed(self.seed, *key)
+        with isolate_rng():
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            yield
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """The module on the device that the Trainers use; afterwards back where it was."""
+        before = self.module.device
+        self.module.to(self.host.strategy.root_device)
+        try:
+            yield
+        finally:
+            self.module.to(before)
+
+
+def _test_batches(task: Task) -> Any:
+    loader = task.test_dataloader() if "test_dataloader" in task.__dict__ else task.judging_batches()
+    return loader[0] if isinstance(loader, list) else loader
