@@ -1,0 +1,175 @@
+"""The command line: ``lightning-cf [VERB] [KEY=VALUE ...]``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_cf.claiming import PartitionWarning
+from lightning_cf.errors import ContinualError, check_choice
+from lightning_cf.progress import write_atomically
+from lightning_cf.progress_bar import RunBar
+from lightning_cf.report import print_summary, write_pictures
+from lightning_cf.result import Result
+from lightning_cf.runner import SequentialTaskRunner
+from lightning_cf.sweep import run_job
+
+VERBS = ("train",)
+
+_PACKAGED = Path(__file__).parent / "conf"
+_CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def main() -> None:
+    """Entry point. A verb is rewritten to ``command=VERB``, since distributed children run the same arguments."""
+    try:
+        if len(sys.argv) > 1 and sys.argv[1].isidentifier():
+            sys.argv[1] = f"command={check_choice('lightning-cf', 'verb', sys.argv[1], VERBS)}"
+    except ContinualError as error:
+        _fail(error)
+    _job()
+
+
+@hydra.main(version_base="1.3", config_path=str(_CONF), config_name="config")
+def _job(config: DictConfig) -> None:
+    """One job: this process's own, or one of a multirun in a child process."""
+    try:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            run_job(Path(HydraConfig.get().runtime.output_dir))
+        else:
+            _quieten()
+            train(config, Path(HydraConfig.get().runtime.output_dir))
+    except InstantiationException as error:
+        _fail(error.__cause__ or error)
+    except (ContinualError, MisconfigurationException, OmegaConfBaseException) as error:
+        _fail(error)
+
+
+def train(config: DictConfig, root: Path) -> dict[str, Any]:
+    """Runs the configured method and, with ``compare``, the others; writes ``result.json`` and pictures.
+
+    Args:
+        config: as composed by Hydra.
+        root: the run's folder.
+
+    Returns:
+        what ``result.json`` holds.
+    """
+    resolved = _checked(config, root)
+    chosen = _name(config.method, config.isolation)
+    names = [chosen, *(name for name in ("exact", "perturb", "finetune") if config.compare and name != chosen)]
+    # Every method's runner exists, and its options are checked, before the first one trains.
+    with RunBar() as bar:
+        runners = {name: _runner(config, name, root / name, bar) for name in names}
+        tasks = next(iter(runners.values())).tasks
+        bar.total = len(names) * len(tasks) * (config.epochs + config.invariance_epochs)
+        results: dict[str, Result] = {}
+        for name, runner in runners.items():
+            bar.title = name
+            results[name] = runner.run()
+        first_process = next(iter(runners.values())).host.is_global_zero
+    others = {name: result for name, result in results.items() if name != chosen}
+    document = results[chosen].as_dict(compare=others, seed=config.seed, config=resolved)
+    if first_process:
+        write_atomically(root / "result.json", json.dumps(document, indent=2))
+        write_pictures(results, root)
+        print_summary(results, root)
+    return document
+
+
+def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> SequentialTaskRunner:
+    options = {key: value for key, value in config.tasks.items() if key not in ("shape", "classes")}
+    tasks = instantiate(options)
+    with isolate_rng():
+        torch.manual_seed(config.seed)
+        module = instantiate(config.model)
+    return SequentialTaskRunner(
+        module,
+        tasks,
+        trainer=_trainer_factory(config),
+        epochs=config.epochs,
+        invariance_epochs=config.invariance_epochs,
+        partition=instantiate(config.partition),
+        invariance=instantiate(config.invariance),
+        masking=instantiate(config.masking),
+        callbacks=[bar.callback()],
+        isolation=config.isolation if name in ("finetune", "joint") else name,
+        method=name if name in ("finetune", "joint") else "partition",
+        seed=config.seed,
+        root=root,
+    )
+
+
+def _trainer_factory(config: DictConfig) -> Callable[..., Trainer]:
+    make, make_logger = instantiate(config.trainer), instantiate(config.logger)
+
+    def trainer(**options: Any) -> Trainer:
+        logger = make_logger(save_dir=options["default_root_dir"]) if make_logger else False
+        made: Trainer = make(logger=logger, **options)
+        return made
+
+    return trainer
+
+
+def _name(method: str, isolation: str) -> str:
+    return isolation if method == "partition" else method
+
+
+def _checked(config: DictConfig, root: Path) -> dict[str, Any]:
+    """The resolved configuration, kept in the run's folder; refused where the folder holds another one."""
+    check_choice("lightning-cf", "command", config.command, VERBS)
+    check_choice("lightning-cf", "method", config.method, ("partition", "finetune", "joint"))
+    check_choice("lightning-cf", "isolation", config.isolation, ("exact", "perturb"))
+    if not isinstance(config.compare, bool):
+        raise ContinualError(f"lightning-cf: compare must be true or false, got {config.compare!r}.")
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    resolved["run"] = str(root)
+    kept = root / "config.json"
+    if kept.exists():
+        for key, value in json.loads(kept.read_text()).items():
+            if key != "run" and resolved.get(key) != value:
+                raise ContinualError(
+                    f"lightning-cf: the folder {root} holds a run with {key}={value!r}, not {resolved.get(key)!r}."
+                    " Start it again with the same settings, or choose another folder with run=FOLDER."
+                )
+    else:
+        root.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, json.dumps(resolved, indent=2))
+    return dict(resolved)
+
+
+def _quieten() -> None:
+    """Leaves the terminal to the progress bar, our warnings and the summary."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.simplefilter("always", PartitionWarning)
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        RunBar.write(f"lightning-cf: warning: {message}")
+
+    warnings.showwarning = show
+
+
+def _fail(error: BaseException) -> NoReturn:
+    print(f"lightning-cf: error: {error}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,56 @@
+"""One progress bar over all phases of all methods of a run."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm import tqdm
+
+
+class RunBar:
+    """A bar that counts epochs; shown by the first process only."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm[Any] | None = None
+        self.total: float = 0
+        self.title = ""
+
+    def __enter__(self) -> RunBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def callback(self) -> Callback:
+        """A callback that moves the bar; copies of it move the same bar."""
+        return _MoveBar(self)
+
+    def move(self, epochs: float, text: str) -> None:
+        """Moves the bar on, by parts of an epoch."""
+        if self.bar is None:
+            self.bar = tqdm(total=self.total, unit="epoch", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
+        self.bar.set_description_str(f"{self.title:>8} | {text:<24}", refresh=False)
+        self.bar.update(epochs)
+
+    @staticmethod
+    def write(text: str) -> None:
+        """Prints a line above the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+
+class _MoveBar(Callback):
+    def __init__(self, bar: RunBar) -> None:
+        self.bar = bar
+
+    def __deepcopy__(self, memo: object) -> _MoveBar:
+        return self
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero:
+            task = trainer.datamodule.name  # type: ignore[attr-defined]
+            self.bar.move(1 / max(1, int(trainer.num_training_batches)), f"task {task}")

@@ -1,0 +1,84 @@
+"""Multirun: each job in a process of its own, and one table of all of them at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from lightning_cf.progress import write_atomically
+from lightning_cf.report import table
+
+_RANK_VARIABLES = (
+    "LOCAL_RANK",
+    "RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PL_GLOBAL_SEED",
+)
+
+
+def run_job(folder: Path) -> int:
+    """Runs the current job of a multirun as a single run in a child process, and waits for it.
+
+    Distributed jobs leave rank variables behind, which would make the next job of the same process train on part of
+    its data; so none of them is inherited.
+
+    Args:
+        folder: the job's own.
+
+    Returns:
+        the child's exit status.
+    """
+    config = HydraConfig.get()
+    command = [sys.executable, "-m", "lightning_cf"]
+    command += [f"--config-dir={s.path}" for s in config.runtime.config_sources if s.provider == "command-line"]
+    overrides = [override for override in config.overrides.task if not override.startswith("run=")]
+    environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
+    status = subprocess.run([*command, *overrides, f"run='{folder}'"], env=environment, check=False).returncode
+    write_atomically(folder / "job.json", json.dumps({"overrides": overrides, "status": status}))
+    return status
+
+
+class SweepTable(Callback):
+    """Prints the table of all jobs when a multirun is over, and writes it to ``sweep.json``."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Gathers what each job left; exits with status 1 if one failed."""
+        root = Path(config.hydra.sweep.dir)
+        folders = sorted((path.parent for path in root.glob("*/job.json")), key=lambda path: (len(path.name), path.name))
+        jobs = [_job(folder) for folder in folders]
+        write_atomically(root / "sweep.json", json.dumps(jobs, indent=2))
+        rows = [
+            [
+                job["job"],
+                " ".join(job["overrides"]),
+                *(f"{job[key]:.4f}" if key in job else "failed" for key in ("average_accuracy", "forgetting")),
+                *(f"{value:.2f}" if value is not None else "" for value in [job.get("free")]),
+            ]
+            for job in jobs
+        ]
+        print(table(["job", "overrides", "average accuracy", "forgetting", "free at the end"], rows))
+        print(f"{root}: sweep.json")
+        if any(job["status"] for job in jobs):
+            sys.exit(1)
+
+
+def _job(folder: Path) -> dict[str, Any]:
+    job: dict[str, Any] = {"job": folder.name, **json.loads((folder / "job.json").read_text())}
+    if job["status"] == 0:
+        result = json.loads((folder / "result.json").read_text())
+        job |= {key: result[key] for key in ("average_accuracy", "forgetting", "backward_transfer", "weights_sha256")}
+        free = [shares[-1] for shares in result["capacity"].values()]
+        job["free"] = sum(free) / len(free) if free else None
+    return job
