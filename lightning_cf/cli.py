@@ -79,6 +79,10 @@ def train(config: DictConfig, root: Path) -> dict[str, Any]:
     # Every method's runner exists, and its options are checked, before the first one trains.
     with RunBar() as bar:
         runners = {name: _runner(config, name, root / name, bar) for name in names}
+        for runner in runners.values():
+            runner.start()
+        root.mkdir(parents=True, exist_ok=True)
+        write_atomically(root / "config.json", json.dumps(resolved, indent=2))
         tasks = next(iter(runners.values())).tasks
         bar.total = len(names) * len(tasks) * (config.epochs + config.invariance_epochs)
         results: dict[str, Result] = {}
@@ -96,8 +100,8 @@ def train(config: DictConfig, root: Path) -> dict[str, Any]:
 
 
 def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> SequentialTaskRunner:
-    options = {key: value for key, value in config.tasks.items() if key not in ("shape", "classes")}
-    tasks = instantiate(options)
+    options: Any = OmegaConf.to_container(config.tasks, resolve=True)
+    tasks = instantiate({key: value for key, value in options.items() if key not in ("shape", "classes")})
     with isolate_rng():
         torch.manual_seed(config.seed)
         module = instantiate(config.model)
@@ -134,7 +138,7 @@ def _name(method: str, isolation: str) -> str:
 
 
 def _checked(config: DictConfig, root: Path) -> dict[str, Any]:
-    """The resolved configuration, kept in the run's folder; refused where the folder holds another one."""
+    """The resolved configuration, refused where the run's folder holds another one."""
     check_choice("lightning-cf", "command", config.command, VERBS)
     check_choice("lightning-cf", "method", config.method, ("partition", "finetune", "joint"))
     check_choice("lightning-cf", "isolation", config.isolation, ("exact", "perturb"))
@@ -150,9 +154,6 @@ def _checked(config: DictConfig, root: Path) -> dict[str, Any]:
                     f"lightning-cf: the folder {root} holds a run with {key}={value!r}, not {resolved.get(key)!r}."
                     " Start it again with the same settings, or choose another folder with run=FOLDER."
                 )
-    else:
-        root.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, json.dumps(resolved, indent=2))
     return dict(resolved)
 
 

@@ -26,9 +26,13 @@ def on_device(module: LightningModule, task: Task, batch: Any) -> Any:
 
 
 def metric_for(task: Task, predictions: Tensor) -> Metric:
-    """A fresh metric for the task: its own, or the share of right classes."""
+    """A fresh metric for the task: its own, or the share of right classes.
+
+    It does not gather over processes: each process scores all of the data, or only the first does.
+    """
     metric = task.metric.clone() if task.metric is not None else MulticlassAccuracy(predictions.shape[1], average="micro")
     metric.reset()
+    metric.distributed_available_fn = lambda: False
     return metric.to(predictions.device)
 
 

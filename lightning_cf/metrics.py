@@ -67,7 +67,7 @@ class AccuracyMatrix(Metric):
     rows: list[Tensor]
 
     def __init__(self, tasks: int) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)  # every process holds all rows
         self.tasks = tasks
         self.add_state("rows", default=[], dist_reduce_fx=None)
 

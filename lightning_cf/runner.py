@@ -91,6 +91,7 @@ class SequentialTaskRunner:
         self.callbacks = list(callbacks)
         self.store = RunStore(Path(root))
         self.progress = RunProgress()
+        self._host: Trainer | None = None
 
     def run(self) -> Result:
         """Runs what is left of the sequence.
@@ -101,7 +102,8 @@ class SequentialTaskRunner:
         Raises:
             ContinualError: before any training, for tasks, a network or options that cannot work.
         """
-        self.start()
+        if self._host is None:
+            self.start()
         self.phase("baseline", self.score)
         if self.method == "joint":
             self.phase("joint", self.learn_jointly)
@@ -174,17 +176,22 @@ class SequentialTaskRunner:
     def start(self) -> None:
         """Checks everything that can be checked before training, and takes up an earlier run's state."""
         self.check_tasks()
-        self.host = self.new_trainer(max_epochs=self.epochs, callbacks=[], root=self.store.root)
-        self.host.strategy._lightning_module = self.module
-        launch = self.host.strategy.launcher
-        if launch is not None:
-            launch.launch(self.host.strategy.setup_environment, trainer=self.host)
-        check_strategy(self.host)
+        self._host = self.new_trainer(max_epochs=self.epochs, callbacks=[], root=self.store.root)
+        strategy = self._host.strategy
+        if strategy.launcher is not None:
+            strategy.launcher.launch(strategy.setup_environment, trainer=self._host)
+        check_strategy(self._host)
         with self.seeded("outputs"):
             self.state = self.check_module()
         self.progress = self.store.open(self.module, self.settings())
         if self.host.world_size > 1:
             self.host.strategy.barrier()
+
+    @property
+    def host(self) -> Trainer:
+        """A Trainer that never fits: knows the device and speaks with the other processes between phases."""
+        assert self._host is not None, "start() makes it"
+        return self._host
 
     def check_tasks(self) -> None:
         """Raises ContinualError for tasks that cannot be told apart or have no data."""
