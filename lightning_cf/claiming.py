@@ -10,15 +10,15 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_share
-from lightning_cf.folding import Features, InputRecorder, Moments, fold, input_moments
+from lightning_cf.folding import Features, InputRecorder, Inputs, Moments, fold, input_moments
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.partition import Partition, partition, partition_into
 from lightning_cf.similarity import Similarity
-from lightning_cf.structure import NO_UNIT, Entries, Structure, UnitGroup, lookup, named_tensors
+from lightning_cf.structure import NO_UNIT, Entries, Structure, lookup, named_tensors
 
 Measure = Literal["weight", "update", "activation"]
 MEASURES = ("weight", "update", "activation")
@@ -56,7 +56,7 @@ class PartitionOptions:
     def __post_init__(self) -> None:
         check_choice("partition", "measure", self.measure, MEASURES)
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if self.threshold != "auto" and not (number and -1 <= self.threshold <= 1):  # type: ignore[operator]
+        if self.threshold != "auto" and not (number and -1 <= self.threshold <= 1):
             raise ContinualError(f"partition: threshold must be a number in [-1, 1] or 'auto', got {self.threshold!r}.")
         check_share("partition", "tolerance", self.tolerance)
         check_share("partition", "min_claim", self.min_claim, above_zero=True)
@@ -180,9 +180,9 @@ class Claimer:
                     f"measure='activation' cannot see the outputs of '{group.name}': no linear layer or convolution"
                     " reads them directly. Use measure='weight'."
                 )
-        inputs: dict[str, list[Features]] = {}
+        inputs: dict[str, list[Inputs]] = {}
 
-        def record(name: str, x: Features, patches: Features) -> None:
+        def record(name: str, x: Inputs, patches: Features) -> None:
             taken = sum(len(block) for block in inputs.setdefault(name, []))
             inputs[name].append(x[: max(0, rows - taken)].cpu())
 
@@ -271,7 +271,9 @@ class Claimer:
             kept = (source != FREE).repeat_interleave(weight[0].numel() // len(source)).to(weight.device)
             if len(rows) == 0 or bool(kept.all()):
                 continue
-            flat, solved = fold(weight[rows].flatten(1), None if bias is None else bias[rows], self._moments[name], kept)
+            flat, solved = fold(
+                weight[rows].flatten(1), None if bias is None else bias[rows], self._moments[name], kept
+            )
             weight[rows] = flat.reshape(weight[rows].shape)
             if bias is not None and solved is not None:
                 bias[rows] = solved
@@ -289,9 +291,9 @@ class Claimer:
         for name, uses in self.structure.entries.items():
             use = uses[0]
             rows_are_units = name in parameters and len(uses) == 1 and use.role == "weight"
-            if rows_are_units and use.target.numel() == use.target.shape[0] and use.source.shape[0] == 1:
-                if bool((use.source != NO_UNIT).any()):
-                    found.append((name, use))
+            along_rows = use.target.numel() == use.target.shape[0] and use.source.shape[0] == 1
+            if rows_are_units and along_rows and bool((use.source != NO_UNIT).any()):
+                found.append((name, use))
         return found
 
     def _input_moments(self) -> dict[str, Moments]:

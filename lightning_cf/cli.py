@@ -29,7 +29,7 @@ from lightning_cf.progress import write_atomically
 from lightning_cf.progress_bar import RunBar
 from lightning_cf.report import print_summary, write_pictures
 from lightning_cf.result import Result
-from lightning_cf.runner import SequentialTaskRunner
+from lightning_cf.runner import Method, SequentialTaskRunner
 from lightning_cf.sweep import run_job
 
 VERBS = ("train",)
@@ -105,6 +105,7 @@ def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> Sequentia
     with isolate_rng():
         torch.manual_seed(config.seed)
         module = instantiate(config.model)
+    method: Method = "finetune" if name == "finetune" else "joint" if name == "joint" else "partition"
     return SequentialTaskRunner(
         module,
         tasks,
@@ -115,8 +116,8 @@ def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> Sequentia
         invariance=instantiate(config.invariance),
         masking=instantiate(config.masking),
         callbacks=[bar.callback()],
-        isolation=config.isolation if name in ("finetune", "joint") else name,
-        method=name if name in ("finetune", "joint") else "partition",
+        isolation="perturb" if name == "perturb" else "exact",
+        method=method,
         seed=config.seed,
         root=root,
     )

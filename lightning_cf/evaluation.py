@@ -30,7 +30,9 @@ def metric_for(task: Task, predictions: Tensor) -> Metric:
 
     It does not gather over processes: each process scores all of the data, or only the first does.
     """
-    metric = task.metric.clone() if task.metric is not None else MulticlassAccuracy(predictions.shape[1], average="micro")
+    metric = (
+        task.metric.clone() if task.metric is not None else MulticlassAccuracy(predictions.shape[1], average="micro")
+    )
     metric.reset()
     metric.distributed_available_fn = lambda: False
     return metric.to(predictions.device)

@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from lightning_cf.randomness import keyed_generator
 
 Features = Float[Tensor, "samples features"]
+Inputs = Float[Tensor, "rows units"]
+Record = Callable[[str, Inputs, Features], None]
 
 _CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
@@ -32,9 +34,7 @@ class InputRecorder(TorchFunctionMode):
         rows: how many rows of a convolution's patches to take from one batch at most.
     """
 
-    def __init__(
-        self, weights: Mapping[str, Tensor], record: Callable[[str, Features, Features], None], *, rows: int = 8192
-    ) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], record: Record, *, rows: int = 8192) -> None:
         super().__init__()
         self.names = {id(weight): name for name, weight in weights.items()}
         self.record = record
@@ -71,8 +71,7 @@ class InputRecorder(TorchFunctionMode):
             pads = [(p, p) for p in _tuple(0 if padding == "valid" else padding, spatial)]
         x = F.pad(x, [side for pair in reversed(pads) for side in pair])
         sizes = [
-            (n - d * (k - 1) - 1) // s + 1
-            for n, d, k, s in zip(x.shape[2:], dilation, kernel, stride, strict=True)
+            (n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(x.shape[2:], dilation, kernel, stride, strict=True)
         ]
         views = []
         for offset in itertools.product(*map(range, kernel)):
@@ -122,7 +121,7 @@ def input_moments(weights: Mapping[str, Tensor], passes: Iterable[Callable[[], A
     """
     moments: dict[str, Moments] = {}
 
-    def record(name: str, x: Features, patches: Features) -> None:
+    def record(name: str, x: Inputs, patches: Features) -> None:
         size = patches.shape[1] + 1
         empty = torch.zeros(size, size, dtype=torch.float64, device=patches.device)
         moments.setdefault(name, Moments(empty)).update(patches)

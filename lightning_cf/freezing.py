@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,9 +44,10 @@ class Freezer:
             if name in masks and bool(masks[name].any())
         ]
         self.norms = [
-            _FrozenStatistics(norm, masks[f"{path}.running_mean" if path else "running_mean"])
+            _FrozenStatistics(norm, masks[name])
             for path, norm in module.named_modules()
             if isinstance(norm, _BatchNorm) and norm.running_mean is not None
+            if (name := f"{path}.running_mean" if path else "running_mean") in masks
         ]
         self.optimizers: list[Optimizer] = []
         self.handles: list[RemovableHandle] = []
@@ -56,13 +57,14 @@ class Freezer:
         self.optimizers = list(optimizers)
         for entries in self.entries:
             entries.save()
-            self.handles.append(entries.parameter.register_post_accumulate_grad_hook(entries.zero_gradient))
+            if entries.parameter.requires_grad:
+                self.handles.append(entries.parameter.register_post_accumulate_grad_hook(entries.zero_gradient))
         for optimizer in self.optimizers:
             self.handles.append(optimizer.register_step_post_hook(self._after_step))
         for norm in self.norms:
             if bool(norm.channels.any()):
                 norm.save()
-                self.handles.append(norm.module.register_forward_hook(norm.forward_hook))
+                self.handles.append(norm.module.register_forward_hook(norm.forward_hook, with_kwargs=True))
         return self
 
     def detach(self) -> None:
@@ -83,12 +85,11 @@ class Freezer:
 
     def zero_optimizer_state(self) -> None:
         """Fills the frozen entries of the optimisers' state with zero, after masks changed within a fit."""
-        by_parameter = {entries.parameter: entries for entries in self.entries}
         for optimizer in self.optimizers:
-            for parameter, state in optimizer.state.items():
-                for value in state.values() if parameter in by_parameter else ():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        by_parameter[parameter].fill_zero(value)
+            for entries in self.entries:
+                for value in optimizer.state.get(entries.parameter, {}).values():
+                    if isinstance(value, Tensor) and value.shape == entries.parameter.shape:
+                        entries.fill_zero(value)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for entries in self.entries:
@@ -98,40 +99,49 @@ class Freezer:
 class _FrozenEntries:
     """The frozen entries of one parameter: all of it, whole rows along an axis, or any mask; rows cost least."""
 
+    saved: Shaped[Tensor, "..."]
+
     def __init__(self, parameter: nn.Parameter, mask: Bool[Tensor, "..."]) -> None:
         self.parameter = parameter
-        self.axis, self.index = 0, None
+        self.axis = 0
+        self.index: Tensor | None = None
         self.mask: Tensor | None = None
+        mask = mask.reshape((1,) * (parameter.ndim - mask.ndim) + mask.shape)
         wide = [axis for axis, size in enumerate(mask.shape) if size > 1]
-        if bool(mask.all()):
-            self.fill_zero = lambda tensor: tensor.zero_()
-        elif len(wide) == 1:
-            self.axis, self.index = wide[0], mask.flatten().nonzero().flatten().to(parameter.device)
-            self.fill_zero = lambda tensor: tensor.index_fill_(self.axis, self.index, 0)
-        else:
-            self.mask = mask.to(parameter.device)
-            self.fill_zero = lambda tensor: tensor.masked_fill_(self.mask, 0)
+        if not bool(mask.all()):
+            if len(wide) == 1:
+                self.axis, self.index = wide[0], mask.flatten().nonzero().flatten().to(parameter.device)
+            else:
+                self.mask = mask.to(parameter.device)
 
-    fill_zero: Callable[[Tensor], Tensor]
+    def fill_zero(self, tensor: Tensor) -> None:
+        """Fills the frozen entries of a tensor of the parameter's shape."""
+        if self.index is not None:
+            tensor.index_fill_(self.axis, self.index, 0)
+        elif self.mask is not None:
+            tensor.masked_fill_(self.mask, 0)
+        else:
+            tensor.zero_()
 
     def zero_gradient(self, parameter: Tensor) -> None:
+        """Fills the frozen entries of the gradient with zero."""
         if parameter.grad is not None:
             self.fill_zero(parameter.grad)
 
     def save(self) -> None:
+        """Remembers the frozen entries as they are now."""
         data = self.parameter.detach()
         self.saved = data.clone() if self.index is None else data.index_select(self.axis, self.index)
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Puts them back."""
         if self.index is not None:
             self.parameter.index_copy_(self.axis, self.index, self.saved)
         elif self.mask is not None:
             self.parameter.copy_(torch.where(self.mask, self.saved, self.parameter))
         else:
             self.parameter.copy_(self.saved)
-
-    saved: Shaped[Tensor, "..."]
 
 
 class _FrozenStatistics:
@@ -143,13 +153,16 @@ class _FrozenStatistics:
         self.channels = channels.expand(module.running_mean.shape).to(module.running_mean.device)
 
     def save(self) -> None:
+        """Remembers the statistics as they are now."""
         assert self.module.running_mean is not None and self.module.running_var is not None
         self.mean, self.variance = self.module.running_mean.clone(), self.module.running_var.clone()
 
     mean: Shaped[Tensor, "channels"]
     variance: Shaped[Tensor, "channels"]
 
-    def forward_hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def forward_hook(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+    ) -> Tensor | None:
         """Replaces the frozen channels of a train-mode output by their eval-mode output; undoes their statistics."""
         norm = self.module
         if not norm.training:
@@ -159,7 +172,13 @@ class _FrozenStatistics:
         norm.running_mean.data.copy_(torch.where(self.channels, self.mean, norm.running_mean))
         norm.running_var.data.copy_(torch.where(self.channels, self.variance, norm.running_var))
         evaluated = torch.nn.functional.batch_norm(
-            args[0], self.mean, self.variance, norm.weight, norm.bias, training=False, eps=norm.eps
+            args[0] if args else kwargs["input"],
+            self.mean,
+            self.variance,
+            norm.weight,
+            norm.bias,
+            training=False,
+            eps=norm.eps,
         )
         shape = [1, -1] + [1] * (output.ndim - 2)
         return torch.where(self.channels.reshape(shape), evaluated, output)

@@ -66,7 +66,7 @@ class _Numbered(Dataset[tuple[Any, int]]):
     """Samples of several data sets, each with the number of its data set."""
 
     def __init__(self, datasets: Sequence[Dataset[Any]]) -> None:
-        self.joined = ConcatDataset(datasets)
+        self.joined: ConcatDataset[Any] = ConcatDataset(datasets)
 
     def __len__(self) -> int:
         return len(self.joined)

@@ -160,8 +160,9 @@ class NeuronLedger:
                     if bool((owner == i).any())
                 )
                 raise CapacityError(
-                    f"Task '{name}' cannot start: no free unit is left in '{group}' ({len(owner)} of {len(owner)} owned:"
-                    f" {shares}). Lower max_claim for the tasks before it, raise reserve_tasks, or widen the layer."
+                    f"Task '{name}' cannot start: no free unit is left in '{group}' ({len(owner)} of"
+                    f" {len(owner)} owned: {shares}). Lower max_claim for the tasks before it, raise"
+                    " reserve_tasks, or widen the layer."
                 )
 
     def claim(self, claimed: Mapping[str, Bool[Tensor, "units"]]) -> None:
@@ -235,8 +236,13 @@ class NeuronLedger:
         return masks
 
     def cut(self, structure: Structure, uses: Iterable[Entries]) -> Bool[Tensor, "..."]:
-        """Entries that must be zero under exact isolation: from a free or later unit into an owned one."""
+        """Entries that must be zero under exact isolation: from a free or later unit into an owned one.
+
+        While a task learns, its outputs read free units too; they are cut at its partition.
+        """
         owner = self.owner_of_units(structure)
+        if self.current is not None and self.current.phase == "learn":
+            owner[owner == len(self.tasks) - 1] = FREE
         masks = []
         for use in uses:
             target, source = lookup(use.target, owner, none=FREE), lookup(use.source, owner, none=_INPUT)
@@ -290,4 +296,3 @@ def _any(masks: Iterable[Bool[Tensor, "..."]]) -> Bool[Tensor, "..."]:
     for mask in others:
         first = first | mask
     return first
-

@@ -137,7 +137,7 @@ class ResidualBlock(nn.Module):
                 nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
             )
 
-    def forward(self, x: Images) -> Images:
+    def forward(self, x: Images) -> Float[Tensor, "batch outputs rows columns"]:
         """Features of the same or half the size."""
         y = F.relu(self.first_norm(self.first(x)))
         return F.relu(self.second_norm(self.second(y)) + self.shortcut(x))
@@ -161,7 +161,9 @@ class ResNet(nn.Module):
         for units in channels:
             check_count("ResNet", "channels", units)
         width = channels[0]
-        self.stem = nn.Sequential(nn.Conv2d(shape[0], width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(shape[0], width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
         stages: list[nn.Module] = []
         for stage, units in enumerate(channels):
             for block in range(blocks):

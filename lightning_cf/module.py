@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
-from lightning_cf.outputs import grow_head, head_of
+from lightning_cf.outputs import Head, grow_head, head_of
 from lightning_cf.state import keep_ledger, ledger_of, state_for
 from lightning_cf.tasks import Task
 
@@ -50,12 +50,12 @@ class ContinualModule(LightningModule):
                 " give a plain network its loss and optimiser first, for instance with lightning_cf.Classifier."
             )
         if not isinstance(module, ContinualModule):
-            module.__class__ = _derived(type(module))
+            module.__class__ = _derived(type(module))  # type: ignore[arg-type]
         assert isinstance(module, ContinualModule)
         return module
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if not (args and args[0] is self or kwargs.get("module") is self):
+        if not ((args and args[0] is self) or kwargs.get("module") is self):
             super().__init__(*args, **kwargs)
 
     @property
@@ -102,7 +102,9 @@ class ContinualModule(LightningModule):
         if state:
             ledger = NeuronLedger.from_state_dict(state)
             keep_ledger(self, ledger)
-            grow_head(self.get_submodule(ledger.head), len(ledger.outputs))
+            head = self.get_submodule(ledger.head)
+            if isinstance(head, Head):
+                grow_head(head, len(ledger.outputs))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Moves the ledger out of the weights, so that the plain class loads the checkpoint."""

@@ -5,8 +5,8 @@ Operations that PyTorch tags as pointwise, and views, need no line here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,24 +16,45 @@ from lightning_cf.structure import Role
 aten = torch.ops.aten
 
 
+@runtime_checkable
 class Units(Protocol):
     """Disjoint sets of labels."""
 
-    def new(self, count: int) -> Tensor: ...
-    def unite_along(self, labels: Tensor, dims: Sequence[int]) -> Tensor: ...
+    def new(self, count: int) -> Tensor:
+        """Fresh labels."""
+        ...
+
+    def unite_along(self, labels: Tensor, dims: Iterable[int]) -> Tensor:
+        """Unites labels along dims, which keep size one."""
+        ...
 
 
+@runtime_checkable
 class Tracer(Protocol):
     """What a rule may ask of the tracer."""
 
-    units: Any
+    units: Units
     mixed: dict[int, tuple[str, int]]
 
-    def labels(self, x: Tensor) -> Tensor: ...
-    def write(self, out: Tensor, labels: Tensor) -> None: ...
-    def is_entries(self, x: Any) -> bool: ...
-    def use(self, x: Tensor | None, role: Role, target: Tensor, source: Tensor | None = None) -> None: ...
-    def refuse(self, operation: str) -> None: ...
+    def labels(self, x: Tensor) -> Tensor:
+        """Unit labels of an activation."""
+        ...
+
+    def write(self, out: Tensor, labels: Tensor) -> None:
+        """Puts labels beside a result."""
+        ...
+
+    def is_entries(self, x: Any) -> bool:
+        """Whether ``x`` is a parameter or a view of one."""
+        ...
+
+    def use(self, x: Tensor | None, role: Role, target: Tensor, source: Tensor | None = None) -> None:
+        """Notes what the entries of a parameter write to and read."""
+        ...
+
+    def refuse(self, operation: str) -> NoReturn:
+        """Gives up."""
+        ...
 
 
 Rule = Callable[[Any, tuple[Any, ...], dict[str, Any], list[Tensor]], None]
@@ -42,7 +63,7 @@ Rule = Callable[[Any, tuple[Any, ...], dict[str, Any], list[Tensor]], None]
 def _linear(tracer: Tracer, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``out[b, n] = sum over d of x[b, d] · weight[d, n] + bias[n]``."""
     if not tracer.is_entries(weight) or tracer.is_entries(x):
-        return tracer.refuse("a product of two activations")
+        tracer.refuse("a product of two activations")
     sources = tracer.units.unite_along(tracer.labels(x), [0])
     units = tracer.units.new(weight.shape[1])
     tracer.use(weight, "weight", units[None, :], sources.T)
@@ -61,7 +82,7 @@ def _addmm(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], result
 def _convolution(tracer: Tracer, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[Tensor]) -> None:
     x, weight, bias, _, _, _, transposed, _, groups = args
     if not tracer.is_entries(weight):
-        return tracer.refuse("a convolution whose kernel is computed")
+        tracer.refuse("a convolution whose kernel is computed")
     inputs = tracer.labels(x)
     channels = tracer.units.unite_along(inputs, [0, *range(2, x.ndim)]).reshape(groups, -1)
     kernel = (1,) * (weight.ndim - 2)
@@ -144,6 +165,7 @@ MOVEMENT = {
     aten.constant_pad_nd,
     aten.copy_,
     aten.flip,
+    aten.index,
     aten.index_select,
     aten.repeat,
     aten.roll,

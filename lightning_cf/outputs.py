@@ -14,6 +14,8 @@ from lightning_cf.structure import Structure
 
 MASKED = -1
 
+Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
 
 class OutputView:
     """While attached, the head's output holds at position ``c`` the column of class ``c``, else the lowest number.
@@ -61,14 +63,14 @@ class OutputView:
         return shown.masked_fill(columns == MASKED, torch.finfo(output.dtype).min)
 
 
-def head_of(module: nn.Module, structure: Structure) -> nn.Module:
+def head_of(module: nn.Module, structure: Structure) -> Head:
     """The layer whose outputs are the network's outputs.
 
     Raises:
         ContinualError: if it is no Linear or convolution.
     """
     head = module.get_submodule(structure.head_layer)
-    if not isinstance(head, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if not isinstance(head, Head):
         raise ContinualError(
             f"The output head '{structure.head_layer}' is a {type(head).__name__}; outputs of their own for each task"
             " need a Linear or a convolution. Use MaskedGradientCallback(mask_outputs=False) to do without."
@@ -76,7 +78,7 @@ def head_of(module: nn.Module, structure: Structure) -> nn.Module:
     return head
 
 
-def grow_head(head: nn.Module, columns: int) -> None:
+def grow_head(head: Head, columns: int) -> None:
     """Widens a Linear or convolution in place to ``columns`` outputs; the existing ones keep their values.
 
     New rows start like those of a new layer of that kind, drawn from the global generator.
@@ -84,12 +86,16 @@ def grow_head(head: nn.Module, columns: int) -> None:
     old = head.weight.shape[0]
     if columns <= old:
         return
+    if not isinstance(head, nn.Linear) and head.groups > 1:
+        raise ContinualError(
+            f"The output head is a convolution in {head.groups} groups, to which no outputs can be added; give each"
+            " task outputs=[...] that the head has, or use groups=1."
+        )
     bias = head.bias is not None
     if isinstance(head, nn.Linear):
         fresh: nn.Module = nn.Linear(head.in_features, columns - old, bias=bias)
         head.out_features = columns
     else:
-        assert isinstance(head, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         fresh = type(head)(head.in_channels, columns - old, head.kernel_size, bias=bias)  # type: ignore[arg-type]
         head.out_channels = columns
     fresh = fresh.to(head.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -71,18 +72,19 @@ def partition_into(similarity: Similarity, count: int) -> Partition:
         count: how many units lead; between 1 and the number of units.
     """
     spread = float(similarity.biases.double().max() - similarity.biases.double().min())
-    low, high = -1.0 - similarity.bias_weight * spread**2, 1.0 + 1e-6
-    for _ in range(30):
-        middle = (low + high) / 2
-        if len(_lead(similarity, middle, count)[0]) >= count:
-            high = middle
+    # By log(2 - s), since one outlying bias stretches the similarities over many orders of magnitude.
+    lowest, highest = math.log1p(2.0 + similarity.bias_weight * spread**2), math.log1p(-1e-6)
+    for _ in range(40):
+        middle = (lowest + highest) / 2
+        if len(_lead(similarity, 1.0 - math.expm1(middle), count)[0]) >= count:
+            highest = middle
         else:
-            low = middle
-    return partition(similarity, high, limit=count)
+            lowest = middle
+    return partition(similarity, 1.0 - math.expm1(highest), limit=count)
 
 
 def _lead(similarity: Similarity, threshold: float, limit: int | None) -> tuple[list[int], Int64[Tensor, "units"]]:
-    """Leaders in the order of falling magnitude, and each unit's leader; stops at ``limit`` and leaves -1 from there."""
+    """Leaders by falling magnitude, and each unit's leader; stops at ``limit`` and leaves -1 from there."""
     order = similarity.norms.argsort(descending=True, stable=True)
     leaders: list[int] = []
     representative = torch.full((len(order),), -1)

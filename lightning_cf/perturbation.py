@@ -36,8 +36,10 @@ class Resample:
     """
 
     def __call__(self, vectors: Vectors, generator: Generator) -> Vectors:
+        """Fresh directions."""
         direction = _normal(vectors, generator)
-        return direction * (vectors.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True))
+        resampled: Tensor = direction * (vectors.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True))
+        return resampled
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,10 @@ class Noise:
             raise ContinualError(f"Noise: scale must be at least 0, got {self.scale!r}.")
 
     def __call__(self, vectors: Vectors, generator: Generator) -> Vectors:
+        """Vectors with noise."""
         length = vectors.norm(dim=1, keepdim=True) / vectors.shape[1] ** 0.5
-        return vectors + self.scale * length * _normal(vectors, generator)
+        noisy: Tensor = vectors + self.scale * length * _normal(vectors, generator)
+        return noisy
 
 
 @dataclass(frozen=True)
@@ -64,4 +68,5 @@ class Ablate:
     """Zero: the units are silent. Their biases, norm scales and norm shifts are zeroed with the vectors."""
 
     def __call__(self, vectors: Vectors, generator: Generator) -> Vectors:
+        """Zeros."""
         return torch.zeros_like(vectors)

@@ -16,9 +16,7 @@ from lightning_cf.randomness import keyed_generator
 from lightning_cf.structure import Forward, Structure, call, eval_mode, first_sample, lookup, named_tensors
 
 
-def probe(
-    module: nn.Module, structure: Structure, ledger: NeuronLedger, example: Any, forward: Forward = call
-) -> None:
+def probe(module: nn.Module, structure: Structure, ledger: NeuronLedger, example: Any, forward: Forward = call) -> None:
     """Checks that every owned unit and output stays bitwise equal while all free entries take random values.
 
     The module's own weights are not touched.
@@ -46,15 +44,18 @@ def probe(
             )
 
 
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
 def _randomised(structure: Structure, owner: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with random numbers in every entry that belongs to a free unit at all of its uses."""
     generator = keyed_generator("probe")
     result = dict(tensors)
     for name, uses in structure.entries.items():
         tensor = tensors[name]
-        free = torch.stack(
-            [(lookup(use.target, owner, none=0) == FREE).expand(tensor.shape) for use in uses]
-        ).all(dim=0)
+        free = torch.stack([(lookup(use.target, owner, none=0) == FREE).expand(tensor.shape) for use in uses]).all(
+            dim=0
+        )
         if tensor.is_floating_point():
             noise = torch.rand(tensor.shape, generator=generator) + 0.5
             result[name] = torch.where(free.to(tensor.device), noise.to(tensor), tensor)
@@ -73,29 +74,36 @@ class _Run(nn.Module):
 
 
 @torch.no_grad()
-def _owned_outputs(
-    run: _Run, structure: Structure, owner: Tensor, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Outputs of the owned units, layer by layer in the order of the forward pass."""
+def _owned_outputs(run: _Run, structure: Structure, owner: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs of the owned units, layer by layer in the order of the forward pass, and last the network's own."""
     found: dict[str, Tensor] = {}
     handles = []
     for group in (*structure.groups, structure.head):
         owned = owner[group.units] >= 0
         for rows in group.rows:
             path = rows.tensor.rpartition(".")[0]
-            if rows.role == "weight" and rows.index.shape[1] == 1 and bool(owned.any()):
+            layer = run.module.get_submodule(path)
+            if rows.role == "weight" and rows.index.shape[1] == 1 and isinstance(layer, _LAYERS) and bool(owned.any()):
                 channels = rows.index[owned].flatten()
 
-                def hook(layer: nn.Module, args: Any, output: Any, path: str = path, channels: Tensor = channels) -> None:
+                def hook(
+                    layer: nn.Module, args: Any, output: Any, path: str = path, channels: Tensor = channels
+                ) -> None:
                     values = tree_leaves(output)[0]
                     axis = values.ndim - 1 if isinstance(layer, nn.Linear) else min(1, values.ndim - 1)
                     found[path] = values.index_select(axis, channels.to(values.device)).clone()
 
-                handles.append(run.module.get_submodule(path).register_forward_hook(hook, prepend=True))
+                handles.append(layer.register_forward_hook(hook, prepend=True))
     try:
         with eval_mode(run):
-            functional_call(run, {f"module.{name}": tensor for name, tensor in tensors.items()}, ())
+            outputs = functional_call(run, {f"module.{name}": tensor for name, tensor in tensors.items()}, ())
     finally:
         for handle in handles:
             handle.remove()
+    returned = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+    for values, units in zip(returned, structure.output_units, strict=True):
+        if values.shape == units.shape:  # else the outputs are shown through a task's view
+            owned = lookup(units, owner, none=FREE) >= 0
+            found.setdefault("(outputs)", values.new_empty(0))
+            found["(outputs)"] = torch.cat([found["(outputs)"], values[owned.to(values.device)]])
     return found

@@ -31,7 +31,9 @@ class RunBar:
     def move(self, epochs: float, text: str) -> None:
         """Moves the bar on, by parts of an epoch."""
         if self.bar is None:
-            self.bar = tqdm(total=self.total, unit="epoch", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
+            self.bar = tqdm(
+                total=self.total, unit="epoch", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+            )
         self.bar.set_description_str(f"{self.title:>8} | {text:<24}", refresh=False)
         self.bar.update(epochs)
 

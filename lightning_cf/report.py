@@ -23,7 +23,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(str(row[column])) for row in [head, *rows]) for column in range(len(head))]
     lines = []
     for row in [head, *rows]:
-        cells = [str(x).ljust(w) if i < 2 else str(x).rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            str(x).ljust(w) if i < 2 else str(x).rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -110,7 +112,11 @@ def forgetting_picture(results: Mapping[str, Result]) -> Figure:
     for position, (name, result) in enumerate(results.items()):
         places = [task + (position - (len(results) - 1) / 2) * width for task in range(len(tasks))]
         bars = axis.bar(
-            places, [100 * x for x in result.accuracy.forgetting_per_task], width, color=COLORS[name], label=LABELS[name]
+            places,
+            [100 * x for x in result.accuracy.forgetting_per_task],
+            width,
+            color=COLORS[name],
+            label=LABELS[name],
         )
         axis.bar_label(bars, fmt="%.1f", fontsize=7)
     axis.set_xticks(range(len(tasks)), tasks)
@@ -129,7 +135,11 @@ def capacity_picture(result: Result) -> Figure:
     axis = figure.subplots()
     for position, (layer, shares) in enumerate(result.capacity.items()):
         axis.plot(
-            range(len(shares) + 1), [100.0, *(100 * s for s in shares)], marker="os^Dv<>P"[position % 8], label=layer, alpha=0.8
+            range(len(shares) + 1),
+            [100.0, *(100 * s for s in shares)],
+            marker="os^Dv<>P"[position % 8],
+            label=layer,
+            alpha=0.8,
         )
     axis.set_xticks(range(len(result.tasks) + 1), ["start", *result.tasks])
     axis.set_ylim(0, 105)

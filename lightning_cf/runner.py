@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial as partial_function
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from lightning_cf.randomness import derive_seed
 from lightning_cf.result import Result
 from lightning_cf.state import ContinualState, state_for
 from lightning_cf.steps import decide_together, partition_task, seal_task, synchronise
-from lightning_cf.tasks import Task
+from lightning_cf.tasks import Batches, Task, single
 
 Method = Literal["partition", "finetune", "joint"]
 METHODS = ("partition", "finetune", "joint")
@@ -110,9 +110,9 @@ class SequentialTaskRunner:
             self.phase("score", self.score)
         else:
             for task in self.tasks:
-                self.phase(f"learn {task.name}", lambda task=task: self.learn(task))
-                self.phase(f"partition {task.name}", lambda task=task: self.partition(task))
-                self.phase(f"invariance {task.name}", lambda task=task: self.invariance(task))
+                self.phase(f"learn {task.name}", partial(self.learn, task))
+                self.phase(f"partition {task.name}", partial(self.partition, task))
+                self.phase(f"invariance {task.name}", partial(self.invariance, task))
                 self.phase(f"score {task.name}", self.score)
         return self.result()
 
@@ -166,7 +166,9 @@ class SequentialTaskRunner:
         """What the run found so far."""
         with self.on_device():
             constant = [
-                constant_predictor(self.module, task, _test_batches(task), shown=self.state.showing(self.module, [task]))
+                constant_predictor(
+                    self.module, task, _test_batches(task), shown=self.state.showing(self.module, [task])
+                )
                 for task in self.tasks
             ]
         return Result.of(self.progress, self.module, self.state, [task.name for task in self.tasks], constant)
@@ -253,7 +255,7 @@ class SequentialTaskRunner:
 
     def new_trainer(self, *, max_epochs: int, callbacks: list[Callback], root: Path) -> Trainer:
         """A Trainer from the user's factory."""
-        theirs = self.make_trainer.keywords if isinstance(self.make_trainer, partial_function) else {}
+        theirs = self.make_trainer.keywords if isinstance(self.make_trainer, partial) else {}
         if "max_epochs" in theirs:
             raise ContinualError(
                 f"runner: the trainer sets max_epochs={theirs['max_epochs']}; the runner's epochs={self.epochs} and"
@@ -310,6 +312,5 @@ class SequentialTaskRunner:
             self.module.to(before)
 
 
-def _test_batches(task: Task) -> Any:
-    loader = task.test_dataloader() if "test_dataloader" in task.__dict__ else task.judging_batches()
-    return loader[0] if isinstance(loader, list) else loader
+def _test_batches(task: Task) -> Batches:
+    return single(task.test_dataloader()) if "test_dataloader" in task.__dict__ else task.judging_batches()

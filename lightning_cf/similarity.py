@@ -47,9 +47,7 @@ class Similarity:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def tile(
-        self, rows: slice | Tensor, columns: slice | Tensor
-    ) -> Float64[Tensor, "rows columns"]:
+    def tile(self, rows: slice | Tensor, columns: slice | Tensor) -> Float64[Tensor, "rows columns"]:
         """Similarities of the units ``rows`` with the units ``columns``."""
         products = self.vectors[rows].double() @ self.vectors[columns].double().T
         scale = self.norms[rows][:, None] * self.norms[columns][None, :]

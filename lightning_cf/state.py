@@ -114,7 +114,7 @@ def _example(module: LightningModule, task: Task) -> tuple[Any, Forward]:
     """An input and how to run it: ``example_input_array``, else the first batch."""
     batch = task.check_data()
     if not is_overridden("forward", module, parent=LightningModule):
-        return on_device(module, task, batch), lambda net, batch: task.evaluate(net, batch)[0]  # type: ignore[arg-type]
+        return on_device(module, task, batch), lambda net, batch: task.evaluate(net, batch)[0]
     if module.example_input_array is not None:
         return module.example_input_array, call
     if not (isinstance(batch, (tuple, list)) and isinstance(batch[0], Tensor)):

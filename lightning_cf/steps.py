@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +28,7 @@ FOLD_SAMPLES = 4096
 """From how many inputs of the task the regression learns what to fold."""
 
 
-def partition_task(
-    module: LightningModule, task: Task, options: PartitionOptions, *, tasks_left: int = 1
-) -> None:
+def partition_task(module: LightningModule, task: Task, options: PartitionOptions, *, tasks_left: int = 1) -> None:
     """Partitions the current task's units, claims the non-redundant ones and, under ``exact``, probes for leaks.
 
     Args:
@@ -141,7 +140,7 @@ def _passes(module: LightningModule, task: Task) -> Iterator[Callable[[], Any]]:
     seen = 0
     for batch in task.train_dataloader():
         batch = on_device(module, task, batch)
-        yield lambda batch=batch: task.evaluate(module, batch)
+        yield partial(task.evaluate, module, batch)
         seen += max((len(x) for x in tree_leaves(batch) if isinstance(x, torch.Tensor) and x.ndim), default=1)
         if seen >= FOLD_SAMPLES:
             return

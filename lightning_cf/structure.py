@@ -42,26 +42,34 @@ class Rows:
 
     Attributes:
         tensor: the tensor's name.
-        axis: the axis along which units lie (0 for a Linear, 1 for a transposed convolution).
-        index: positions along that axis, one row a unit.
+        axis: the axis along which units lie (0 for a Linear, 1 for a transposed convolution), or None where they lie
+            along none (a transposed convolution in groups).
+        index: positions along that axis, or among all entries of the tensor, one row a unit.
         role: what the tensor is there.
     """
 
     tensor: str
-    axis: int
+    axis: int | None
     index: Int64[Tensor, "units rows"]
     role: Role
 
     def read(self, tensor: Tensor) -> Shaped[Tensor, "units values"]:
         """Copies each unit's entries out of the tensor, one row a unit."""
-        rows = tensor.detach().movedim(self.axis, 0)[self.index.flatten().to(tensor.device)]
-        return rows.reshape(self.index.shape[0], -1)
+        return self._lines(tensor)[self.index.flatten().to(tensor.device)].reshape(self.index.shape[0], -1)
 
     def write(self, tensor: Tensor, values: Shaped[Tensor, "units values"], units: Int64[Tensor, "some"]) -> None:
         """Writes the rows ``values[units]`` into the tensor, in place; the other units' entries stay."""
-        moved = tensor.detach().movedim(self.axis, 0)
+        lines = self._lines(tensor)
         index = self.index[units.cpu()].flatten().to(tensor.device)
-        moved[index] = values[units.to(values.device)].reshape(len(index), *moved.shape[1:]).to(moved)
+        lines[index] = values[units.to(values.device)].reshape(len(index), *lines.shape[1:]).to(lines)
+
+    def width(self, tensor: Tensor) -> int:
+        """How many of the tensor's entries each unit has."""
+        return self.index.shape[1] * self._lines(tensor)[:1].numel()
+
+    def _lines(self, tensor: Tensor) -> Tensor:
+        """A view of the tensor that ``index`` indexes along axis 0."""
+        return tensor.detach().view(-1) if self.axis is None else tensor.detach().movedim(self.axis, 0)
 
 
 @dataclass(frozen=True)
@@ -106,9 +114,8 @@ class UnitGroup:
         start = 0
         for rows in self.rows:
             if rows.role == "weight":
-                tensor = tensors[rows.tensor]
-                width = rows.index.shape[1] * (tensor.numel() // tensor.shape[rows.axis])
-                rows.write(tensor, vectors[:, start : start + width], units)
+                width = rows.width(tensors[rows.tensor])
+                rows.write(tensors[rows.tensor], vectors[:, start : start + width], units)
                 start += width
 
 
@@ -119,11 +126,13 @@ class Structure:
     Attributes:
         groups: groups of hidden units, in the order of the forward pass.
         head: the group of the network's outputs: its unit ``c`` is output column ``c``.
+        output_units: for each tensor that the network returns, the unit of each element, for one sample.
         entries: for each parameter and buffer that the forward pass uses, where it does.
     """
 
     groups: tuple[UnitGroup, ...]
     head: UnitGroup
+    output_units: tuple[Int64[Tensor, "..."], ...]
     entries: Mapping[str, tuple[Entries, ...]]
 
     @property

@@ -56,7 +56,9 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Gathers what each job left; exits with status 1 if one failed."""
         root = Path(config.hydra.sweep.dir)
-        folders = sorted((path.parent for path in root.glob("*/job.json")), key=lambda path: (len(path.name), path.name))
+        folders = sorted(
+            (path.parent for path in root.glob("*/job.json")), key=lambda path: (len(path.name), path.name)
+        )
         jobs = [_job(folder) for folder in folders]
         write_atomically(root / "sweep.json", json.dumps(jobs, indent=2))
         rows = [

@@ -64,7 +64,7 @@ class Task(LightningDataModule):
         holdout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.name = _checked_name(name)
+        self.name: str = _checked_name(name)
         self.classes = None if classes is None else _checked_columns(name, "classes", classes)
         self.outputs = None if outputs is None else _checked_columns(name, "outputs", outputs)
         if self.classes is None and self.outputs is None:
@@ -77,6 +77,8 @@ class Task(LightningDataModule):
         self.metric = metric
         self.evaluate = evaluate or _supervised
         self.holdout = check_share(f"Task '{name}'", "holdout", holdout)
+        if holdout == 1:
+            raise ContinualError(f"Task '{name}': holdout=1 leaves nothing to train on; keep it below 1.")
         self.data = data if isinstance(data, LightningDataModule) else _Loaders(name, data)
         # Lightning asks of each hook whether it is overridden, so only those that the data overrides are passed on.
         for hook in _HOOKS:
@@ -102,8 +104,7 @@ class Task(LightningDataModule):
     def judging_batches(self) -> Batches:
         """What a partition is judged on: validation data, else held-out or, failing that, all training data."""
         if self.has_validation:
-            loader = self.data.val_dataloader()
-            return loader[0] if isinstance(loader, list) else loader
+            return single(self.data.val_dataloader())
         loader = self.data.train_dataloader()
         parts = self._parts(loader)
         return loader if parts is None else _subset(loader, parts[1], shuffle=False)
@@ -131,13 +132,26 @@ class Task(LightningDataModule):
 
     def _parts(self, loader: Any) -> tuple[list[int], list[int]] | None:
         """Indices to train on and to hold out; None where the loader cannot be split."""
-        plain = isinstance(loader, DataLoader) and isinstance(loader.sampler, (RandomSampler, SequentialSampler))
+        if not isinstance(loader, DataLoader):
+            return None
+        sampler = loader.sampler
+        plain = isinstance(sampler, SequentialSampler) or (
+            isinstance(sampler, RandomSampler)
+            and not sampler.replacement
+            and sampler.num_samples == len(sampler.data_source)
+        )
         if not plain or loader.batch_size is None or self.holdout == 0:
             return None
-        size = len(loader.dataset)  # type: ignore[arg-type]
+        size = len(loader.dataset)
         order = torch.randperm(size, generator=keyed_generator("holdout", self.name, size)).tolist()
         held = int(size * self.holdout)
         return (sorted(order[held:]), sorted(order[:held])) if held else None
+
+
+def single(loaders: Any) -> Batches:
+    """The first of several loaders, or the only one."""
+    first: Batches = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+    return first
 
 
 class _Loaders(LightningDataModule):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,19 @@ from torch.utils.module_tracker import ModuleTracker
 
 from lightning_cf.errors import StructureError
 from lightning_cf.operations import MOVEMENT, RULES
-from lightning_cf.structure import NO_UNIT, Entries, Role, Rows, Structure, UnitGroup, eval_mode, named_tensors
-from lightning_cf.structure import Forward, call, first_sample
+from lightning_cf.structure import (
+    NO_UNIT,
+    Entries,
+    Forward,
+    Role,
+    Rows,
+    Structure,
+    UnitGroup,
+    call,
+    eval_mode,
+    first_sample,
+    named_tensors,
+)
 
 aten = torch.ops.aten
 
@@ -103,7 +114,7 @@ class _Shadow:
 
 class _Tracer(TorchDispatchMode):
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tensors = named_tensors(module)
         self.units = _Units()
         self.uses: dict[str, list[_Use]] = {}
@@ -138,7 +149,7 @@ class _Tracer(TorchDispatchMode):
 
     # What the rules in operations.py use
 
-    def refuse(self, operation: str) -> None:
+    def refuse(self, operation: str) -> NoReturn:
         """Gives up, naming the operation and the module that ran it."""
         paths = self.modules.parents - {"Global"}
         module = max(paths, key=lambda path: path.count("."), default="").partition(".")[2]
@@ -204,10 +215,17 @@ class _Tracer(TorchDispatchMode):
         return isinstance(self.tensors[shadow.parameter], nn.Parameter)
 
     def _move(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], results: list[Tensor]) -> None:
+        inputs = [x for x in inputs if x.is_floating_point()]  # the others are indices
         parameters = {self._shadow(x).parameter for x in inputs}
+        if not inputs:
+            return
         if len(parameters) > 1:
             self.refuse(f"{func.overloadpacket} of parameters together with other tensors")
-        args, kwargs = tree_map_only(Tensor, lambda x: self._shadow(x).values, (args, kwargs))
+
+        def values(x: Tensor) -> Tensor:
+            return self._shadow(x).values if x.is_floating_point() else x
+
+        args, kwargs = tree_map_only(Tensor, values, (args, kwargs))
         if func.overloadpacket is aten._to_copy:
             moved = args[0].clone()
         elif func.overloadpacket is aten.constant_pad_nd:
@@ -228,7 +246,11 @@ class _Tracer(TorchDispatchMode):
         for x in activations:
             joined = self.units.unite(joined, self.labels(x))
         for x in parameters:
-            self.use(x, "shift" if operation in (aten.add, aten.sub) else "scale", self._sole_label(x, joined))
+            self.use(
+                x,
+                "shift" if operation in (aten.add, aten.add_, aten.sub, aten.sub_) else "scale",
+                self._sole_label(x, joined),
+            )
         for result in results:
             self.write(result, joined)
 
@@ -247,6 +269,7 @@ class _Tracer(TorchDispatchMode):
 
     def structure(self, outputs: list[Tensor]) -> Structure:
         """Numbers the units and gathers them in groups."""
+        self._unite_shared_layers()
         found = {
             name: [(use.role, self.units.resolve(use.target), self.units.resolve(use.source)) for use in uses]
             for name, uses in self.uses.items()
@@ -256,7 +279,9 @@ class _Tracer(TorchDispatchMode):
             for role, target, _ in uses:
                 if role == "weight":
                     for row, label in enumerate(_compress(target.reshape(self.tensors[name].shape)).flatten().tolist()):
-                        producers.setdefault(label, {}).setdefault(name, []).append(row)
+                        rows = producers.setdefault(label, {}).setdefault(name, [])
+                        if row not in rows:
+                            rows.append(row)
         head = self._head(outputs, producers)
         signatures: dict[tuple[tuple[str, int], ...], list[int]] = {}
         for label in sorted(producers.keys() - set(head)):
@@ -265,9 +290,7 @@ class _Tracer(TorchDispatchMode):
         members = [*signatures.values(), head]
 
         numbers = torch.full((len(self.units.parent),), NO_UNIT)
-        numbers[torch.tensor([label for labels in members for label in labels])] = torch.arange(
-            sum(map(len, members))
-        )
+        numbers[torch.tensor([label for labels in members for label in labels])] = torch.arange(sum(map(len, members)))
         entries = {
             name: tuple(
                 Entries(
@@ -282,12 +305,21 @@ class _Tracer(TorchDispatchMode):
         groups: list[UnitGroup] = []
         for labels in members:
             first = groups[-1].first + groups[-1].size if groups else 0
-            rows = _rows(entries, first, len(labels))
-            layers = tuple(dict.fromkeys(_layer(r.tensor) for r in rows if r.role == "weight"))
+            places = _rows(entries, self.tensors, first, len(labels))
+            layers = tuple(dict.fromkeys(_layer(r.tensor) for r in places if r.role == "weight"))
             taken = sum(group.name.partition("#")[0] == layers[0] for group in groups)
             name = f"{layers[0]}#{taken + 1}" if taken else layers[0]
-            groups.append(UnitGroup(name, first, len(labels), layers, rows))
-        return Structure(tuple(groups[:-1]), groups[-1], entries)
+            groups.append(UnitGroup(name, first, len(labels), layers, places))
+        output_units = tuple(numbers[self.units.resolve(self.labels(x))] for x in outputs)
+        return Structure(tuple(groups[:-1]), groups[-1], output_units, entries)
+
+    def _unite_shared_layers(self) -> None:
+        """A layer that is used at several places computes the same units at each of them."""
+        for name, uses in self.uses.items():
+            targets = [_compress(use.target.reshape(self.tensors[name].shape)) for use in uses if use.role == "weight"]
+            for other in targets[1:]:
+                if other.shape == targets[0].shape:
+                    self.units.unite(targets[0], other)
 
     def _head(self, outputs: list[Tensor], producers: Mapping[int, Mapping[str, list[int]]]) -> list[int]:
         """Labels of the output columns, in the order of the rows of the layer that computes them."""
@@ -319,16 +351,19 @@ def _compress(labels: Tensor) -> Tensor:
     return labels.clone()
 
 
-def _rows(entries: Mapping[str, tuple[Entries, ...]], first: int, size: int) -> tuple[Rows, ...]:
-    """Where the units ``first`` to ``first + size - 1`` sit, in tensors whose units lie along one axis."""
-    found = []
+def _rows(
+    entries: Mapping[str, tuple[Entries, ...]], tensors: Mapping[str, Tensor], first: int, size: int
+) -> tuple[Rows, ...]:
+    """Where the units ``first`` to ``first + size - 1`` sit."""
+    found: dict[tuple[str, Role], Rows] = {}
     for name, uses in entries.items():
         for use in uses:
             axes = [axis for axis, length in enumerate(use.target.shape) if length > 1] or [0]
-            target = use.target.flatten()
-            positions = ((target >= first) & (target < first + size)).nonzero().flatten()
-            if use.role == "statistic" or len(axes) > 1 or len(positions) == 0:
+            target = use.target if len(axes) == 1 else use.target.expand(tensors[name].shape)
+            inside = ((target >= first) & (target < first + size)).flatten()
+            if use.role == "statistic" or (name, use.role) in found or not bool(inside.any()):
                 continue
-            by_unit = positions[target[positions].argsort(stable=True)]
-            found.append(Rows(name, axes[0], by_unit.reshape(size, -1), use.role))
-    return tuple(found)
+            positions = inside.nonzero().flatten()
+            by_unit = positions[target.flatten()[positions].argsort(stable=True)]
+            found[name, use.role] = Rows(name, axes[0] if len(axes) == 1 else None, by_unit.reshape(size, -1), use.role)
+    return tuple(found.values())

@@ -30,9 +30,7 @@ class InvarianceCallback(ContinualCallback):
         seed: the perturbation depends on (seed, task, step) and nothing else.
     """
 
-    def __init__(
-        self, *, perturbation: Perturbation | None = None, every_n_steps: int = 1, seed: int = 0
-    ) -> None:
+    def __init__(self, *, perturbation: Perturbation | None = None, every_n_steps: int = 1, seed: int = 0) -> None:
         super().__init__()
         self.perturbation = Resample() if perturbation is None else perturbation
         self.every_n_steps = check_count("invariance", "every_n_steps", every_n_steps)
@@ -43,7 +41,12 @@ class InvarianceCallback(ContinualCallback):
         """Perturbs."""
         state = state_of(pl_module)
         task = None if state is None else state.ledger.current
-        if state is not None and task is not None and task.phase == "invariance" and state.ledger.isolation == "perturb":
+        if (
+            state is not None
+            and task is not None
+            and task.phase == "invariance"
+            and state.ledger.isolation == "perturb"
+        ):
             draw = trainer.global_step // self.every_n_steps
             self._perturb(pl_module, state, keyed_generator(self.seed, task.name, "invariance", draw))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -107,7 +107,8 @@ class PartitionCallback(ContinualCallback):
     def _due_epoch(self, trainer: Trainer) -> int:
         if trainer.max_epochs is None or trainer.max_epochs < 1:
             raise ContinualError(
-                f"partition: after={self.after} is a share of the fit's epochs, but the Trainer has no max_epochs; set it."
+                f"partition: after={self.after} is a share of the fit's epochs, but the Trainer has"
+                " no max_epochs; set it."
             )
         return max(1, math.ceil(self.after * trainer.max_epochs - 1e-9))
 
@@ -128,12 +129,9 @@ class PartitionCallback(ContinualCallback):
                 stacklevel=2,
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the ledger is stored once for all three callbacks."""
-        return {}
-
 
 def _last_epoch(trainer: Trainer) -> bool:
     """Whether the fit ends with the epoch that is ending, by its number of epochs or steps."""
-    epochs = trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.fit_loop.epoch_progress.current.processed
+    done = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+    epochs = trainer.max_epochs is not None and 0 < trainer.max_epochs <= done
     return epochs or (trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import methodcaller
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def split_tasks(
     return [
         Task(
             "-".join(map(str, chunk)),
-            ImageData(source.map(lambda part, chunk=chunk: part.of_classes(chunk)), batch_size=batch_size),
+            ImageData(source.map(methodcaller("of_classes", chunk)), batch_size=batch_size),
             classes=chunk,
         )
         for chunk in chunks
@@ -64,9 +65,7 @@ def permuted_tasks(source: ImageSplits, *, count: int = 5, batch_size: int = 64,
     return [_domain(f"permutation-{i}", source, _permute(order), batch_size) for i, order in enumerate(orders)]
 
 
-def rotated_tasks(
-    source: ImageSplits, *, count: int = 5, degrees: float = 36.0, batch_size: int = 64
-) -> list[Task]:
+def rotated_tasks(source: ImageSplits, *, count: int = 5, degrees: float = 36.0, batch_size: int = 64) -> list[Task]:
     """Tasks of all classes, each rotated further than the one before.
 
     Args:
@@ -76,12 +75,14 @@ def rotated_tasks(
         batch_size: images in a training batch.
     """
     check_count("tasks", "count", count)
+    if degrees == 0 and count > 1:
+        raise ContinualError("tasks: degrees must not be 0, or all tasks are the same one; got 0.")
     return [_domain(f"rotated-{i * degrees:g}", source, _rotate(i * degrees), batch_size) for i in range(count)]
 
 
 def _domain(name: str, source: ImageSplits, transform: Transform, batch_size: int) -> Task:
     check_count("tasks", "batch_size", batch_size)
-    data = ImageData(source.map(lambda part: part.transformed(transform)), batch_size=batch_size)
+    data = ImageData(source.map(methodcaller("transformed", transform)), batch_size=batch_size)
     return Task(name, data, classes=sorted(set(source.train.labels.tolist())))
 
 

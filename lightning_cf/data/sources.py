@@ -68,7 +68,13 @@ def _read(folder: Path, name: str) -> Tensor:
                 content = file.read()
             if content[:3] != b"\x00\x00\x08":
                 raise ContinualError(f"{path} is no IDX file of bytes; fetch it again.")
+            if len(content) < 4 + 4 * content[3]:
+                raise ContinualError(f"{path} is cut off in its header; fetch it again.")
             shape = np.frombuffer(content, ">u4", content[3], 4).astype(int)
+            if len(content) != 4 + 4 * content[3] + int(shape.prod()):
+                raise ContinualError(
+                    f"{path} does not hold the {shape.prod()} bytes its header promises; fetch it again."
+                )
             return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape).copy())
     raise ContinualError(
         f"MNIST: no file {name} or {name}.gz in {folder}. Set data_dir to the folder that holds MNIST/raw, or"

@@ -1,0 +1,29 @@
+# make demo: environment, install, main job.  make test: environment, install, tests.  Both from requirements.lock.
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+
+.PHONY: demo test lock
+
+demo: $(VENV)/installed
+	$(VENV)/bin/lightning-cf $(ARGS)
+
+test: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Writes requirements.lock anew from the floors in pyproject.toml.
+lock:
+	rm -rf .lock-venv
+	$(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/pip install --quiet torch==2.13.0 hatchling editables '.[test]'
+	.lock-venv/bin/pip freeze --exclude lightning-cf | sed 's/+cpu$$//' > requirements.lock
+	rm -rf .lock-venv

@@ -1,0 +1,38 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_cf.randomness import derive_seed, keyed_generator
+
+keys = st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=4)
+
+
+@given(keys)
+def test_a_seed_fits_63_bits_and_depends_on_the_key_alone(key):
+    assert 0 <= derive_seed(*key) < 2**63
+    assert derive_seed(*key) == derive_seed(*key)
+
+
+@given(keys, keys)
+def test_other_keys_give_other_seeds(one, other):
+    assert (derive_seed(*one) == derive_seed(*other)) == (one == other)
+
+
+def test_a_number_is_not_its_digits_and_parts_are_not_joined():
+    assert len({derive_seed(*key) for key in [(1,), ("1",), (1, 1), (11,), ("1", "1"), ("11",), ()]}) == 7
+
+
+def test_every_process_gets_the_same_seed():
+    assert derive_seed(0, "noise", 3) == 1971917787806227002
+
+
+def test_generators_of_one_key_draw_the_same():
+    draws = [torch.rand(3, generator=keyed_generator(*key)) for key in [(0, "a"), (0, "a"), (0, "b")]]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_the_global_generator_is_left_alone():
+    state = torch.get_rng_state()
+    torch.rand(3, generator=keyed_generator(0))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,105 @@
+from copy import deepcopy
+
+import networks
+import pytest
+import torch
+from networks import build
+from torch import nn
+
+from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.reinitialise import reinitialise_free
+from lightning_cf.tracing import trace
+
+
+def prepared(make):
+    """A network, its structure, and a ledger with every other unit and the first output owned."""
+    network, example = build(make)
+    structure = trace(network, example)
+    ledger = NeuronLedger.for_structure(structure)
+    for owner in ledger.owners.values():
+        owner[::2] = 0
+    ledger.outputs[0] = 0
+    return network, structure, ledger
+
+
+def free_entries(network, structure, ledger):
+    """Which entries of each tensor belong to a free hidden unit, and to it alone."""
+    owner = ledger.owner_of_units(structure)
+    masks = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in network.state_dict().items()}
+    for name, uses in structure.entries.items():
+        parts = [
+            torch.tensor([u >= 0 and u < structure.head.first and owner[u] == FREE for u in use.target.flatten()])
+            .reshape(use.target.shape)
+            .expand(masks[name].shape)
+            for use in uses
+        ]
+        masks[name] = torch.stack(parts).all(dim=0)
+    return masks
+
+
+MAKERS = [networks.mlp, networks.cnn, networks.resnet, networks.transposed, networks.shuffled, networks.gated]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_only_entries_of_free_units_change(make):
+    network, structure, ledger = prepared(make)
+    before = deepcopy(network.state_dict())
+    reinitialise_free(network, structure, ledger, 0, "a")
+    for name, free in free_entries(network, structure, ledger).items():
+        after = network.state_dict()[name]
+        assert torch.equal(after[~free], before[name][~free])
+        assert free.sum() == 0 or (after[free] != before[name][free]).all()
+
+
+def test_free_entries_are_drawn_as_the_layers_do():
+    network, structure, ledger = prepared(networks.cnn)
+    reinitialise_free(network, structure, ledger, 0)
+    conv, norm = network.features[:2]
+    assert norm.weight[1::2].tolist() == norm.running_var[1::2].tolist() == [1, 1]
+    assert norm.bias[1::2].tolist() == norm.running_mean[1::2].tolist() == [0, 0]
+    bound = conv.weight[0].numel() ** -0.5
+    assert 0.8 * bound < conv.weight[1::2].abs().max() <= bound
+
+
+def test_the_key_alone_decides():
+    states = []
+    for key in [(0, "a"), (0, "a"), (0, "b"), (1, "a")]:
+        network, structure, ledger = prepared(networks.mlp)
+        torch.rand(len(states))
+        reinitialise_free(network, structure, ledger, *key)
+        states.append(network[1].weight)
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+    assert not torch.equal(states[0], states[3])
+
+
+def test_layers_of_one_shape_get_numbers_of_their_own():
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    structure = trace(network, torch.ones(1, 4))
+    reinitialise_free(network, structure, NeuronLedger.for_structure(structure), 0)
+    assert not torch.equal(network[0].weight, network[2].weight)
+
+
+def test_the_global_generator_is_left_as_it_was():
+    network, structure, ledger = prepared(networks.mlp)
+    state = torch.get_rng_state()
+    reinitialise_free(network, structure, ledger, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nothing_changes_where_no_unit_is_free():
+    network, structure, ledger = prepared(networks.cnn)
+    for owner in ledger.owners.values():
+        owner.fill_(0)
+    before = deepcopy(network.state_dict())
+    reinitialise_free(network, structure, ledger, 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_modes_and_gradients_are_left_as_they_were():
+    network, structure, ledger = prepared(networks.cnn)
+    network.train()
+    parameters = list(network.parameters())
+    reinitialise_free(network, structure, ledger, 0)
+    assert all(a is b and a.requires_grad for a, b in zip(network.parameters(), parameters, strict=True))
+    assert all(module.training for module in network.modules())
