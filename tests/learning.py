@@ -1,0 +1,72 @@
+"""Small real tasks and fits that several tests share."""
+
+import warnings
+from functools import cache, partial
+
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_cf import Classifier, InvarianceCallback, MaskedGradientCallback, PartitionCallback
+from lightning_cf.data import digits, split_tasks
+from lightning_cf.evaluation import evaluate
+from lightning_cf.models import CNN, MLP, ResNet
+from lightning_cf.state import state_of
+
+quiet_trainer = partial(
+    Trainer,
+    accelerator="cpu",
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    enable_checkpointing=False,
+    logger=False,
+)
+
+NETWORKS = {
+    "mlp": partial(MLP, shape=(1, 8, 8), classes=10, hidden=(48, 48)),
+    "cnn": partial(CNN, shape=(1, 8, 8), classes=10, channels=(16, 24), hidden=32),
+    "resnet": partial(ResNet, shape=(1, 8, 8), classes=10, channels=(24, 32)),
+}
+
+
+@cache
+def images():
+    return digits()
+
+
+def tasks(count=3, **options):
+    return split_tasks(images(), batch_size=32, **options)[:count]
+
+
+def classifier(network="mlp", optimizer=None, seed=0):
+    torch.manual_seed(seed)
+    optimizer = optimizer or partial(torch.optim.Adam, lr=0.003)
+    return Classifier(NETWORKS[network](), optimizer=optimizer, cosine=False)
+
+
+def three(**partition):
+    return [PartitionCallback(**{"after": 0.5, **partition}), InvarianceCallback(), MaskedGradientCallback()]
+
+
+def fit(module, task, callbacks, epochs=6, **options):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer = quiet_trainer(max_epochs=epochs, callbacks=callbacks, **options)
+        trainer.fit(module, datamodule=task)
+    return trainer
+
+
+@torch.no_grad()
+def own_logits(module, task):
+    """Raw logits of the task's columns on its test data."""
+    module.eval()
+    columns = state_of(module).ledger.reserved[task.name]
+    return torch.cat([module(x)[:, columns] for x, _ in task.test_dataloader()]).clone()
+
+
+def score(module, task):
+    with state_of(module).showing(module, [task]):
+        return evaluate(module, task, task.test_dataloader())
+
+
+def weights(module):
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items() if "_extra" not in name}
