@@ -66,6 +66,9 @@ class ContinualModule(LightningModule):
     def add_task(self, task: Task) -> list[int]:
         """Sets the task's outputs aside, adding columns to the head for classes whose columns another task has.
 
+        A fit does this for its task. A head that grows computes its older columns with another kernel, whose rounding
+        differs in the last bit; add all tasks before the first fit, as the runner does, to keep every bit.
+
         Returns:
             the output column of each of the task's classes.
         """

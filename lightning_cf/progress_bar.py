@@ -35,7 +35,7 @@ class RunBar:
                 total=self.total, unit="epoch", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
             )
         self.bar.set_description_str(f"{self.title:>8} | {text:<24}", refresh=False)
-        self.bar.update(epochs)
+        self.bar.update(min(epochs, self.bar.total - self.bar.n))  # parts of epochs do not add up to the last digit
 
     @staticmethod
     def write(text: str) -> None:

@@ -80,7 +80,7 @@ def accuracy_picture(results: Mapping[str, Result]) -> Figure:
     lowest = min(float(result.accuracy.matrix.min()) for result in sequential.values())
     for axis, (name, result) in zip(axes, sequential.items(), strict=True):
         matrix = result.accuracy.matrix
-        image = axis.imshow(matrix, vmin=min(lowest, 0.5), vmax=1, cmap="viridis")
+        image = axis.imshow(matrix.numpy(), vmin=min(lowest, 0.5), vmax=1, cmap="viridis")
         for row in range(len(matrix)):
             for column in range(len(tasks)):
                 learned = column <= row or not result.accuracy.sequential

@@ -6,7 +6,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -120,6 +120,8 @@ class SequentialTaskRunner:
 
     def learn(self, task: Task) -> None:
         """LEARN: the free units train on the task (all units under ``method="finetune"``)."""
+        if self.method == "partition":
+            self.state.ledger.begin(task.name, task.classes or [])
         if self.method == "finetune":
             self.fit(task, self.epochs + self.invariance_epochs, [])
         elif self.partitioning is None:
@@ -164,7 +166,7 @@ class SequentialTaskRunner:
 
     def result(self) -> Result:
         """What the run found so far."""
-        with self.on_device():
+        with self.on_device(), isolate_rng():
             constant = [
                 constant_predictor(
                     self.module, task, _test_batches(task), shown=self.state.showing(self.module, [task])
@@ -234,8 +236,9 @@ class SequentialTaskRunner:
         if name in self.progress.finished:
             return
         began = time.monotonic()
-        step()
-        synchronise(self.host, self.module)
+        with self.seeded(name):
+            step()
+            synchronise(self.host, self.module)
         self.progress.seconds += time.monotonic() - began
         self.progress.finished.append(name)
         if self.host.is_global_zero:
@@ -245,11 +248,9 @@ class SequentialTaskRunner:
 
     def fit(self, task: Any, epochs: int, ours: Sequence[Callback | None]) -> None:
         """One Trainer, one fit, everything random keyed by the phase."""
-        key = (task.name, len(self.progress.finished))
         callbacks = [copy.deepcopy(callback) for callback in [*self.callbacks, *ours] if callback is not None]
-        folder = self.store.root / "phases" / f"{key[1]:03d}"
-        shown = self.state.showing(self.module, [task]) if isinstance(task, Task) else isolate_rng()
-        with self.seeded(*key), shown:
+        folder = self.store.root / "phases" / f"{len(self.progress.finished):03d}"
+        with self.state.showing(self.module, [task]) if isinstance(task, Task) else nullcontext():
             trainer = self.new_trainer(max_epochs=epochs, callbacks=callbacks, root=folder)
             trainer.fit(self.module, datamodule=task)
 

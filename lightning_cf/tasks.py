@@ -142,7 +142,7 @@ class Task(LightningDataModule):
         )
         if not plain or loader.batch_size is None or self.holdout == 0:
             return None
-        size = len(loader.dataset)
+        size = len(loader.dataset)  # type: ignore[arg-type]
         order = torch.randperm(size, generator=keyed_generator("holdout", self.name, size)).tolist()
         held = int(size * self.holdout)
         return (sorted(order[held:]), sorted(order[:held])) if held else None

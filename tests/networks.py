@@ -33,6 +33,18 @@ class BareWeights(nn.Module):
         return self.head(torch.relu(x @ self.weight + self.bias))
 
 
+class BareHead(nn.Module):
+    """Outputs without a module of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(6, 5)
+        self.weight = nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x):
+        return functional.linear(torch.relu(self.hidden(x)), self.weight)
+
+
 class InPlaceBias(nn.Module):
     """A bias that is added in place."""
 
@@ -168,6 +180,27 @@ def gated():
     return Wired(wire, first=nn.Linear(6, 10), head=nn.Linear(5, 3)), flat()
 
 
+def hard_gated():
+    def wire(net, x):
+        return net.head(net.right(x) * (net.left(x) > 0).float())
+
+    return Wired(wire, left=nn.Linear(6, 5), right=nn.Linear(6, 5), head=nn.Linear(5, 3)), flat()
+
+
+def masked():
+    def wire(net, x):
+        return net.head(net.right(x).masked_fill((net.left(x) > 0).flip(1), 0))
+
+    return Wired(wire, left=nn.Linear(6, 5), right=nn.Linear(6, 5), head=nn.Linear(5, 3)), flat()
+
+
+def rounded():
+    def wire(net, x):
+        return net.head((100 * net.first(x)).int().roll(2, 1).float())
+
+    return Wired(wire, first=nn.Linear(6, 5), head=nn.Linear(5, 3)), flat()
+
+
 def shuffled():
     def wire(net, x):
         x = net.first(x).relu().view(len(x), 2, 4, 6, 6).transpose(1, 2).reshape(len(x), 8, 6, 6)
@@ -229,15 +262,28 @@ def shared_in_a_row():
     return Wired(wire, layer=nn.Linear(6, 6), head=nn.Linear(6, 3)), flat()
 
 
+def shared_transposed():
+    def wire(net, x):
+        return net.head(functional.linear(torch.relu(net.layer(x)), net.layer.weight.T))
+
+    return Wired(wire, layer=nn.Linear(6, 5), head=nn.Linear(6, 3)), flat()
+
+
 def reordered():
     def wire(net, x):
-        return net.head(torch.index_select(torch.relu(net.first(x)), 1, torch.tensor([4, 2, 0, 1, 3])))
+        x = torch.relu(net.first(x))
+        x = torch.index_select(x, 1, torch.tensor([4, 2, 0, 1, 3])) + x[:, [1, 0, 2, 4, 3]]
+        return net.head(x[:, torch.tensor([True, False, True, True, True])])
 
-    return Wired(wire, first=nn.Linear(6, 5), head=nn.Linear(5, 3)), flat()
+    return Wired(wire, first=nn.Linear(6, 5), head=nn.Linear(4, 3)), flat()
 
 
 def bare_weights():
     return BareWeights(), flat()
+
+
+def bare_head():
+    return BareHead(), flat()
 
 
 def one_unit():
@@ -259,6 +305,9 @@ NETWORKS = [
     accumulated,
     averaged,
     gated,
+    hard_gated,
+    masked,
+    rounded,
     shuffled,
     tokens,
     conv1d,
@@ -268,8 +317,10 @@ NETWORKS = [
     shared_by_sum,
     shared_by_concatenation,
     shared_in_a_row,
+    shared_transposed,
     reordered,
     bare_weights,
+    bare_head,
     one_unit,
 ]
 

@@ -2,10 +2,10 @@ import itertools
 
 import pytest
 import torch
+from learning import classifier, fit, own_logits, quiet_trainer, score, tasks, three, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from learning import classifier, fit, own_logits, quiet_trainer, score, tasks, three, weights
 from lightning_cf import (
     Ablate,
     ContinualError,
@@ -148,7 +148,7 @@ def test_a_fixed_threshold_that_finds_nothing_is_capped_and_says_what_it_saw():
 
 
 def test_the_ledger_is_in_every_checkpoint(tmp_path):
-    module, (first, second, _) = classifier(), tasks()
+    module, (first, *_) = classifier(), tasks()
     keep = ModelCheckpoint(dirpath=tmp_path, filename="end", save_last=False)
     fit(module, first, [*three(), keep], epochs=4, enable_checkpointing=True)
     ledger = NeuronLedger.from_checkpoint(tmp_path / "end.ckpt")
@@ -247,7 +247,7 @@ def test_folding_keeps_what_cutting_alone_loses():
     for fold in (True, False):
         module, (task, *_) = classifier("cnn"), tasks()
         fit(module, task, three(after=1.0, fold=fold, max_claim=0.2, min_claim=0.2), epochs=6)
-        scores[fold] = [r["ablation_accuracy"] for r in state_of(module).ledger.records][0]
+        scores[fold] = state_of(module).ledger.records[0]["ablation_accuracy"]
     assert scores[True] > scores[False] + 0.05
 
 

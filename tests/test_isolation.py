@@ -2,9 +2,9 @@ from functools import partial
 
 import pytest
 import torch
+from learning import classifier, fit, own_logits, score, tasks, three
 from torch import nn
 
-from learning import classifier, fit, own_logits, score, tasks, three
 from lightning_cf.callbacks import MaskedGradientCallback
 from lightning_cf.freezing import Freezer
 from lightning_cf.ledger import FREE

@@ -239,6 +239,15 @@ def test_a_later_task_reads_earlier_units_and_not_the_other_way(ledger, structur
     assert head.tolist() == [[False, True], [False, False], *[[False, False]] * 4]
 
 
+def test_while_a_task_learns_only_earlier_claims_are_cut(ledger, structure):
+    learn(ledger, "a", [0], [0], [0])
+    ledger.reserve("b", [1])
+    ledger.begin("b", [1])
+    assert ledger.cut(structure, structure.entries["3.weight"]).tolist() == [[False, True, True, True], [False] * 4]
+    head = ledger.cut(structure, structure.entries["5.weight"])
+    assert head.tolist() == [[False, True], *[[False, False]] * 5]
+
+
 def test_an_input_is_never_cut(ledger, structure):
     learn(ledger, "a", [0], [0], [0])
     assert not ledger.cut(structure, structure.entries["0.weight"]).any()
@@ -246,11 +255,12 @@ def test_an_input_is_never_cut(ledger, structure):
 
 def test_a_tensor_used_twice_is_frozen_where_any_use_is(ledger, structure, net):
     learn(ledger, "a", [0], [1], [0])
-    first, head = structure.groups[0].first, structure.head.first
-    none = torch.full((1, 1), -1)
-    uses = tuple(Entries(torch.tensor([[first], [unit]]), none, "weight") for unit in (first + 1, head))
-    structure.entries["3.weight"] = uses
-    assert frozen(ledger, structure, net)["3.weight"][:, 0].tolist() == [True, False]
+    first, head, none = structure.groups[0].first, structure.head.first, torch.full((1, 1), -1)
+    one = Entries(torch.tensor([[first + 1], [first + 1]]), none, "weight")
+    other = Entries(torch.tensor([[head], [first]]), none, "weight")
+    for uses in [(one, other), (other, one)]:
+        structure.entries["3.weight"] = uses
+        assert frozen(ledger, structure, net)["3.weight"][:, 0].tolist() == [False, True]
 
 
 def test_a_tensor_without_units_moves_with_the_first_task_only(ledger, structure):

@@ -125,6 +125,12 @@ def test_other_heads_are_refused():
         head_of(network, trace(network, torch.ones(1, 1, 2, 2)))
 
 
+def test_a_head_without_a_module_is_refused():
+    network = networks.BareHead()
+    with pytest.raises(ContinualError, match=r"need a Linear or a convolution\."):
+        head_of(network, trace(network, networks.flat()))
+
+
 HEADS = {
     "linear": lambda: nn.Linear(3, 4),
     "linear without bias": lambda: nn.Linear(3, 4, bias=False),

@@ -9,8 +9,6 @@ from torch import nn
 from lightning_cf.structure import NO_UNIT, Rows, eval_mode, first_sample, lookup, named_tensors
 from lightning_cf.tracing import trace
 
-WITHOUT_SHARED_LAYERS = [make for make in NETWORKS if "shared" not in make.__name__ and "grouped" not in make.__name__]
-
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_rows_are_read_along_their_axis(axis):
@@ -27,7 +25,7 @@ def test_only_the_rows_of_the_units_named_are_written(axis):
     assert rows.read(tensor).tolist() == [[0.0] * 12, list(range(12, 24))]
 
 
-@pytest.mark.parametrize("make", WITHOUT_SHARED_LAYERS)
+@pytest.mark.parametrize("make", NETWORKS)
 def test_weights_written_back_are_the_weights_read(make):
     network, example = build(make)
     structure, tensors = trace(network, example), named_tensors(network)
@@ -43,14 +41,15 @@ def test_weights_written_back_are_the_weights_read(make):
 
 
 def test_biases_are_the_layers_else_the_norms_shift_else_zero():
-    layers = nn.Linear(6, 4), nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5), nn.Linear(5, 3, bias=False), nn.ReLU()
-    network = nn.Sequential(*layers, nn.Linear(3, 2))
-    nn.init.normal_(network[2].bias)
-    first, second, third = trace(network, torch.ones(1, 6)).groups
+    first, norm, second, other = nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5)
+    network = nn.Sequential(first, norm, second, other, nn.Linear(5, 3, bias=False), nn.ReLU(), nn.Linear(3, 2))
+    for layer in (norm, other):
+        nn.init.normal_(layer.bias)
+    groups = trace(network, torch.ones(1, 6)).groups
     tensors = named_tensors(network)
-    assert torch.equal(first.biases(tensors), network[0].bias)
-    assert torch.equal(second.biases(tensors), network[2].bias)
-    assert third.biases(tensors).tolist() == [0, 0, 0]
+    assert torch.equal(groups[0].biases(tensors), first.bias)
+    assert torch.equal(groups[1].biases(tensors), other.bias)
+    assert groups[2].biases(tensors).tolist() == [0, 0, 0]
 
 
 def test_vectors_of_united_layers_are_joined():

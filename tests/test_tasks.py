@@ -158,6 +158,7 @@ def test_all_data_cannot_be_held_out():
 def test_only_hooks_that_the_data_overrides_are_passed_on(data, overridden):
     task = Task("a", data, classes=[0])
     assert {hook for hook in HOOKS if is_overridden(hook, task, parent=LightningDataModule)} == overridden
+    assert overridden == {hook for hook in HOOKS if hook in vars(task)}
     assert is_overridden("train_dataloader", task, parent=LightningDataModule)
 
 

@@ -95,11 +95,10 @@ def test_every_weight_row_belongs_to_one_unit(make):
     for name in structure.entries:
         places = [rows for group in (*structure.groups, structure.head) for rows in group.rows if rows.tensor == name]
         if places and places[0].role == "weight":
-            positions = torch.cat([rows.index.flatten() for rows in places])
-            axis = places[0].axis
-            assert sorted(positions.tolist()) == list(
-                range(tensors[name].numel() if axis is None else tensors[name].shape[axis])
-            )
+            for axis in {rows.axis for rows in places}:
+                positions = torch.cat([rows.index.flatten() for rows in places if rows.axis == axis])
+                size = tensors[name].numel() if axis is None else tensors[name].shape[axis]
+                assert sorted(positions.tolist()) == list(range(size))
 
 
 @pytest.mark.parametrize("make", NETWORKS)
@@ -178,6 +177,19 @@ def test_concatenation_keeps_units_apart():
     assert groups == {"left": (4, {"left"}), "right": (5, {"right"})}
 
 
+@pytest.mark.parametrize("make", [networks.hard_gated, networks.two_inputs])
+def test_units_that_meet_elementwise_unite(make):
+    groups, _ = members(make)
+    (size, layers) = next(iter(groups.values()))
+    assert (len(groups), size, layers) == (1, 5, {"left", "right"})
+
+
+def test_units_that_meet_in_another_order_unite_in_that_order():
+    _, structure = members(networks.masked)
+    places = {rows.tensor: rows.index.flatten().tolist() for rows in structure.groups[0].rows if rows.role == "weight"}
+    assert [i + j for i, j in zip(places["left.weight"], places["right.weight"], strict=True)] == [4] * 5
+
+
 def test_a_gate_and_its_value_are_one_unit():
     groups, structure = members(networks.gated)
     assert groups == {"first": (5, {"first"})}
@@ -237,6 +249,14 @@ def test_the_forward_pass_may_be_given():
 # What cannot be traced
 
 
+def routed(net, x):
+    return net.head(net.first(x)[:, net.first(x)[0].argsort()])
+
+
+def selected(net, x):
+    return net.head(torch.index_select(net.first(x), 1, net.first(x)[0].abs().long().clamp(max=4)))
+
+
 def recurrent(net, x):
     return net.head(net.lstm(x[:, None])[0][:, -1])
 
@@ -262,8 +282,10 @@ def spectrum(net, x):
             "forward",
         ),
         (Wired(lambda net, x: net.head(x * net.head(x).max().item()), head=nn.Linear(6, 3)), "aten.max", "forward"),
+        (Wired(routed, first=nn.Linear(6, 5), head=nn.Linear(5, 3)), "sort", "forward"),
+        (Wired(selected, first=nn.Linear(6, 5), head=nn.Linear(5, 3)), "index", "forward"),
     ],
-    ids=["LayerNorm", "softmax", "LSTM", "fft", "product", "item"],
+    ids=["LayerNorm", "softmax", "LSTM", "fft", "product", "item", "sort", "index"],
 )
 def test_an_operation_without_a_rule_is_named_with_its_module(network, operation, module):
     with pytest.raises(StructureError, match=rf"'[^']*({operation})[^']*' in module '{module}'.* Write it with"):

@@ -1,0 +1,45 @@
+"""Split-MNIST, five tasks, MLP 784-400-400, ten epochs a task: exact isolation beside fine-tuning and joint training."""
+
+from common import arguments, markdown, percent, run, write_section
+
+METHODS = {
+    "exact": ["isolation=exact"],
+    "finetune": ["method=finetune"],
+    "joint": ["method=joint"],
+}
+
+
+def main() -> None:
+    options = arguments()
+    rows = []
+    for method, overrides in METHODS.items():
+        results = [
+            run(
+                options.runs / f"split_mnist-{method}-{seed}",
+                "experiment=split_mnist",
+                f"data_dir={options.data_dir}",
+                f"seed={seed}",
+                *overrides,
+            )
+            for seed in options.seeds
+        ]
+        free = [
+            sum(shares[-1] for shares in r["capacity"].values()) / len(r["capacity"]) for r in results if r["capacity"]
+        ]
+        rows.append(
+            [
+                method,
+                percent([r["average_accuracy"] for r in results]),
+                ", ".join(f"{100 * r['average_accuracy']:.2f}" for r in results),
+                percent([r["forgetting"] for r in results]),
+                percent([r["backward_transfer"] for r in results]),
+                percent(free) if free else "",
+                f"{sum(r['seconds'] for r in results) / len(results):.0f}",
+            ]
+        )
+    head = ["method", "task-IL %", "each seed", "forgetting", "backward transfer", "free units left %", "seconds"]
+    write_section("accuracy", markdown(head, rows))
+
+
+if __name__ == "__main__":
+    main()

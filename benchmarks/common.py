@@ -1,0 +1,48 @@
+"""What the benchmarks share: runs of the command line that are taken up again, and tables in README.md."""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data-dir", required=True, help="folder that holds MNIST/raw")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
+    return parser.parse_args()
+
+
+def run(folder: Path, *overrides: str) -> dict:
+    """The result of one run of the command line; not run again if it is there."""
+    if not (folder / "result.json").exists():
+        line = [sys.executable, "-m", "lightning_cf", f"run={folder}", "compare=false", *overrides]
+        subprocess.run(line, check=True)
+    return json.loads((folder / "result.json").read_text())
+
+
+def percent(values: list[float]) -> str:
+    """Mean and standard deviation in percent."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.mean(values):.2f} ± {100 * spread:.2f}"
+
+
+def write_section(name: str, text: str) -> None:
+    """Prints a section and puts it between its marks in README.md."""
+    print(text)
+    readme = HERE / "README.md"
+    content = readme.read_text()
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, rest = content.split(start)
+    after = rest.split(end)[1]
+    readme.write_text(f"{before}{start}{text}\n{end}{after}")
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

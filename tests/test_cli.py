@@ -1,0 +1,166 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import jaxtyping
+import pytest
+import torch
+
+from lightning_cf.cli import main
+
+SMALL = ["epochs=2", "invariance_epochs=1", "model.network.hidden=[40]", "compare=false"]
+
+
+def command(*arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "lightning_cf", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300, check=False, **options)
+
+
+def here(monkeypatch, capsys, *arguments):
+    """The command in this process: exit status and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["lightning-cf", *arguments])
+    with jaxtyping_disabled():
+        try:
+            main()
+            status = 0
+        except SystemExit as error:
+            status = error.code
+    return status, *capsys.readouterr()
+
+
+@contextmanager
+def jaxtyping_disabled():
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def run(folder, *arguments):
+    done = command(f"run={folder}", *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "result.json").read_text()), done
+
+
+def test_the_default_command_compares_three_methods_and_leaves_results_and_pictures(tmp_path):
+    result, done = run(tmp_path / "run", "epochs=6", "invariance_epochs=3", "model.network.hidden=[80]")
+    assert all(word in done.stdout for word in ("exact isolation", "perturbation only", "plain fine-tuning"))
+    assert result["tasks"] == ["0-1", "2-3", "4-5", "6-7", "8-9"]
+    assert result["average_accuracy"] > 0.95
+    assert result["forgetting"] == 0.0
+    assert set(result["compare"]) == {"perturb", "finetune"}
+    assert all(free > 0 for shares in result["capacity"].values() for free in shares[:4])
+    assert result["config"]["epochs"] == 6
+    for name in ("accuracy_matrix", "forgetting", "capacity"):
+        assert (tmp_path / "run" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert "%|" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["isolation=perturb"],
+        ["partition.threshold=0.7", "partition.measure=weight"],
+        ["tasks=permuted_digits", "tasks.count=3"],
+        ["tasks=rotated_digits", "tasks.count=3"],
+        ["tasks.order=[9,7,5,3,1,8]", "tasks.classes_per_task=3", "method=joint"],
+        ["model=cnn", "model.network.channels=[8,12]"],
+        ["model=resnet", "model.network.channels=[8,12]", "logger=csv", "trainer.log_every_n_steps=1"],
+        ["partition=literal", "invariance=noise", "isolation=perturb"],
+    ],
+)
+def test_every_group_runs_from_any_folder(tmp_path, arguments, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = [x for x in SMALL if not (x.startswith("model.") and any(a.startswith("model=") for a in arguments))]
+    status, _, errors = here(monkeypatch, capsys, "run=run", *small, *arguments)
+    assert status == 0, errors
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert len(result["accuracy_matrix"]) == (1 if "method=joint" in arguments else len(result["tasks"]))
+    if "partition.threshold=0.7" in arguments:
+        assert "lightning-cf: warning: Task '0-1': threshold=0.7 finds too little redundancy" in errors
+    if "logger=csv" in arguments:
+        assert list((tmp_path / "run").rglob("metrics.csv"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["dance"], ["verb", "train", "'dance'"]),
+        (["tasks=nothing"], ["tasks/nothing", "split_digits"]),
+        (["isolation=some"], ["isolation", "exact, perturb", "'some'"]),
+        (["partition.measure=size"], ["measure", "weight, update, activation", "'size'"]),
+        (["partition.threshold=7"], ["threshold", "[-1, 1]", "7"]),
+        (["epochs=0"], ["epochs", "at least 1", "0"]),
+        (["nonsense=1"], ["nonsense"]),
+        (["tasks.classes_per_task=3"], ["10 classes", "3", "order="]),
+        (["model.network.classes=6"], ["'6-7'", "output 6", "6 columns", "Widen"]),
+        (["model.network.hidden=[3]"], ["'network.1'", "3 units", "5 tasks", "Widen"]),
+        (["tasks=split_mnist"], ["data_dir"]),
+        (["tasks=split_mnist", "data_dir=nowhere"], ["train-images-idx3-ubyte", "nowhere", "data_dir"]),
+    ],
+)
+def test_bad_input_ends_with_status_1_a_clear_line_and_no_traceback(tmp_path, arguments, words, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, _, errors = here(monkeypatch, capsys, *arguments, "run=run")
+    assert status == 1
+    assert all(word in errors for word in words), errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_folder_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
+    folder = f"run={tmp_path / 'run'}"
+    assert here(monkeypatch, capsys, folder, *SMALL, "tasks.order=[0,1]")[0] == 0
+    status, _, errors = here(monkeypatch, capsys, folder, *SMALL, "tasks.order=[0,1]", "seed=1")
+    assert status == 1
+    assert "seed=0, not 1" in errors
+
+
+def test_a_killed_run_goes_on_after_its_last_finished_phase(tmp_path):
+    whole, _ = run(tmp_path / "whole", *SMALL)
+    line = [sys.executable, "-m", "lightning_cf", f"run={tmp_path / 'cut'}", *SMALL]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(6000):
+        phases = tmp_path / "cut" / "exact" / "state.pt"
+        if process.poll() is not None:
+            pytest.fail("the run ended before it could be killed")
+        if phases.exists() and _finished(phases) >= 4:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "result.json").exists()
+    resumed, _ = run(tmp_path / "cut", *SMALL)
+    assert resumed["forgetting"] == 0.0
+    assert len(resumed["accuracy_matrix"]) == 5
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+
+
+def _finished(path):
+    return len(torch.load(path, weights_only=True)["progress"]["finished"])
+
+
+def test_a_sweep_gives_for_each_job_what_the_job_alone_gives(tmp_path):
+    done = command("-m", f"run={tmp_path / 'sweep'}", *SMALL, "partition.threshold=0.5,auto", "tasks.order=[0,1,2,3]")
+    assert done.returncode == 0, done.stderr
+    jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert len(jobs) == 2
+    for job, threshold in zip(jobs, ("0.5", "auto"), strict=True):
+        alone, _ = run(tmp_path / threshold, *SMALL, f"partition.threshold={threshold}", "tasks.order=[0,1,2,3]")
+        assert job["weights_sha256"] == alone["weights_sha256"]
+        assert f"partition.threshold={threshold}" in done.stdout.split("average accuracy")[-1]
+    assert jobs[0]["weights_sha256"] != jobs[1]["weights_sha256"]
+
+
+def test_two_processes_forget_nothing_and_agree_with_one(tmp_path):
+    options = ["epochs=8", "invariance_epochs=4", "compare=false", "model.network.hidden=[80]"]
+    two, done = run(tmp_path / "two", *options, "trainer=ddp", "devices=2")
+    one, _ = run(tmp_path / "one", *options)
+    assert two["forgetting"] == 0.0
+    assert abs(two["average_accuracy"] - one["average_accuracy"]) <= 0.02
+    assert done.stdout.count("average accuracy") == 1
+    assert json.loads((tmp_path / "two" / "exact" / "settings.json").read_text())["processes"] == 2

@@ -1,0 +1,132 @@
+import copy
+
+import pytest
+import torch
+from learning import classifier, fit, images, own_logits, quiet_trainer, score, tasks, three, weights
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_cf import Classifier, ContinualError, ContinualModule, PartitionCallback, Task
+from lightning_cf.data import permuted_tasks
+from lightning_cf.models import MLP
+from lightning_cf.state import state_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
+
+
+class Remembering(Classifier):
+    """A user's module with hyperparameters and hooks of its own."""
+
+    def __init__(self, hidden=48):
+        super().__init__(MLP(shape=(1, 8, 8), classes=10, hidden=(hidden,)))
+        self.save_hyperparameters()
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["mine"] = 1
+
+
+def test_the_module_itself_is_wrapped():
+    net = classifier()
+    names = list(net.state_dict())
+    module = ContinualModule(net)
+    assert module is net
+    assert isinstance(module, Classifier)
+    assert ContinualModule(module) is module
+    assert [name for name in module.state_dict() if name != "_extra_state"] == names
+
+
+def test_a_plain_network_is_refused():
+    with pytest.raises(ContinualError, match=r"got Linear; .*Classifier"):
+        ContinualModule(nn.Linear(2, 2))
+
+
+def test_a_fit_installs_the_three_callbacks_and_leaves_those_given():
+    module, (task, *_) = ContinualModule(classifier()), tasks()
+    mine = PartitionCallback(after=0.5)
+    trainer = fit(module, task, [mine], epochs=2)
+    names = [type(callback).__name__ for callback in trainer.callbacks]
+    assert sorted(n for n in names if n.endswith(("GradientCallback", "ceCallback", "PartitionCallback"))) == [
+        "InvarianceCallback",
+        "MaskedGradientCallback",
+        "PartitionCallback",
+    ]
+    assert mine in trainer.callbacks
+    assert module.ledger.tasks[-1].phase == "sealed"
+
+
+def test_wrapped_and_plain_modules_learn_bitwise_the_same():
+    results = []
+    for wrap in (False, True):
+        module = ContinualModule(classifier()) if wrap else classifier()
+        for task in tasks(2):
+            torch.manual_seed(3)
+            fit(module, task, three(), epochs=4)
+        results.append(weights(module))
+    assert all(torch.equal(results[0][name], tensor) for name, tensor in results[1].items())
+
+
+def test_checkpoints_load_into_the_plain_and_the_wrapped_class(tmp_path):
+    module, sequence = ContinualModule(Remembering()), permuted_tasks(images(), count=2, batch_size=32)
+    for number, task in enumerate(sequence):
+        keep = ModelCheckpoint(dirpath=tmp_path, filename=f"task{number}")
+        fit(module, task, [*three(), keep], epochs=2, enable_checkpointing=True)
+    path = tmp_path / "task1.ckpt"
+    other = type(module).load_from_checkpoint(path, weights_only=True)
+    assert isinstance(other, ContinualModule)
+    assert other.ledger.state_dict()["reserved"] == module.ledger.state_dict()["reserved"]
+    assert all(torch.equal(weights(other)[name], tensor) for name, tensor in weights(module).items())
+    plain = Remembering.load_from_checkpoint(tmp_path / "task0.ckpt", weights_only=True)
+    assert not isinstance(plain, ContinualModule)
+    assert torch.load(path, weights_only=True)["mine"] == 1
+
+
+def test_state_dicts_carry_the_ledger():
+    module, (task, *_) = ContinualModule(classifier()), tasks()
+    fit(module, task, three(), epochs=2)
+    other = ContinualModule(classifier(seed=4))
+    other.load_state_dict(module.state_dict())
+    assert other.ledger.state_dict()["tasks"] == module.ledger.state_dict()["tasks"]
+
+
+def test_a_copy_keeps_the_ledger_of_its_own():
+    module, (first, second, _) = classifier(), tasks()
+    fit(module, first, three(), epochs=2)
+    other = copy.deepcopy(module)
+    fit(other, second, three(), epochs=2)
+    assert [entry.name for entry in state_of(module).ledger.tasks] == ["0-1"]
+    assert [entry.name for entry in state_of(other).ledger.tasks] == ["0-1", "2-3"]
+    assert torch.equal(own_logits(other, first), own_logits(module, first))
+
+
+def test_classes_that_return_get_columns_of_their_own():
+    module, sequence = ContinualModule(classifier()), permuted_tasks(images(), count=3, batch_size=32)
+    logits = []
+    for task in sequence:
+        fit(module, task, three(max_claim=0.34), epochs=10)
+        logits.append(own_logits(module, task))
+    assert module.network[-1].out_features == 30
+    assert [module.ledger.reserved[task.name] for task in sequence] == [
+        list(range(start, start + 10)) for start in (0, 10, 20)
+    ]
+    for task, before in zip(sequence, logits, strict=True):
+        torch.testing.assert_close(own_logits(module, task), before, rtol=1e-5, atol=1e-5)
+        assert score(module, task) > 0.8
+
+
+def test_a_class_beyond_the_head_is_an_error_though_columns_can_be_added():
+    module, (first, *_) = ContinualModule(classifier()), tasks()
+    with pytest.raises(ContinualError, match=r"'far' needs output 16, but the output head has 10 columns"):
+        fit(module, Task("far", first.data, classes=[0, 1], outputs=[16, 17]), [], epochs=1)
+
+
+def test_testing_a_task_shows_its_outputs():
+    class Tested(Classifier):
+        def test_step(self, batch, batch_idx):
+            self.log("seen", float((self(batch[0]) > -1e30).sum(dim=1).float().mean()))
+
+    module, (task, *_) = Tested(MLP(shape=(1, 8, 8), classes=10, hidden=(48,))), tasks()
+    callbacks = three()
+    fit(module, task, callbacks, epochs=2)
+    (found,) = quiet_trainer(callbacks=callbacks).test(module, datamodule=task, verbose=False)
+    assert found["seen"] == 2
+    assert module(torch.zeros(1, 1, 8, 8)).min() > -1e30
