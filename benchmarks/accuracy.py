@@ -1,4 +1,6 @@
-"""Split-MNIST, five tasks, MLP 784-400-400, ten epochs a task: exact isolation beside fine-tuning and joint training."""
+"""Split-MNIST, MLP 784-400-400, ten epochs a task: exact isolation beside fine-tuning and joint training."""
+
+from statistics import mean
 
 from common import arguments, markdown, percent, run, write_section
 
@@ -34,7 +36,7 @@ def main() -> None:
                 percent([r["forgetting"] for r in results]),
                 percent([r["backward_transfer"] for r in results]),
                 percent(free) if free else "",
-                f"{sum(r['seconds'] for r in results) / len(results):.0f}",
+                f"{mean(r['seconds'] for r in results):.0f}",
             ]
         )
     head = ["method", "task-IL %", "each seed", "forgetting", "backward transfer", "free units left %", "seconds"]

@@ -58,7 +58,7 @@ class NeuronLedger:
         revision: counts the changes, so that whoever caches masks knows when to make them anew.
     """
 
-    owners: dict[str, Int64[Tensor, "units"]]
+    owners: dict[str, Int64[Tensor, "_"]]
     outputs: Int64[Tensor, "columns"]
     width: int
     head: str
@@ -165,7 +165,7 @@ class NeuronLedger:
                     " reserve_tasks, or widen the layer."
                 )
 
-    def claim(self, claimed: Mapping[str, Bool[Tensor, "units"]]) -> None:
+    def claim(self, claimed: Mapping[str, Bool[Tensor, "_"]]) -> None:
         """Gives units to the current task: those marked become its own, its other ones become free again.
 
         Args:

@@ -25,8 +25,8 @@ def forgetting(matrix: Scores) -> Row:
 
     As in Chaudhry et al. 2018, but with the final row counted, so that no task has less than 0.
 
-    >>> forgetting(torch.tensor([[0.9, 0.5], [0.7, 0.8]]).double()).tolist()
-    [0.2, 0.0]
+    >>> forgetting(torch.tensor([[1.0, 0.5], [0.75, 0.75]])).tolist()
+    [0.25, 0.0]
     """
     since = torch.tril(torch.ones_like(matrix, dtype=torch.bool))
     return matrix.masked_fill(~since, -torch.inf).max(dim=0).values - matrix[-1]

@@ -171,3 +171,6 @@ MOVEMENT = {
     aten.roll,
     aten.stack,
 }
+
+INDEXED = {aten.index, aten.index_select}
+"""Movements whose further tensors say where to, and carry no units themselves."""

@@ -69,7 +69,7 @@ def head_of(module: nn.Module, structure: Structure) -> Head:
     Raises:
         ContinualError: if it is no Linear or convolution.
     """
-    head = module.get_submodule(structure.head_layer)
+    head = dict(module.named_modules()).get(structure.head_layer)
     if not isinstance(head, Head):
         raise ContinualError(
             f"The output head '{structure.head_layer}' is a {type(head).__name__}; outputs of their own for each task"

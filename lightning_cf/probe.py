@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.errors import LeakError
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.randomness import keyed_generator
-from lightning_cf.structure import Forward, Structure, call, eval_mode, first_sample, lookup, named_tensors
+from lightning_cf.structure import Forward, Structure, call, eval_mode, lookup, named_tensors, samples
 
 
 def probe(module: nn.Module, structure: Structure, ledger: NeuronLedger, example: Any, forward: Forward = call) -> None:
@@ -25,7 +25,7 @@ def probe(module: nn.Module, structure: Structure, ledger: NeuronLedger, example
         module: the network.
         structure: its structure, as traced.
         ledger: whose claims to check.
-        example: an input whose first axis is the batch; its first sample is used.
+        example: an input whose first axis is the batch; its first samples are used.
         forward: how to run the network on the example.
 
     Raises:
@@ -33,11 +33,13 @@ def probe(module: nn.Module, structure: Structure, ledger: NeuronLedger, example
     """
     owner = ledger.owner_of_units(structure)
     tensors = {name: tensor.detach() for name, tensor in named_tensors(module).items()}
-    run = _Run(module, forward, first_sample(module, example))
+    run = _Run(module, forward, samples(module, example, 8))
     before = _owned_outputs(run, structure, owner, tensors)
-    after = _owned_outputs(run, structure, owner, _randomised(structure, owner, tensors))
-    for layer, values in before.items():
-        if not torch.equal(values, after[layer]):
+    for draw in range(2):
+        after = _owned_outputs(run, structure, owner, _randomised(structure, owner, tensors, draw))
+        for layer, values in before.items():
+            if torch.equal(values, after[layer]):
+                continue
             raise LeakError(
                 f"Exact isolation does not hold in layer '{layer}': its owned outputs change when only free weights"
                 " change. Use isolation='perturb', or report the layer's kind."
@@ -47,9 +49,9 @@ def probe(module: nn.Module, structure: Structure, ledger: NeuronLedger, example
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-def _randomised(structure: Structure, owner: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _randomised(structure: Structure, owner: Tensor, tensors: Mapping[str, Tensor], draw: int) -> dict[str, Tensor]:
     """The tensors with random numbers in every entry that belongs to a free unit at all of its uses."""
-    generator = keyed_generator("probe")
+    generator = keyed_generator("probe", draw)
     result = dict(tensors)
     for name, uses in structure.entries.items():
         tensor = tensors[name]
@@ -57,7 +59,9 @@ def _randomised(structure: Structure, owner: Tensor, tensors: Mapping[str, Tenso
             dim=0
         )
         if tensor.is_floating_point():
-            noise = torch.rand(tensor.shape, generator=generator) + 0.5
+            noise = torch.randn(tensor.shape, generator=generator)
+            if uses[0].role == "statistic":
+                noise = noise.abs() + 0.5  # a variance
             result[name] = torch.where(free.to(tensor.device), noise.to(tensor), tensor)
     return result
 
@@ -83,7 +87,8 @@ def _owned_outputs(run: _Run, structure: Structure, owner: Tensor, tensors: Mapp
         for rows in group.rows:
             path = rows.tensor.rpartition(".")[0]
             layer = run.module.get_submodule(path)
-            if rows.role == "weight" and rows.index.shape[1] == 1 and isinstance(layer, _LAYERS) and bool(owned.any()):
+            by_channel = isinstance(layer, _LAYERS) and rows.axis == int(getattr(layer, "transposed", False))
+            if rows.role == "weight" and rows.index.shape[1] == 1 and by_channel and bool(owned.any()):
                 channels = rows.index[owned].flatten()
 
                 def hook(
@@ -102,8 +107,8 @@ def _owned_outputs(run: _Run, structure: Structure, owner: Tensor, tensors: Mapp
             handle.remove()
     returned = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
     for values, units in zip(returned, structure.output_units, strict=True):
-        if values.shape == units.shape:  # else the outputs are shown through a task's view
-            owned = lookup(units, owner, none=FREE) >= 0
+        if values.shape[1:] == units.shape[1:]:  # else the outputs are shown through a task's view
+            owned = (lookup(units, owner, none=FREE) >= 0).expand(values.shape)
             found.setdefault("(outputs)", values.new_empty(0))
             found["(outputs)"] = torch.cat([found["(outputs)"], values[owned.to(values.device)]])
     return found

@@ -32,7 +32,9 @@ class RunBar:
         """Moves the bar on, by parts of an epoch."""
         if self.bar is None:
             self.bar = tqdm(
-                total=self.total, unit="epoch", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+                total=self.total,
+                mininterval=0.1 if sys.stderr.isatty() else 5.0,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
             )
         self.bar.set_description_str(f"{self.title:>8} | {text:<24}", refresh=False)
         self.bar.update(min(epochs, self.bar.total - self.bar.n))  # parts of epochs do not add up to the last digit

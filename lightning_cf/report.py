@@ -17,8 +17,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A text table, the first two columns to the left.
 
     >>> print(table(["task", "of", "n"], [["a", "b", "10"]]))
-    task  of    n
-    a     b    10
+    task  of   n
+    a     b   10
     """
     widths = [max(len(str(row[column])) for row in [head, *rows]) for column in range(len(head))]
     lines = []

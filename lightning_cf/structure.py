@@ -173,7 +173,7 @@ def call(module: nn.Module, example: Any) -> Any:
     return module(*example) if isinstance(example, tuple) else module(example)
 
 
-def first_sample(module: nn.Module, example: Any) -> Any:
-    """The first sample of a batch, on the module's device."""
+def samples(module: nn.Module, example: Any, count: int) -> Any:
+    """The first samples of a batch, on the module's device."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    return tree_map_only(Tensor, lambda x: x[:1].detach().to(device), example)
+    return tree_map_only(Tensor, lambda x: x[:count].detach().to(device), example)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.module_tracker import ModuleTracker
 
 from lightning_cf.errors import StructureError
-from lightning_cf.operations import MOVEMENT, RULES
+from lightning_cf.operations import INDEXED, MOVEMENT, RULES
 from lightning_cf.structure import (
     NO_UNIT,
     Entries,
@@ -29,8 +29,8 @@ from lightning_cf.structure import (
     UnitGroup,
     call,
     eval_mode,
-    first_sample,
     named_tensors,
+    samples,
 )
 
 aten = torch.ops.aten
@@ -48,7 +48,7 @@ def trace(module: nn.Module, example: Any, forward: Forward = call) -> Structure
         StructureError: names the operation and the module when an operation has no rule, or the layers found when
             the outputs are not the columns of one layer.
     """
-    example = first_sample(module, example)
+    example = samples(module, example, 1)
     tracer = _Tracer(module)
     with eval_mode(module), torch.no_grad(), tracer.modules, tracer:
         outputs = forward(module, example)
@@ -215,15 +215,16 @@ class _Tracer(TorchDispatchMode):
         return isinstance(self.tensors[shadow.parameter], nn.Parameter)
 
     def _move(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], results: list[Tensor]) -> None:
-        inputs = [x for x in inputs if x.is_floating_point()]  # the others are indices
+        indices = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor)] if func.overloadpacket in INDEXED else []
+        if any(self._carries(x) for x in indices):
+            self.refuse(f"{func.overloadpacket} at places that units decide")
+        inputs = [x for x in inputs if all(x is not index for index in indices)]
         parameters = {self._shadow(x).parameter for x in inputs}
-        if not inputs:
-            return
         if len(parameters) > 1:
             self.refuse(f"{func.overloadpacket} of parameters together with other tensors")
 
         def values(x: Tensor) -> Tensor:
-            return self._shadow(x).values if x.is_floating_point() else x
+            return x if any(x is index for index in indices) else self._shadow(x).values
 
         args, kwargs = tree_map_only(Tensor, values, (args, kwargs))
         if func.overloadpacket is aten._to_copy:
@@ -275,17 +276,20 @@ class _Tracer(TorchDispatchMode):
             for name, uses in self.uses.items()
         }
         producers: dict[int, dict[str, list[int]]] = {}
+        layouts: dict[tuple[int, str], tuple[int, ...]] = {}
         for name, uses in found.items():
             for role, target, _ in uses:
                 if role == "weight":
-                    for row, label in enumerate(_compress(target.reshape(self.tensors[name].shape)).flatten().tolist()):
+                    places = _compress(target.reshape(self.tensors[name].shape))
+                    for row, label in enumerate(places.flatten().tolist()):
+                        layouts[label, name] = tuple(places.shape)
                         rows = producers.setdefault(label, {}).setdefault(name, [])
                         if row not in rows:
                             rows.append(row)
         head = self._head(outputs, producers)
-        signatures: dict[tuple[tuple[str, int], ...], list[int]] = {}
+        signatures: dict[tuple[object, ...], list[int]] = {}
         for label in sorted(producers.keys() - set(head)):
-            signature = tuple((name, len(rows)) for name, rows in producers[label].items())
+            signature = tuple((name, layouts[label, name], len(rows)) for name, rows in producers[label].items())
             signatures.setdefault(signature, []).append(label)
         members = [*signatures.values(), head]
 
@@ -305,11 +309,11 @@ class _Tracer(TorchDispatchMode):
         groups: list[UnitGroup] = []
         for labels in members:
             first = groups[-1].first + groups[-1].size if groups else 0
-            places = _rows(entries, self.tensors, first, len(labels))
-            layers = tuple(dict.fromkeys(_layer(r.tensor) for r in places if r.role == "weight"))
+            sites = _rows(entries, self.tensors, first, len(labels))
+            layers = tuple(dict.fromkeys(_layer(r.tensor) for r in sites if r.role == "weight"))
             taken = sum(group.name.partition("#")[0] == layers[0] for group in groups)
             name = f"{layers[0]}#{taken + 1}" if taken else layers[0]
-            groups.append(UnitGroup(name, first, len(labels), layers, places))
+            groups.append(UnitGroup(name, first, len(labels), layers, sites))
         output_units = tuple(numbers[self.units.resolve(self.labels(x))] for x in outputs)
         return Structure(tuple(groups[:-1]), groups[-1], output_units, entries)
 

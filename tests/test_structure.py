@@ -6,7 +6,7 @@ import torch
 from networks import NETWORKS, build
 from torch import nn
 
-from lightning_cf.structure import NO_UNIT, Rows, eval_mode, first_sample, lookup, named_tensors
+from lightning_cf.structure import NO_UNIT, Rows, eval_mode, lookup, named_tensors, samples
 from lightning_cf.tracing import trace
 
 
@@ -79,8 +79,8 @@ def test_eval_mode_gives_each_module_its_own_mode_back():
     assert [module.training for module in network.modules()] == [True, True, False, False]
 
 
-def test_the_first_sample_is_taken_of_every_tensor():
-    sample = first_sample(nn.Linear(1, 1), {"x": torch.ones(4, 2), "more": (torch.zeros(4), "text")})
+def test_the_samples_is_taken_of_every_tensor():
+    sample = samples(nn.Linear(1, 1), {"x": torch.ones(4, 2), "more": (torch.zeros(4), "text")})
     assert sample["x"].shape == (1, 2)
     assert sample["more"][0].shape == (1,)
     assert sample["more"][1] == "text"
