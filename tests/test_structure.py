@@ -79,8 +79,8 @@ def test_eval_mode_gives_each_module_its_own_mode_back():
     assert [module.training for module in network.modules()] == [True, True, False, False]
 
 
-def test_the_samples_is_taken_of_every_tensor():
-    sample = samples(nn.Linear(1, 1), {"x": torch.ones(4, 2), "more": (torch.zeros(4), "text")})
+def test_the_first_samples_are_taken_of_every_tensor():
+    sample = samples(nn.Linear(1, 1), {"x": torch.ones(4, 2), "more": (torch.zeros(4), "text")}, 1)
     assert sample["x"].shape == (1, 2)
     assert sample["more"][0].shape == (1,)
     assert sample["more"][1] == "text"
