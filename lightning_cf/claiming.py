@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from lightning_cf.folding import Features, InputRecorder, Inputs, Moments, fold,
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.partition import Partition, partition, partition_into
 from lightning_cf.similarity import Similarity
-from lightning_cf.structure import NO_UNIT, Entries, Structure, lookup, named_tensors
+from lightning_cf.structure import NO_UNIT, Entries, Structure, UnitGroup, lookup, named_tensors
 
 Measure = Literal["weight", "update", "activation"]
 MEASURES = ("weight", "update", "activation")
@@ -43,6 +43,8 @@ class PartitionOptions:
             the tasks still to come, this one counted, or by ``reserve_tasks`` if that is more.
         reserve_tasks: for how many tasks, this one counted, room is kept at least.
         fold: whether the claimed units take over by regression what the redundant ones contributed.
+        layers: the only layers to partition, by name; default all.
+        exclude: layers that are not partitioned: the first task claims them whole.
     """
 
     measure: Measure = "weight"
@@ -52,6 +54,8 @@ class PartitionOptions:
     max_claim: float | None = None
     reserve_tasks: int = 2
     fold: bool = True
+    layers: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_choice("partition", "measure", self.measure, MEASURES)
@@ -67,6 +71,30 @@ class PartitionOptions:
                     f"partition: max_claim ({self.max_claim}) must not be below min_claim ({self.min_claim})."
                 )
         check_count("partition", "reserve_tasks", self.reserve_tasks)
+
+    def partitioned(self, structure: Structure) -> list[UnitGroup]:
+        """The groups to partition.
+
+        Raises:
+            ContinualError: if ``layers`` or ``exclude`` names a layer that the network does not have.
+        """
+        known = {layer for group in structure.groups for layer in group.layers}
+        for name, wanted in (("layers", self.layers or ()), ("exclude", self.exclude)):
+            for layer in wanted:
+                if layer not in known:
+                    raise ContinualError(
+                        f"partition: {name} names '{layer}', but the network has no such layer of hidden units;"
+                        f" it has {', '.join(sorted(known))}."
+                    )
+        chosen = [
+            group
+            for group in structure.groups
+            if (self.layers is None or set(group.layers) & set(self.layers))
+            and not set(group.layers) & set(self.exclude)
+        ]
+        if not chosen:
+            raise ContinualError("partition: layers and exclude leave no layer to partition.")
+        return chosen
 
     def budget(self, size: int, free: int, tasks_left: int) -> int:
         """How many of a layer's units a task may claim.
@@ -113,6 +141,7 @@ class Claimer:
         Under ``exact`` the weights from redundant into claimed units and outputs are zero afterwards; under
         ``perturb`` the network's function stays as it was, and folding serves only to judge.
         """
+        self._groups = self.options.partitioned(self.structure)
         before = self.score()
         snapshot = {name: tensor.detach().clone() for name, tensor in dict(self.module.named_parameters()).items()}
         candidates = self._candidates()
@@ -150,7 +179,7 @@ class Claimer:
         tensors = named_tensors(self.module)
         outputs = self._unit_outputs() if self.options.measure == "activation" else {}
         similarities = {}
-        for group in self.structure.groups:
+        for group in self._groups:
             units = candidates[group.name]
             if self.options.measure == "activation":
                 vectors = outputs[group.name][units]
@@ -167,7 +196,7 @@ class Claimer:
     def _unit_outputs(self, rows: int = 2048) -> dict[str, Float[Tensor, "units samples"]]:
         """Outputs of each group's units on the task's data, as the first layer behind them reads them."""
         readers: dict[str, tuple[str, Int64[Tensor, "units features"]]] = {}
-        for group in self.structure.groups:
+        for group in self._groups:
             for name, use in self._consumers():
                 source = _input_units(use)
                 inside = ((source >= group.first) & (source < group.first + group.size)).nonzero().flatten()
@@ -202,7 +231,7 @@ class Claimer:
         """Partitions of every group, from the smallest claim up; just one for a fixed threshold."""
         budgets = {
             group.name: self.options.budget(group.size, len(candidates[group.name]), self.tasks_left)
-            for group in self.structure.groups
+            for group in self._groups
         }
         if self.options.threshold != "auto":
             yield self._fixed(budgets, self.options.threshold)
@@ -211,7 +240,7 @@ class Claimer:
         while counts != budgets:
             counts = {
                 group.name: min(budgets[group.name], max(1, math.ceil(share * group.size - 1e-9)))
-                for group in self.structure.groups
+                for group in self._groups
             }
             yield {name: partition_into(self._similarities[name], count) for name, count in counts.items()}
             share *= 1.25
@@ -246,7 +275,8 @@ class Claimer:
         claimed = {}
         for group in self.structure.groups:
             mask = torch.zeros(group.size, dtype=torch.bool)
-            mask[candidates[group.name][partitions[group.name].non_redundant]] = True
+            units = candidates[group.name]
+            mask[units[partitions[group.name].non_redundant] if group.name in partitions else units] = True
             claimed[group.name] = mask
         self.ledger.claim(claimed)
         if self.options.fold:
@@ -313,7 +343,7 @@ class Claimer:
     ) -> None:
         task = self.ledger.tasks[-1].name
         self.ledger.records = [record for record in self.ledger.records if record["task"] != task]
-        for group in self.structure.groups:
+        for group in self._groups:
             found = partitions[group.name]
             self.ledger.records.append(
                 {

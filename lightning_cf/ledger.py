@@ -54,6 +54,7 @@ class NeuronLedger:
         reserved: output columns of each task by name, begun or still to come.
         tasks: the tasks so far, in the order in which they were learned.
         isolation: "exact" or "perturb".
+        whole: groups that are not partitioned: the first task owns them whole.
         records: one entry for each partition of a group (what ``result.json`` shows).
         revision: counts the changes, so that whoever caches masks knows when to make them anew.
     """
@@ -65,6 +66,7 @@ class NeuronLedger:
     reserved: dict[str, list[int]] = field(default_factory=dict)
     tasks: list[TaskEntry] = field(default_factory=list)
     isolation: Isolation = "exact"
+    whole: list[str] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     revision: int = 0
 
@@ -153,7 +155,7 @@ class NeuronLedger:
     def require_capacity(self, name: str) -> None:
         """Raises CapacityError if a group has no free unit left for the task of that name."""
         for group, owner in self.owners.items():
-            if not bool((owner == FREE).any()):
+            if group not in self.whole and not bool((owner == FREE).any()):
                 shares = ", ".join(
                     f"{int((owner == i).sum())} by '{task.name}'"
                     for i, task in enumerate(self.tasks)
@@ -184,8 +186,9 @@ class NeuronLedger:
         self.revision += 1
 
     def capacity(self) -> dict[str, float]:
-        """Share of units that are free, for each group."""
-        return {name: float((owner == FREE).double().mean()) for name, owner in self.owners.items()}
+        """Share of units that are free, for each group that is partitioned."""
+        owners = {name: owner for name, owner in self.owners.items() if name not in self.whole}
+        return {name: float((owner == FREE).double().mean()) for name, owner in owners.items()}
 
     # Masks
 
@@ -261,6 +264,7 @@ class NeuronLedger:
             "reserved": {name: list(outputs) for name, outputs in self.reserved.items()},
             "tasks": [asdict(task) for task in self.tasks],
             "isolation": self.isolation,
+            "whole": list(self.whole),
             "records": [dict(record) for record in self.records],
         }
 
@@ -275,6 +279,7 @@ class NeuronLedger:
             reserved={name: list(outputs) for name, outputs in state["reserved"].items()},
             tasks=[TaskEntry(**task) for task in state["tasks"]],
             isolation=state["isolation"],
+            whole=list(state["whole"]),
             records=[dict(record) for record in state["records"]],
         )
 

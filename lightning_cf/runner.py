@@ -223,8 +223,13 @@ class SequentialTaskRunner:
             state.mask_outputs = self.masking.mask_outputs
         for task in self.tasks:
             self.module.add_task(task)
+        if self.partitioning is not None:
+            self.partitioning.select(state)
         for group in state.structure.groups:
-            if self.method == "partition" and self.partitioning is not None and group.size < len(self.tasks):
+            needed = (
+                self.method == "partition" and self.partitioning is not None and group.name not in state.ledger.whole
+            )
+            if needed and group.size < len(self.tasks):
                 raise CapacityError(
                     f"runner: '{group.name}' has {group.size} units for {len(self.tasks)} tasks, each of which must own"
                     " at least one. Widen the layer, or give fewer tasks."

@@ -144,6 +144,22 @@ def test_a_fixed_threshold_that_finds_nothing_is_capped_and_says_what_it_saw():
     assert all(int((owner == 0).sum()) == 9 for owner in state_of(module).ledger.owners.values())
 
 
+def test_an_unknown_layer_is_refused_before_training():
+    with pytest.raises(ContinualError, match=r"exclude names 'network.9'.*network.1, network.3"):
+        fit(classifier(), tasks()[0], three(exclude=["network.9"]), epochs=1)
+
+
+def test_an_excluded_layer_belongs_to_the_first_task():
+    module, (first, second, _) = classifier(), tasks()
+    fit(module, first, three(exclude=["network.1"]), epochs=6)
+    logits, before = own_logits(module, first), weights(module)
+    fit(module, second, three(exclude=["network.1"]), epochs=8)
+    assert torch.equal(module.network[1].weight, before["network.1.weight"])
+    assert torch.equal(own_logits(module, first), logits)
+    assert list(state_of(module).ledger.capacity()) == ["network.3"]
+    assert score(module, second) > 0.9
+
+
 # The ledger travels
 
 

@@ -94,6 +94,7 @@ def test_every_group_runs_from_any_folder(tmp_path, arguments, monkeypatch, caps
         (["isolation=some"], ["isolation", "exact, perturb", "'some'"]),
         (["partition.measure=size"], ["measure", "weight, update, activation", "'size'"]),
         (["partition.threshold=7"], ["threshold", "[-1, 1]", "7"]),
+        (["partition.exclude=[network.7]"], ["exclude", "'network.7'", "network.1, network.3"]),
         (["epochs=0"], ["epochs", "at least 1", "0"]),
         (["nonsense=1"], ["nonsense"]),
         (["tasks.classes_per_task=3"], ["10 classes", "3", "order="]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,7 +13,7 @@ from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.claiming import Measure, PartitionOptions, PartitionWarning
 from lightning_cf.errors import ContinualError, check_choice, check_share
 from lightning_cf.ledger import ISOLATIONS, Isolation
-from lightning_cf.state import state_for, state_of
+from lightning_cf.state import ContinualState, state_for, state_of
 from lightning_cf.steps import decide_together, partition_task, seal_task
 
 
@@ -33,6 +34,8 @@ class PartitionCallback(ContinualCallback):
         max_claim: largest share of a layer that a task may claim.
         reserve_tasks: for how many tasks room is kept at least.
         fold: whether claimed units take over what redundant ones contributed.
+        layers: the only layers to partition.
+        exclude: layers that the first task claims whole.
         seed: what the re-initialised units depend on.
     """
 
@@ -48,6 +51,8 @@ class PartitionCallback(ContinualCallback):
         max_claim: float | None = None,
         reserve_tasks: int = 2,
         fold: bool = True,
+        layers: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -62,6 +67,8 @@ class PartitionCallback(ContinualCallback):
             max_claim=max_claim,
             reserve_tasks=reserve_tasks,
             fold=fold,
+            layers=None if layers is None else tuple(layers),
+            exclude=tuple(exclude),
         )
         self.seed = seed
 
@@ -76,8 +83,14 @@ class PartitionCallback(ContinualCallback):
                 f" {state.ledger.isolation!r}; one network keeps to one of them."
             )
         state.ledger.isolation = self.isolation
+        self.select(state)
         if self.options.measure == "update" and current is not None and current.phase == "learn":
             state.remember_start(pl_module)
+
+    def select(self, state: ContinualState) -> None:
+        """Notes in the ledger which groups are not partitioned; raises for layers that the network does not have."""
+        chosen = [group.name for group in self.options.partitioned(state.structure)]
+        state.ledger.whole = [group.name for group in state.structure.groups if group.name not in chosen]
 
     def should_partition(self, trainer: Trainer) -> bool:
         """Whether the partition is due at the end of this epoch."""
