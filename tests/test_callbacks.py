@@ -302,7 +302,11 @@ def test_a_perturbation_is_held_for_every_n_steps():
     module, (task, *_) = classifier(), tasks()
     fit(module, task, three(isolation="perturb", after=1.0), epochs=2)
     spy = Spy()
-    callbacks = [PartitionCallback(isolation="perturb"), InvarianceCallback(every_n_steps=3), spy]
+    callbacks = [
+        PartitionCallback(isolation="perturb"),
+        InvarianceCallback(perturbation=Resample(), every_n_steps=3),
+        spy,
+    ]
     fit(module, task, [*callbacks, MaskedGradientCallback()], epochs=1)
     changes = [not torch.equal(a, b) for a, b in itertools.pairwise(spy.seen)]
     assert changes[:5] == [False, False, True, False, False]
@@ -315,7 +319,8 @@ def test_invariance_makes_the_task_independent_of_redundant_units():
         module, (_, task, _) = classifier(), tasks()
         fit(module, task, three(isolation="perturb", after=1.0, max_claim=0.3, min_claim=0.3), epochs=6)
         if phase == "after":
-            fit(module, task, three(isolation="perturb", after=1.0), epochs=8)
+            resampling = InvarianceCallback(perturbation=Resample())
+            fit(module, task, [PartitionCallback(isolation="perturb"), resampling, MaskedGradientCallback()], epochs=8)
         state, losses = state_of(module), []
         undisturbed = score(module, task)
         for seed in range(8):

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_cf.callbacks.session import ContinualCallback
 from lightning_cf.errors import check_count
 from lightning_cf.ledger import FREE
-from lightning_cf.perturbation import Ablate, Perturbation, Resample
+from lightning_cf.perturbation import Ablate, Perturbation
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.state import ContinualState, state_of
 from lightning_cf.structure import named_tensors
@@ -25,14 +25,14 @@ class InvarianceCallback(ContinualCallback):
     outputs and is skipped; INVARIANCE is then fine-tuning of the claimed units on their own.
 
     Args:
-        perturbation: how; default :class:`~lightning_cf.perturbation.Resample`.
+        perturbation: how; default :class:`~lightning_cf.perturbation.Ablate`, which kept most in benchmarks.
         every_n_steps: a new perturbation every so many optimiser steps, held in between.
         seed: the perturbation depends on (seed, task, step) and nothing else.
     """
 
     def __init__(self, *, perturbation: Perturbation | None = None, every_n_steps: int = 1, seed: int = 0) -> None:
         super().__init__()
-        self.perturbation = Resample() if perturbation is None else perturbation
+        self.perturbation = Ablate() if perturbation is None else perturbation
         self.every_n_steps = check_count("invariance", "every_n_steps", every_n_steps)
         self.seed = seed
         self._base: dict[str, Tensor] = {}
