@@ -1,6 +1,8 @@
 import json
 import math
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from lightning_cf import (
 from lightning_cf.data import permuted_tasks
 from lightning_cf.models import MLP
 from lightning_cf.state import state_of
-from lightning_cf.steps import weights_sha256
+from lightning_cf.steps import synchronise, weights_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
 
@@ -177,6 +179,17 @@ def test_hash_follows_every_bit():
     with torch.no_grad():
         module.network[1].bias[3] += 1e-8
     assert weights_sha256(module) != before
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_processes_with_different_networks_are_found_out(monkeypatch, unchecked, differ):
+    def gather(hashes, own):
+        hashes[:] = [own, "another" if differ else own]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(broadcast=lambda value: value))
+    with pytest.raises(ContinualError, match="different networks") if differ else nullcontext():
+        synchronise(trainer, classifier("cnn"))
 
 
 # What bad input gets: an error before anything trains
