@@ -81,15 +81,16 @@ def train(config: DictConfig, root: Path) -> dict[str, Any]:
         runners = {name: _runner(config, name, root / name, bar) for name in names}
         for runner in runners.values():
             runner.start()
-        root.mkdir(parents=True, exist_ok=True)
-        write_atomically(root / "config.json", json.dumps(resolved, indent=2))
+        first_process = runners[chosen].host.is_global_zero
+        if first_process:
+            root.mkdir(parents=True, exist_ok=True)
+            write_atomically(root / "config.json", json.dumps(resolved, indent=2))
         tasks = next(iter(runners.values())).tasks
         bar.total = len(names) * len(tasks) * (config.epochs + config.invariance_epochs)
         results: dict[str, Result] = {}
         for name, runner in runners.items():
             bar.title = name
             results[name] = runner.run()
-        first_process = next(iter(runners.values())).host.is_global_zero
     others = {name: result for name, result in results.items() if name != chosen}
     document = results[chosen].as_dict(compare=others, seed=config.seed, config=resolved)
     if first_process:

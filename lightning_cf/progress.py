@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import nn
@@ -77,7 +78,7 @@ class RunStore:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    """Writes a file that is there whole or not at all, whoever else writes it at the same time."""
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
     partial.write_text(text)
     os.replace(partial, path)
