@@ -1,15 +1,25 @@
-"""Splits the units of a group into non-redundant ones (leaders of a cluster) and redundant ones (its other members)."""
+"""Splits the units of a group into non-redundant ones (representatives of a cluster) and redundant ones (the rest)."""
 
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from lightning_cf.components import Forest, spanning_forest
+from lightning_cf.errors import ContinualError
 from lightning_cf.similarity import Similarity
+
+Clusters = Literal["leader", "components"]
+CLUSTERS = ("leader", "components")
+
+Representative = Literal["magnitude", "random"]
+REPRESENTATIVES = ("magnitude", "random")
 
 TOLERANCE = 1e-9
 """Slack of every comparison with the threshold, so that rounding does not part identical units at threshold 1."""
@@ -23,7 +33,7 @@ class Partition:
 
     Attributes:
         representative: the representative of each unit's cluster, itself for a non-redundant unit.
-        threshold: the similarity at which units joined a leader.
+        threshold: the similarity at which units formed clusters.
     """
 
     representative: Int64[Tensor, "units"]
@@ -39,38 +49,106 @@ class Partition:
         """The other members of the clusters."""
         return ~self.non_redundant
 
+    @property
+    def cluster(self) -> Int64[Tensor, "units"]:
+        """Number of each unit's cluster, from 0 on in the order of the clusters' first units."""
+        first = _first_member(self.representative, torch.arange(len(self.representative)))
+        number: Tensor = first.unique(return_inverse=True)[1]
+        return number
 
-def partition(similarity: Similarity, threshold: float, *, limit: int | None = None) -> Partition:
-    """Greedy leader clustering in the order of falling magnitude.
 
-    Each unit joins the first leader, from the largest vector on, whose similarity reaches the threshold, else it
-    leads a cluster of its own; so the leader is the cluster's unit of highest magnitude, which the patent takes as
-    its representative (paragraph 16). Equal magnitudes are ordered by number. Memory: one tile of 1024 units by the
-    leaders so far, at most 1024 at a time.
+def partition(
+    similarity: Similarity,
+    threshold: float,
+    *,
+    limit: int | None = None,
+    clusters: Clusters = "leader",
+    representative: Representative = "magnitude",
+    generator: torch.Generator | None = None,
+) -> Partition:
+    """Clusters of units whose similarity reaches a threshold (US 12387107, paragraphs 15-17 and 49).
+
+    ``"leader"`` goes through the units in the order of falling magnitude: each joins the first leader whose
+    similarity reaches the threshold, else it leads a cluster of its own. ``"components"`` (single linkage) are the
+    connected components of the graph of all pairs whose similarity reaches it, so a chain of units is one cluster.
+    Either way the cluster's unit of highest magnitude represents it, or any of its units (paragraph 16). Equal
+    magnitudes are ordered by number. Memory: a few numbers for each pair in one tile of 1024 by 1024 units.
+
+    >>> directions = torch.tensor([0.0, 0.4, 0.8, 1.2])
+    >>> chain = Similarity(torch.stack([directions.cos(), directions.sin()], dim=1), torch.zeros(4), 0.0)
+    >>> partition(chain, 0.9).cluster.tolist(), partition(chain, 0.9, clusters="components").cluster.tolist()
+    ([0, 0, 1, 1], [0, 0, 0, 0])
 
     Args:
         similarity: of the units to split.
-        threshold: a similarity; 1 and less are useful.
-        limit: keep only this many leaders, those of the highest magnitude; every unit that finds none of them
-            similar enough joins the most similar one.
+        threshold: a similarity; 1 and less are useful, with a given measure any number. Similarities that fall short
+            of it by up to 1e-9, whatever the measure's scale, count as reaching it.
+        limit: keep only this many clusters, those whose largest unit is largest; the units of the others join the
+            cluster of the most similar one of these largest units.
+        clusters: how clusters form.
+        representative: ``"random"`` draws each cluster's representative uniformly from its units; the clusters stay.
+        generator: on the CPU; draws the representatives.
+
+    Raises:
+        ContinualError: if representatives are to be drawn without a generator.
     """
-    leaders, representative = _lead(similarity, threshold, limit)
-    for block in (representative < 0).nonzero().flatten().split(TILE):
-        representative[block] = _first_leader(similarity, block, leaders, threshold)
-    for block in (representative < 0).nonzero().flatten().split(TILE):
-        representative[block] = _nearest(similarity, block, leaders)
-    return Partition(representative, threshold)
+    _check_generator(representative, generator)
+    if clusters == "components":
+        forest = spanning_forest(similarity, TILE, threshold - TOLERANCE)
+        leaders, members = _connect(similarity, forest, threshold, limit)
+    else:
+        leaders, members = _lead(similarity, threshold, limit)
+        for block in (members < 0).nonzero().flatten().split(TILE):
+            members[block] = _first_leader(similarity, block, leaders, threshold)
+    members = _join(similarity, leaders, members)
+    return Partition(_represent(members, representative, generator), threshold)
 
 
-def partition_into(similarity: Similarity, count: int) -> Partition:
-    """The partition with ``count`` leaders: the threshold is found instead of given.
+def partition_into(
+    similarity: Similarity,
+    count: int,
+    *,
+    clusters: Clusters = "leader",
+    representative: Representative = "magnitude",
+    generator: torch.Generator | None = None,
+) -> Partition:
+    """The partition into ``count`` clusters: the threshold is found instead of given.
 
-    Bisects the threshold to the lowest one that yields at least ``count`` leaders, and keeps the largest of them.
+    It is the lowest one that yields at least ``count`` clusters, of which those with the largest units are kept:
+    leaders are counted again and again while the threshold is bisected, components counted once in a spanning forest.
 
     Args:
         similarity: of the units to split.
-        count: how many units lead; between 1 and the number of units.
+        count: how many units are non-redundant; between 1 and the number of units.
+        clusters: how clusters form, as in ``partition``.
+        representative: which unit stands for its cluster, as in ``partition``.
+        generator: draws the representatives.
+
+    Raises:
+        ContinualError: if representatives are to be drawn without a generator.
     """
+    _check_generator(representative, generator)
+    if clusters == "components":
+        forest = spanning_forest(similarity, TILE)
+        threshold = _components_threshold(forest, count)
+        members = _join(similarity, *_connect(similarity, forest, threshold, count))
+        return Partition(_represent(members, representative, generator), threshold)
+    if len(similarity) <= TILE:
+        similarity = similarity.kept()
+    find = _leader_threshold if similarity.measure is None else _leader_threshold_of_measure
+    threshold = find(similarity, count)
+    return partition(similarity, threshold, limit=count, representative=representative, generator=generator)
+
+
+def _check_generator(representative: Representative, generator: torch.Generator | None) -> None:
+    if representative == "random" and generator is None:
+        raise ContinualError(
+            "partition: representative='random' draws from a generator, got generator=None; give it"
+            " torch.Generator().manual_seed(...)."
+        )
+
+
+def _leader_threshold(similarity: Similarity, count: int) -> float:
     spread = float(similarity.biases.double().max() - similarity.biases.double().min())
     # By log(2 - s), since one outlying bias stretches the similarities over many orders of magnitude.
     lowest, highest = math.log1p(2.0 + similarity.bias_weight * spread**2), math.log1p(-1e-6)
@@ -80,7 +158,73 @@ def partition_into(similarity: Similarity, count: int) -> Partition:
             highest = middle
         else:
             lowest = middle
-    return partition(similarity, 1.0 - math.expm1(highest), limit=count)
+    return 1.0 - math.expm1(highest)
+
+
+def _leader_threshold_of_measure(similarity: Similarity, count: int) -> float:
+    ends = [values.aminmax() for _, _, values in similarity.tiles(TILE)]
+    lowest = _place(min(float(end.min) for end in ends))
+    highest = _place(_threshold_above(max(float(end.max) for end in ends)))
+    # The scale is unknown and may span many orders of magnitude: halves the number of doubles between, not their range.
+    while lowest < highest:
+        middle = (lowest + highest) // 2
+        if len(_lead(similarity, _double(middle), count)[0]) >= count:
+            highest = middle
+        else:
+            lowest = middle + 1
+    return _double(highest)
+
+
+def _components_threshold(forest: Forest, count: int) -> float:
+    if forest.units == 1:
+        return 1.0  # any other is as good
+    if count == 1:
+        return float(forest.similarities[-1])
+    return _threshold_above(float(forest.similarities[forest.units - count]))
+
+
+def _threshold_above(value: float) -> float:
+    """A threshold that ``value`` does not reach, as little above it as doubles allow."""
+    threshold = value + TOLERANCE
+    while threshold - TOLERANCE <= value:
+        threshold = math.nextafter(threshold, math.inf)
+    return threshold
+
+
+def _place(value: float) -> int:
+    """The place of a double among all doubles in their order, 0 for zero."""
+    return int(math.copysign(1, value)) * int(struct.unpack("<q", struct.pack("<d", abs(value)))[0])
+
+
+def _double(place: int) -> float:
+    """The double at a place."""
+    return math.copysign(float(struct.unpack("<d", struct.pack("<q", abs(place)))[0]), place)
+
+
+def _connect(
+    similarity: Similarity, forest: Forest, threshold: float, limit: int | None
+) -> tuple[list[int], Int64[Tensor, "units"]]:
+    """The largest unit of each component by falling magnitude, and each unit's; -1 for the units beyond ``limit``."""
+    order = similarity.norms.argsort(descending=True, stable=True)
+    members = _first_member(forest.components(threshold - TOLERANCE), order)
+    leaders = order[members[order] == order][:limit]
+    members[~torch.isin(members, leaders)] = -1
+    return leaders.tolist(), members
+
+
+def _represent(
+    members: Int64[Tensor, "units"], representative: Representative, generator: torch.Generator | None
+) -> Int64[Tensor, "units"]:
+    """Each unit's representative, where so far it is its cluster's largest unit."""
+    if representative == "magnitude":
+        return members
+    return _first_member(members, torch.randperm(len(members), generator=generator))
+
+
+def _first_member(clusters: Int64[Tensor, "units"], order: Int64[Tensor, "units"]) -> Int64[Tensor, "units"]:
+    """For each unit the member of its cluster that comes first in ``order``; clusters go by any number below units."""
+    first = torch.full_like(order, len(order)).scatter_reduce(0, clusters, order.argsort(), "amin")
+    return order[first[clusters]]
 
 
 def _lead(similarity: Similarity, threshold: float, limit: int | None) -> tuple[list[int], Int64[Tensor, "units"]]:
@@ -116,6 +260,13 @@ def _first_leader(
         hit = close.any(dim=1)
         found[open_[hit]] = block[close[hit].to(torch.int8).argmax(dim=1)]
     return found
+
+
+def _join(similarity: Similarity, leaders: list[int], members: Int64[Tensor, "units"]) -> Int64[Tensor, "units"]:
+    """Each unit's leader, the most similar one where it had none."""
+    for block in (members < 0).nonzero().flatten().split(TILE):
+        members[block] = _nearest(similarity, block, leaders)
+    return members
 
 
 def _nearest(similarity: Similarity, units: Int64[Tensor, "block"], leaders: list[int]) -> Int64[Tensor, "block"]:

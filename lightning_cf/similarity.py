@@ -1,17 +1,31 @@
-"""How alike two units are: cosine of their weight vectors, less the squared distance of their biases."""
+"""How alike two units are: cosine of their weights less the squared distance of their biases, or a measure given."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError
 
 Vectors = Float[Tensor, "units inputs"]
 Biases = Float[Tensor, "units"]
+Units = Int64[Tensor, "some"]
+
+PairMeasure = Callable[
+    [Float64[Tensor, "a inputs"], Float64[Tensor, "a"], Float64[Tensor, "b inputs"], Float64[Tensor, "b"]],
+    Float[Tensor, "a b"],
+]
+"""Similarities of the units ``a`` with the units ``b``, from the vectors and biases of ``a``, then of ``b``.
+
+Finite, larger for more alike units, and the same whichever unit of a pair comes first; the scale is free.
+"""
+
+ASYMMETRY = 1e-6
+"""How far a measure may depend on the order of a pair, as a share of its largest value: rounding does."""
 
 
 @dataclass(frozen=True)
@@ -19,21 +33,27 @@ class Similarity:
     """Similarity of the units of a group, computed tile by tile and never held whole.
 
     ``s_ij = cos(w_i, w_j) - bias_weight * (b_i - b_j) ** 2`` (US 12387107, paragraphs 15 and 48), in double
-    precision. Two zero vectors have cosine 1, a zero vector and another one cosine 0.
+    precision. Two zero vectors have cosine 1, a zero vector and another one cosine 0. ``measure`` takes the place of
+    the formula ("or any other measure", paragraphs 42 and 48).
 
     >>> s = Similarity(torch.tensor([[1., 0.], [2., 0.], [0., 1.]]), torch.tensor([0., 0.5, 0.]))
     >>> s.tile(slice(0, 3), slice(0, 3)).tolist()
     [[1.0, 0.75, 0.0], [0.75, 1.0, -0.25], [0.0, -0.25, 1.0]]
+    >>> near = Similarity(s.vectors, s.biases, measure=lambda v, b, w, c: -torch.cdist(v, w))
+    >>> near.tile(slice(0, 2), slice(0, 2)).tolist()
+    [[-0.0, -1.0], [-1.0, -0.0]]
 
     Attributes:
         vectors: what is compared, one row a unit.
         biases: bias of each unit.
-        bias_weight: weight of the bias term, dimensionless; the patent's regulariser.
+        bias_weight: weight of the bias term, dimensionless; the patent's regulariser. Not used with ``measure``.
+        measure: compares the units instead, one tile of them at a time.
     """
 
     vectors: Vectors
     biases: Biases
     bias_weight: float = 1.0
+    measure: PairMeasure | None = None
 
     def __post_init__(self) -> None:
         if not bool(torch.isfinite(self.vectors).all() & torch.isfinite(self.biases).all()):
@@ -44,11 +64,27 @@ class Similarity:
     norms: Float64[Tensor, "units"] = None  # type: ignore[assignment]
     """Euclidean norm of each vector: the patent's magnitude."""
 
+    matrix: Float64[Tensor, "units units"] | None = None
+    """All similarities, where they are kept."""
+
     def __len__(self) -> int:
         return len(self.vectors)
 
+    def kept(self) -> Similarity:
+        """The same similarities, computed once: for few units that are compared again and again."""
+        return replace(self, matrix=self.tile(slice(None), slice(None)))
+
     def tile(self, rows: slice | Tensor, columns: slice | Tensor) -> Float64[Tensor, "rows columns"]:
-        """Similarities of the units ``rows`` with the units ``columns``."""
+        """Similarities of the units ``rows`` with the units ``columns``.
+
+        Raises:
+            ContinualError: if ``measure`` gives anything but finite similarities, one for each pair, or if it is
+                seen to depend on a pair's order (where ``rows`` and ``columns`` are the same units).
+        """
+        if self.matrix is not None:
+            return self.matrix[rows][:, columns]
+        if self.measure is not None:
+            return self._measured(self.measure, rows, columns)
         products = self.vectors[rows].double() @ self.vectors[columns].double().T
         scale = self.norms[rows][:, None] * self.norms[columns][None, :]
         cosine = torch.where(scale > 0, products / scale.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
@@ -56,6 +92,13 @@ class Similarity:
         cosine = torch.where(both_zero, 1.0, cosine.clamp(-1, 1))
         distance = self.biases[rows].double()[:, None] - self.biases[columns].double()[None, :]
         return cosine - self.bias_weight * distance.square()
+
+    def tiles(self, size: int) -> Iterator[tuple[Units, Units, Float64[Tensor, "rows columns"]]]:
+        """Rows, columns and similarities of tiles of ``size`` units a side that cover the upper triangle."""
+        blocks = torch.arange(len(self)).split(size)
+        for first, rows in enumerate(blocks):
+            for columns in blocks[first:]:
+                yield rows, columns, self.tile(rows, columns)
 
     def quantiles(self, points: tuple[float, ...] = (0.5, 0.9, 0.99, 1.0), sample: int = 2048) -> list[float]:
         """Quantiles of the similarities of distinct pairs, over all units or an even sample of them."""
@@ -66,3 +109,37 @@ class Similarity:
             return [float("nan")] * len(points)
         ordered = pairs.sort().values
         return [float(ordered[round(point * (len(ordered) - 1))]) for point in points]
+
+    def _measured(
+        self, measure: PairMeasure, rows: slice | Tensor, columns: slice | Tensor
+    ) -> Float64[Tensor, "rows columns"]:
+        a, biases_a = self.vectors[rows].double(), self.biases[rows].double()
+        b, biases_b = self.vectors[columns].double(), self.biases[columns].double()
+        tile = measure(a, biases_a, b, biases_b)
+        fault = _fault(tile, len(a), len(b), same=torch.equal(a, b) and torch.equal(biases_a, biases_b))
+        if fault:
+            name = getattr(measure, "__qualname__", repr(measure))
+            raise ContinualError(
+                f"similarity: measure {name} returned {fault}; it must return a Tensor of shape ({len(a)}, {len(b)}),"
+                f" the finite similarity of each of {len(a)} units with each of {len(b)}, larger for more alike units"
+                " and the same whichever unit of a pair comes first."
+            )
+        return tile.detach().double()
+
+
+def _fault(tile: object, a: int, b: int, *, same: bool) -> str | None:
+    """What is wrong with the outcome of a measure for ``a`` by ``b`` units, which may be the ``same`` ones."""
+    if not isinstance(tile, Tensor):
+        return f"an object of type {type(tile).__name__}"
+    if tile.shape != (a, b) or tile.is_complex():
+        return f"a tensor of shape {tuple(tile.shape)} and type {tile.dtype}"
+    finite = torch.isfinite(tile)
+    if not bool(finite.all()):
+        return f"{float(tile[~finite][0])} for a pair"
+    if same:
+        values = tile.detach().double()
+        apart = (values - values.T).abs()
+        if bool(apart.max() > ASYMMETRY * values.abs().max()):
+            i, j = divmod(int(apart.argmax()), b)
+            return f"{float(values[i, j])} for a pair and {float(values[j, i])} for the same pair the other way round"
+    return None

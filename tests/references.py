@@ -44,6 +44,31 @@ def lead(vectors, biases, bias_weight, threshold, limit=None, slack=1e-9):
     return representative, leaders
 
 
+def connect(vectors, biases, bias_weight, threshold, limit=None, slack=1e-9):
+    """As ``lead``, where the clusters are what chains of similar pairs hold together: union-find over all pairs."""
+    s = similarity(vectors, biases, bias_weight)
+    rows = vectors.double().tolist()
+    parent = list(range(len(rows)))
+
+    def root(i):
+        return i if parent[i] == i else root(parent[i])
+
+    for i in range(len(rows)):
+        for j in range(i):
+            if s[i][j] >= threshold - slack:
+                parent[root(i)] = root(j)
+    largest = {}
+    for unit in sorted(range(len(rows)), key=lambda i: (-magnitude(rows[i]), i)):
+        largest.setdefault(root(unit), unit)
+    leaders = list(largest.values())[:limit]
+    representative = []
+    for unit in range(len(rows)):
+        own = largest[root(unit)]
+        nearest = max(leaders, key=lambda leader: (s[unit][leader], -leaders.index(leader)))
+        representative.append(own if own in leaders else nearest)
+    return representative, leaders
+
+
 @st.composite
 def unit_groups(draw, most=14):
     """Vectors and biases full of duplicates, opposites, zeros, ties and far scales; every product is exact."""

@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import lead, magnitude, thresholds, unit_groups
+from references import connect, lead, magnitude, thresholds, unit_groups
 
-from lightning_cf.partition import TILE, Partition, partition, partition_into
+from lightning_cf.components import Forest, spanning_forest
+from lightning_cf.errors import ContinualError
+from lightning_cf.partition import CLUSTERS, TILE, Partition, partition, partition_into
 from lightning_cf.similarity import Similarity
 
 
@@ -158,3 +160,152 @@ def test_many_units_are_never_compared_all_at_once(limit):
         found = partition(s, 0.9, limit=limit)
     assert found.non_redundant.sum() > TILE
     assert max(rows * columns for rows, columns in shapes) <= TILE * TILE < units * units / 10
+
+
+# Clusters as connected components
+
+
+@given(cases(), st.sampled_from([None, 1, 2, 5]), st.sampled_from([1, 2, 3, 7, 1024]))
+def test_components_equal_the_reference_in_tiles_of_any_size(case, limit, tile):
+    group, bias_weight, threshold = case
+    with in_tiles_of(tile):
+        found = partition(Similarity(*group, bias_weight), threshold, limit=limit, clusters="components")
+    assert found.representative.tolist() == connect(*group, bias_weight, threshold, limit)[0]
+    assert found.threshold == threshold
+
+
+@given(st.integers(0, 999), st.sampled_from([0.5, 0.9, 0.97, 0.99]), st.sampled_from([None, 1, 4]))
+def test_components_of_random_units_equal_the_reference(seed, threshold, limit):
+    group = random_group(seed)
+    found = partition(Similarity(*group), threshold, limit=limit, clusters="components")
+    assert found.representative.tolist() == connect(*group, 1.0, threshold, limit)[0]
+
+
+@given(unit_groups(), st.data(), st.sampled_from([1, 3, 1024]))
+def test_into_gives_exactly_so_many_components(group, data, tile):
+    count = data.draw(st.integers(1, len(group[0])))
+    with in_tiles_of(tile):
+        found = partition_into(Similarity(*group), count, clusters="components")
+    representative, leaders = connect(*group, 1.0, found.threshold, count)
+    assert found.non_redundant.nonzero().flatten().tolist() == sorted(leaders)
+    assert len(leaders) == count
+    assert found.representative.tolist() == representative
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 999), st.sampled_from([5, 13]))
+def test_tiles_leave_the_forest_as_it_is(seed, tile):
+    s = Similarity(*random_group(seed))
+    tiled, whole = spanning_forest(s, tile), spanning_forest(s, len(s))
+    assert len(tiled.edges) == len(s) - 1
+    torch.testing.assert_close(tiled.similarities, whole.similarities, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 999), st.integers(1, 30), st.sampled_from([5, 13]))
+def test_into_gives_exactly_so_many_components_of_random_units(seed, count, tile):
+    group = random_group(seed)
+    with in_tiles_of(tile):
+        found = partition_into(Similarity(*group), count, clusters="components")
+    assert found.non_redundant.sum() == count
+    # The threshold is just above a similarity, which rounding may lift across it in the reference.
+    assert found.representative.tolist() == connect(*group, 1.0, found.threshold + 1e-12)[0]
+
+
+@given(unit_groups(), st.data())
+def test_into_finds_the_lowest_threshold_of_components(group, data):
+    vectors, biases = group[0], group[1].clamp(-1, 1)
+    count = data.draw(st.integers(2, max(2, len(vectors))))
+    if count <= len(vectors):
+        threshold = partition_into(Similarity(vectors, biases), count, clusters="components").threshold
+        assert len(connect(vectors, biases, 1.0, threshold)[1]) >= count
+        assert len(connect(vectors, biases, 1.0, threshold - 1e-8)[1]) < count
+
+
+@pytest.mark.parametrize("clusters", CLUSTERS)
+def test_a_similarity_at_a_threshold_far_beyond_the_tolerance_is_enough(clusters):
+    s = Similarity(torch.eye(2), torch.tensor([0.0, 2.0**40]))
+    assert partition(s, -(2.0**80), clusters=clusters).non_redundant.sum() == 1
+    assert partition(s, -(2.0**79), clusters=clusters).non_redundant.sum() == 2
+
+
+def test_a_chain_is_one_component_but_has_several_leaders():
+    angles = 0.3 * torch.arange(7)
+    s = Similarity(torch.stack([angles.cos(), angles.sin()], dim=1) * (7 - torch.arange(7))[:, None], torch.zeros(7))
+    assert partition(s, 0.95).representative.tolist() == [0, 0, 2, 2, 4, 4, 6]
+    assert partition(s, 0.95, clusters="components").representative.tolist() == [0] * 7
+    assert partition(s, 0.96, clusters="components").representative.tolist() == list(range(7))
+
+
+def test_components_beyond_the_limit_join_the_most_similar_one_kept():
+    s = Similarity(torch.tensor([[9.0, 0.0], [0.0, 8.0], [1.0, 1.1], [1.0, 1.11], [-1.0, -2.0]]), torch.zeros(5))
+    assert partition(s, 0.9, clusters="components").representative.tolist() == [0, 1, 3, 3, 4]
+    assert partition(s, 0.9, clusters="components", limit=2).representative.tolist() == [0, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("clusters", CLUSTERS)
+def test_no_more_than_a_tile_is_measured_and_kept(clusters):
+    sizes, edges, merge = [], [], Forest.merge
+
+    def products(a, biases_a, b, biases_b):
+        sizes.append(len(a) * len(b))
+        return a @ b.T
+
+    def recorded(self, more, similarities):
+        edges.append((len(self.edges), len(more)))
+        return merge(self, more, similarities)
+
+    s = Similarity(*random_group(0, units=150, inputs=8), measure=products)
+    with in_tiles_of(16), patch.object(Forest, "merge", recorded):
+        partition(s, -1.0, limit=50, clusters=clusters)
+        partition_into(s, 50, clusters=clusters)
+    assert max(sizes) == 16 * 16
+    assert all(kept < 150 and new <= 16 * 16 for kept, new in edges)
+    assert bool(edges) == (clusters == "components")
+
+
+# Representatives at random
+
+
+@given(cases(), st.sampled_from(CLUSTERS), st.sampled_from([None, 1, 3]), st.integers(0, 99))
+def test_random_representatives_stand_for_the_same_clusters(case, clusters, limit, seed):
+    group, bias_weight, threshold = case
+    s = Similarity(*group, bias_weight)
+    largest = partition(s, threshold, limit=limit, clusters=clusters)
+
+    def draw():
+        generator = torch.Generator().manual_seed(seed)
+        options = {"clusters": clusters, "representative": "random", "generator": generator}
+        return partition(s, threshold, limit=limit, **options), partition_into(s, 1, **options)
+
+    before = torch.get_rng_state()
+    drawn, single = draw()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(drawn.cluster, largest.cluster)
+    assert torch.equal(drawn.cluster[drawn.representative], drawn.cluster)
+    assert drawn.non_redundant.sum() == largest.non_redundant.sum() == drawn.cluster.max() + 1
+    assert single.non_redundant.sum() == 1
+    assert all(torch.equal(a.representative, b.representative) for a, b in zip((drawn, single), draw(), strict=True))
+
+
+@pytest.mark.parametrize("clusters", CLUSTERS)
+def test_every_member_represents_its_cluster_equally_often(clusters):
+    s = Similarity(torch.eye(3)[[0, 1, 0, 2, 0, 1, 0]] * torch.arange(1, 8)[:, None], torch.zeros(7))
+    counts = torch.zeros(7)
+    for seed in range(400):
+        generator = torch.Generator().manual_seed(seed)
+        found = partition(s, 0.9, clusters=clusters, representative="random", generator=generator)
+        counts += found.non_redundant
+    assert counts.tolist() == pytest.approx([100, 200, 100, 400, 100, 200, 100], abs=45)
+
+
+def test_random_representatives_need_a_generator():
+    s = Similarity(*random_group(0))
+    for split, value in ((partition, 0.5), (partition_into, 3)):
+        with pytest.raises(ContinualError, match="'random' draws from a generator, got generator=None"):
+            split(s, value, representative="random")
+
+
+def test_clusters_are_numbered_in_the_order_of_their_first_units():
+    assert Partition(torch.tensor([3, 1, 5, 3, 1, 5]), 0.5).cluster.tolist() == [0, 1, 2, 0, 1, 2]
+    assert Partition(torch.tensor([3, 4, 3, 3, 4]), 0.5).cluster.tolist() == [0, 1, 0, 0, 1]
