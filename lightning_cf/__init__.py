@@ -1,30 +1,45 @@
 """Sequential tasks without forgetting, for PyTorch Lightning."""
 
+from lightning_cf.affine import Rotation, Scaling, Shear, Translation
 from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback
 from lightning_cf.errors import CapacityError, ContinualError, LeakError, StructureError
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.models import Classifier
 from lightning_cf.module import ContinualModule
-from lightning_cf.perturbation import Ablate, Noise, Resample
+from lightning_cf.perturbation import Ablate, Affine, Compose, InSubspace, Mixture, Noise, Resample
+from lightning_cf.records import PartitionRecord
 from lightning_cf.result import Result
 from lightning_cf.runner import SequentialTaskRunner
+from lightning_cf.subspace import GivenSubspace, LearnedSubspace, RandomSubspace
 from lightning_cf.tasks import Task
 
 __all__ = [
     "Ablate",
+    "Affine",
     "CapacityError",
     "Classifier",
+    "Compose",
     "ContinualError",
     "ContinualModule",
+    "GivenSubspace",
+    "InSubspace",
     "InvarianceCallback",
     "LeakError",
+    "LearnedSubspace",
     "MaskedGradientCallback",
+    "Mixture",
     "NeuronLedger",
     "Noise",
     "PartitionCallback",
+    "PartitionRecord",
+    "RandomSubspace",
     "Resample",
     "Result",
+    "Rotation",
+    "Scaling",
     "SequentialTaskRunner",
+    "Shear",
     "StructureError",
     "Task",
+    "Translation",
 ]

@@ -55,7 +55,8 @@ class NeuronLedger:
         tasks: the tasks so far, in the order in which they were learned.
         isolation: "exact" or "perturb".
         whole: groups that are not partitioned: the first task owns them whole.
-        records: one entry for each partition of a group (what ``result.json`` shows).
+        records: one entry for each task's partition of a group (what ``result.json`` shows).
+        directions: learned sub-spaces: an orthonormal basis (inputs x dimensions) for each group that has one.
         revision: counts the changes, so that whoever caches masks knows when to make them anew.
     """
 
@@ -68,6 +69,7 @@ class NeuronLedger:
     isolation: Isolation = "exact"
     whole: list[str] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
+    directions: dict[str, Tensor] = field(default_factory=dict)
     revision: int = 0
 
     @classmethod
@@ -266,6 +268,7 @@ class NeuronLedger:
             "isolation": self.isolation,
             "whole": list(self.whole),
             "records": [dict(record) for record in self.records],
+            "directions": {name: basis.clone() for name, basis in self.directions.items()},
         }
 
     @classmethod
@@ -281,6 +284,7 @@ class NeuronLedger:
             isolation=state["isolation"],
             whole=list(state["whole"]),
             records=[dict(record) for record in state["records"]],
+            directions={name: basis.clone().cpu() for name, basis in state.get("directions", {}).items()},
         )
 
     @classmethod

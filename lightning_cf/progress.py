@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.state import ContinualState
 
 
 @dataclass
@@ -41,7 +42,7 @@ class RunStore:
 
     root: Path
 
-    def open(self, module: nn.Module, settings: Mapping[str, Any]) -> RunProgress:
+    def open(self, module: nn.Module, state: ContinualState, settings: Mapping[str, Any]) -> RunProgress:
         """Takes up the run that the folder holds, or starts one.
 
         Raises:
@@ -62,14 +63,15 @@ class RunStore:
                 )
         if not self._state.exists():
             return RunProgress()
-        state = torch.load(self._state, map_location="cpu", weights_only=True)
-        module.load_state_dict(state["module"])
-        return RunProgress(**state["progress"])
+        kept = torch.load(self._state, map_location="cpu", weights_only=True)
+        module.load_state_dict(kept["module"])
+        state.start = kept["start"]
+        return RunProgress(**kept["progress"])
 
-    def save(self, module: nn.Module, progress: RunProgress) -> None:
+    def save(self, module: nn.Module, progress: RunProgress, state: ContinualState) -> None:
         """Stores the module and the progress; a kill at any moment leaves the old or the new state whole."""
         partial = self._state.with_suffix(".partial")
-        torch.save({"module": module.state_dict(), "progress": asdict(progress)}, partial)
+        torch.save({"module": module.state_dict(), "progress": asdict(progress), "start": state.start}, partial)
         os.replace(partial, self._state)
 
     @property

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from lightning_cf.records import PartitionRecord
 from lightning_cf.result import Result
+from lightning_cf.unit_pictures import similarity_picture, units_picture
 
 LABELS = {"exact": "exact isolation", "perturb": "perturbation only", "finetune": "plain fine-tuning", "joint": "joint"}
 COLORS = {"exact": "#1b6ca8", "perturb": "#d98324", "finetune": "#8c8c8c", "joint": "#4b8f5a"}
@@ -59,7 +61,7 @@ def print_summary(results: Mapping[str, Result], root: Path) -> None:
     if chosen.capacity:
         shares = ", ".join(f"{layer} {shares[-1]:.2f}" for layer, shares in chosen.capacity.items())
         print(f"Free units left: {shares}.")
-    print(f"{root}: result.json, accuracy_matrix.png, forgetting.png, capacity.png")
+    print(f"{root}: result.json, accuracy_matrix.png, forgetting.png, capacity.png; a folder for each task in */tasks")
 
 
 def write_pictures(results: Mapping[str, Result], folder: Path) -> None:
@@ -69,6 +71,14 @@ def write_pictures(results: Mapping[str, Result], folder: Path) -> None:
     forgetting_picture(results).savefig(folder / "forgetting.png", dpi=150)
     if chosen.capacity:
         capacity_picture(chosen).savefig(folder / "capacity.png", dpi=150)
+
+
+def write_unit_pictures(tasks: Path) -> None:
+    """Writes ``units.png`` and ``similarity.png`` beside the record of every task's partition."""
+    for manifest in sorted(tasks.glob("*/partition.json")):
+        record = PartitionRecord.load(manifest.parent)
+        units_picture(record).savefig(manifest.parent / "units.png", dpi=150)
+        similarity_picture(record).savefig(manifest.parent / "similarity.png", dpi=150)
 
 
 def accuracy_picture(results: Mapping[str, Result]) -> Figure:

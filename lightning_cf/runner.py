@@ -18,16 +18,18 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback
 from lightning_cf.callbacks.session import check_strategy
-from lightning_cf.errors import CapacityError, ContinualError, check_choice, check_count
+from lightning_cf.errors import ContinualError, check_choice, check_count
 from lightning_cf.evaluation import constant_predictor, evaluate
 from lightning_cf.joint import JointTask
 from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.module import ContinualModule
+from lightning_cf.preflight import check_tasks, check_widths, load_pretrained
 from lightning_cf.progress import RunProgress, RunStore
 from lightning_cf.randomness import derive_seed
+from lightning_cf.recording import TaskFolders
 from lightning_cf.result import Result
 from lightning_cf.state import ContinualState, state_for
-from lightning_cf.steps import decide_together, partition_task, seal_task, synchronise
+from lightning_cf.steps import decide_together, seal_task, synchronise
 from lightning_cf.tasks import Batches, Task, single
 
 Method = Literal["partition", "finetune", "joint"]
@@ -52,8 +54,10 @@ class SequentialTaskRunner:
         isolation: ``"exact"`` or ``"perturb"``, see :class:`PartitionCallback`.
         method: ``"partition"``; ``"finetune"`` trains the tasks in turn and protects nothing; ``"joint"`` trains them
             together. Both train as many epochs as the two phases have.
+        pretrained: whether the module was trained on the first task before (paragraph 28), so that its LEARN is left
+            out: True, or a checkpoint with its weights, of Lightning or of ``torch.save(module.state_dict(), path)``.
         seed: what everything random depends on.
-        root: folder for checkpoints and logs. A run started again on it goes on after its last finished phase.
+        root: folder for checkpoints, records and logs. A run started again on it goes on after its last finished phase.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class SequentialTaskRunner:
         callbacks: Sequence[Callback] = (),
         isolation: Isolation = "exact",
         method: Method = "partition",
+        pretrained: bool | str | Path = False,
         seed: int = 0,
         root: str | Path,
     ) -> None:
@@ -86,10 +91,20 @@ class SequentialTaskRunner:
         self.partitioning = copy.deepcopy(partition)
         self.perturbing = copy.deepcopy(invariance)
         self.masking = copy.deepcopy(masking)
-        if self.perturbing is not None:
-            self.perturbing.seed = self.seed
+        self.pretrained = pretrained
         self.callbacks = list(callbacks)
         self.store = RunStore(Path(root))
+        self.folders = TaskFolders(Path(root) / "tasks", partition is not None and partition.similarity_matrix)
+        if self.perturbing is not None:
+            self.perturbing.seed = self.seed
+        if self.partitioning is not None:
+            if self.partitioning.after != 1.0:
+                raise ContinualError(
+                    f"runner: the partition has after={self.partitioning.after}; epochs={self.epochs} and"
+                    f" invariance_epochs={self.invariance_epochs} decide when a task is partitioned. Leave it out."
+                )
+            self.partitioning.isolation, self.partitioning.seed = self.isolation, self.seed
+            self.partitioning.folders = self.folders
         self.progress = RunProgress()
         self._host: Trainer | None = None
 
@@ -119,37 +134,56 @@ class SequentialTaskRunner:
     # The method's steps
 
     def learn(self, task: Task) -> None:
-        """LEARN: the free units train on the task (all units under ``method="finetune"``)."""
-        if self.method == "partition":
-            self.state.ledger.begin(task.name, task.classes or [])
+        """LEARN: the free units train on the task (all units under ``method="finetune"``).
+
+        Where the partition comes during training, this one fit holds INVARIANCE too.
+        """
+        given = self.pretrained is not False and task is self.tasks[0]
+        learning, both = (0 if given else self.epochs), (0 if given else self.epochs) + self.invariance_epochs
         if self.method == "finetune":
-            self.fit(task, self.epochs + self.invariance_epochs, [])
-        elif self.partitioning is None:
-            self.fit(task, self.epochs + self.invariance_epochs, [self.masking])
+            self.fit(task, both, [])
+            return
+        self.state.ledger.begin(task.name, task.classes or [])
+        if self.partitioning is not None:
+            self.partitioning.remember_start(self.module, self.state)
+        if self.partitioning is None:
+            self.fit(task, both, [self.masking])
+        elif self.partitioning.during_training and not given:
+            self.partitioning.tasks_left = self.tasks_left
+            self.fit(task, both, [self.partitioning, self.perturbing, self.masking])
         else:
-            self.fit(task, self.epochs, [self.masking])
+            self.fit(task, learning, [self.perturbing, self.masking])
 
     def partition(self, task: Task) -> None:
-        """Partitions the task's units and claims those that carry it."""
+        """Partitions the task's units and claims those that carry it, unless that happened in training."""
         self.note_stage(task, "learned")
-        if self.method == "finetune" or self.partitioning is None:
+        current = self.state.ledger.current
+        if self.method == "finetune" or self.partitioning is None or current is None or current.phase == "invariance":
             return
-        ledger = self.state.ledger
-        ledger.isolation = self.isolation
-        left = len(self.tasks) - len(ledger.tasks) + 1
-        options = self.partitioning.options
+        self.state.ledger.isolation = self.isolation
+        self.partitioning.tasks_left = self.tasks_left
         with self.on_device():
-            decide_together(self.host, self.module, lambda: partition_task(self.module, task, options, tasks_left=left))
+            self.partitioning.partition_task(self.host, self.module, task)
         self.note_stage(task, "partitioned")
 
     def invariance(self, task: Task) -> None:
         """INVARIANCE: the claimed units train on while the redundant ones are perturbed; then the claim is sealed."""
-        if self.method == "finetune":
-            return
-        if self.partitioning is not None and self.perturbing is not None and self.invariance_epochs > 0:
-            self.fit(task, self.invariance_epochs, [self.perturbing, self.masking])
-        decide_together(self.host, self.module, lambda: seal_task(self.module, self.state, self.seed))
-        self.note_stage(task, "retrained")
+        if self.method == "partition" and self.state.ledger.current is not None:
+            if self.partitioning is not None and self.perturbing is not None:
+                self.fit(task, self.invariance_epochs, [self.perturbing, self.masking])
+            with self.on_device():
+                self.seal(task)
+            self.note_stage(task, "retrained")
+        self.keep(task)
+
+    def seal(self, task: Task) -> None:
+        """Ends the task: what it owns never moves again."""
+        options = None if self.partitioning is None else self.partitioning.options
+        decide_together(
+            self.host,
+            self.module,
+            lambda: seal_task(self.module, task, options, seed=self.seed, folders=self.folders),
+        )
 
     def learn_jointly(self) -> None:
         """Trains all tasks together, each sample scored on its own task's outputs."""
@@ -179,15 +213,15 @@ class SequentialTaskRunner:
 
     def start(self) -> None:
         """Checks everything that can be checked before training, and takes up an earlier run's state."""
-        self.check_tasks()
+        check_tasks(self.tasks)
         self._host = self.new_trainer(max_epochs=self.epochs, callbacks=[], root=self.store.root)
         strategy = self._host.strategy
         if strategy.launcher is not None:
             strategy.launcher.launch(strategy.setup_environment, trainer=self._host)
         check_strategy(self._host)
         with self.seeded("outputs"):
-            self.state = self.check_module()
-        self.progress = self.store.open(self.module, self.settings())
+            self.state = self.prepare_module()
+        self.progress = self.store.open(self.module, self.state, self.settings())
         if self.host.world_size > 1:
             self.host.strategy.barrier()
 
@@ -197,26 +231,10 @@ class SequentialTaskRunner:
         assert self._host is not None, "start() makes it"
         return self._host
 
-    def check_tasks(self) -> None:
-        """Raises ContinualError for tasks that cannot be told apart or have no data."""
-        if not self.tasks:
-            raise ContinualError("runner: tasks is empty; give at least one Task.")
-        for task in self.tasks:
-            if not isinstance(task, Task):
-                raise ContinualError(f"runner: tasks must be Task objects, got a {type(task).__name__}.")
-        names = [task.name for task in self.tasks]
-        for name in names:
-            if names.count(name) > 1:
-                raise ContinualError(f"runner: two tasks are called '{name}'; give each a name of its own.")
-        for task in self.tasks:
-            task.prepare_data()
-            task.setup("fit")
-            task.setup("test")
-            with isolate_rng():
-                task.check_data()
-
-    def check_module(self) -> ContinualState:
+    def prepare_module(self) -> ContinualState:
         """Sets outputs aside for every task; raises if the network cannot be traced or is too narrow."""
+        if not isinstance(self.pretrained, bool):
+            load_pretrained(self.module, self.pretrained)
         self.module.installs_callbacks = False
         state = state_for(self.module, self.tasks[0])
         if self.masking is not None:
@@ -225,15 +243,8 @@ class SequentialTaskRunner:
             self.module.add_task(task)
         if self.partitioning is not None:
             self.partitioning.select(state)
-        for group in state.structure.groups:
-            needed = (
-                self.method == "partition" and self.partitioning is not None and group.name not in state.ledger.whole
-            )
-            if needed and group.size < len(self.tasks):
-                raise CapacityError(
-                    f"runner: '{group.name}' has {group.size} units for {len(self.tasks)} tasks, each of which must own"
-                    " at least one. Widen the layer, or give fewer tasks."
-                )
+            if self.method == "partition":
+                check_widths(state, len(self.tasks))
         return state
 
     def phase(self, name: str, step: Callable[[], None]) -> None:
@@ -247,12 +258,14 @@ class SequentialTaskRunner:
         self.progress.seconds += time.monotonic() - began
         self.progress.finished.append(name)
         if self.host.is_global_zero:
-            self.store.save(self.module, self.progress)
+            self.store.save(self.module, self.progress, self.state)
         if self.host.world_size > 1:
             self.host.strategy.barrier()
 
     def fit(self, task: Any, epochs: int, ours: Sequence[Callback | None]) -> None:
-        """One Trainer, one fit, everything random keyed by the phase."""
+        """One Trainer, one fit, everything random keyed by the phase; nothing for no epochs."""
+        if epochs == 0:
+            return
         callbacks = [copy.deepcopy(callback) for callback in [*self.callbacks, *ours] if callback is not None]
         folder = self.store.root / "phases" / f"{len(self.progress.finished):03d}"
         with self.state.showing(self.module, [task]) if isinstance(task, Task) else nullcontext():
@@ -270,6 +283,17 @@ class SequentialTaskRunner:
         given = theirs.get("callbacks") or []
         given = copy.deepcopy(list(given) if isinstance(given, Sequence) else [given])
         return self.make_trainer(max_epochs=max_epochs, callbacks=[*given, *callbacks], default_root_dir=root)
+
+    def keep(self, task: Task) -> None:
+        """Writes the network as it is after a task, next to the record of its partition."""
+        folder = self.folders.of(self.tasks.index(task), task.name)
+        self.host.strategy.connect(self.module)
+        self.host.save_checkpoint(folder / "checkpoint.ckpt", weights_only=True)
+
+    @property
+    def tasks_left(self) -> int:
+        """How many tasks are still to come, the current one counted."""
+        return len(self.tasks) - len(self.state.ledger.tasks) + 1
 
     def score_of(self, task: Task) -> float:
         """The task's score on its test data, on its own outputs; higher is better."""
@@ -291,8 +315,10 @@ class SequentialTaskRunner:
             "invariance_epochs": self.invariance_epochs,
             "seed": self.seed,
             "tasks": {task.name: list(self.state.outputs_of(task)) for task in self.tasks},
-            "partition": None if self.partitioning is None else repr(self.partitioning.options),
-            "perturbation": None if self.perturbing is None else repr(self.perturbing.perturbation),
+            "pretrained": self.pretrained if isinstance(self.pretrained, bool) else str(self.pretrained),
+            "partition": None if self.partitioning is None else self.partitioning.settings(),
+            "invariance": None if self.perturbing is None else self.perturbing.settings(),
+            "masking": None if self.masking is None else self.masking.settings(),
             "network": {group.name: group.size for group in self.state.structure.groups},
             "processes": self.host.world_size,
         }

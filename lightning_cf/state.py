@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_cf.claiming import Outcome
+from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import on_device
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.outputs import OutputView, head_of
-from lightning_cf.structure import Forward, Structure, call, named_tensors
+from lightning_cf.structure import Forward, Structure, call
+from lightning_cf.subspace import GivenSubspace, Subspace
 from lightning_cf.tasks import Task
 from lightning_cf.tracing import trace
 
@@ -35,6 +39,8 @@ class ContinualState:
         mask_outputs: whether each task trains and is scored on its own outputs only.
         start: parameters at the current task's start, where a partition asked to keep them.
         shown: the view through which the outputs are seen now, if any.
+        outcome: what the current task's partitions found so far, if it had any.
+        disturbance: what perturbs the redundant units now, if anything.
     """
 
     structure: Structure
@@ -44,6 +50,28 @@ class ContinualState:
     mask_outputs: bool = True
     start: dict[str, Tensor] | None = None
     shown: OutputView | None = None
+    outcome: Outcome | None = None
+    disturbance: Disturbance | None = None
+
+    def undisturb(self) -> None:
+        """Puts perturbed units back, if some are perturbed now."""
+        if self.disturbance is not None:
+            self.disturbance.undo()
+            self.disturbance = None
+
+    def bases(self, subspace: Subspace | None, tensors: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "_ _"]]:
+        """The basis of a sub-space in each group that it holds."""
+        found: dict[str, Float[Tensor, "_ _"]] = {}
+        if subspace is None:
+            return found
+        if isinstance(subspace, GivenSubspace):
+            subspace.check_layers([group.name for group in self.structure.groups])
+        for group in self.structure.groups:
+            inputs = sum(rows.width(tensors[rows.tensor]) for rows in group.rows if rows.role == "weight")
+            basis = subspace.basis(group.name, inputs, self.ledger.directions)
+            if basis is not None:
+                found[group.name] = basis
+        return found
 
     def retrace(self, module: nn.Module) -> None:
         """Traces the module again, after its head grew."""
@@ -66,10 +94,6 @@ class ContinualState:
                 yield view
             finally:
                 self.shown = None
-
-    def remember_start(self, module: nn.Module) -> None:
-        """Keeps a copy of the parameters as they are now."""
-        self.start = {name: tensor.detach().clone() for name, tensor in named_tensors(module).items()}
 
 
 def state_of(module: nn.Module) -> ContinualState | None:
@@ -107,6 +131,7 @@ def keep_ledger(module: nn.Module, ledger: NeuronLedger) -> None:
     if state is None:
         object.__setattr__(module, _PENDING, ledger)
     else:
+        ledger.revision = state.ledger.revision + 1  # so that masks made for the other one are made anew
         state.ledger = ledger
 
 

@@ -13,14 +13,16 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.claiming import Claimer, PartitionOptions
+from lightning_cf.claiming import Claimer, cut_claimed
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import evaluate, on_device
 from lightning_cf.ledger import NeuronLedger
+from lightning_cf.options import PartitionOptions
 from lightning_cf.probe import probe
 from lightning_cf.randomness import derive_seed
+from lightning_cf.recording import TaskFolders
 from lightning_cf.reinitialise import reinitialise_free
-from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for
+from lightning_cf.state import keep_ledger, ledger_of, state_for
 from lightning_cf.structure import eval_mode, named_tensors
 from lightning_cf.tasks import Task
 
@@ -28,7 +30,15 @@ FOLD_SAMPLES = 4096
 """From how many inputs of the task the regression learns what to fold."""
 
 
-def partition_task(module: LightningModule, task: Task, options: PartitionOptions, *, tasks_left: int = 1) -> None:
+def partition_task(
+    module: LightningModule,
+    task: Task,
+    options: PartitionOptions,
+    *,
+    tasks_left: int = 1,
+    seed: int = 0,
+    folders: TaskFolders | None = None,
+) -> None:
     """Partitions the current task's units, claims the non-redundant ones and, under ``exact``, probes for leaks.
 
     Args:
@@ -36,15 +46,19 @@ def partition_task(module: LightningModule, task: Task, options: PartitionOption
         task: the current task; its training data is folded on, its validation data judges.
         options: how to partition.
         tasks_left: tasks still to come, this one counted, as far as known.
+        seed: what randomly chosen representatives depend on.
+        folders: where to record what was found.
 
     Raises:
         LeakError: if a claimed output still depends on free weights.
     """
     state = state_for(module, task)
+    state.undisturb()
+    again = state.ledger.tasks[-1].phase == "invariance"
     lower_is_better = task.metric is not None and task.metric.higher_is_better is False
     with isolate_rng(), eval_mode(module), state.showing(module, [task]):
         torch.manual_seed(derive_seed("partition", task.name))
-        Claimer(
+        state.outcome = Claimer(
             module=module,
             structure=state.structure,
             ledger=state.ledger,
@@ -54,24 +68,58 @@ def partition_task(module: LightningModule, task: Task, options: PartitionOption
             passes=lambda: _passes(module, task),
             start=state.start,
             tasks_left=tasks_left,
+            seed=seed,
+            earlier=state.outcome if again else None,
         ).claim()
-    state.start = None
     if state.ledger.isolation == "exact":
         probe(module, state.structure, state.ledger, state.example, state.forward)
+    if folders is not None:
+        folders.write(state.ledger, options, state.outcome)
 
 
-def seal_task(module: LightningModule, state: ContinualState, seed: int) -> None:
+def seal_task(
+    module: LightningModule,
+    task: Task,
+    options: PartitionOptions | None = None,
+    *,
+    seed: int = 0,
+    folders: TaskFolders | None = None,
+) -> None:
     """Seals the current task's claim; under ``exact`` gives the free units a fresh start.
 
     Args:
         module: the network, in place.
-        state: its state.
+        task: the current task.
+        options: of its partition, which say whether free units start afresh.
         seed: what the fresh weights depend on, with the task's name.
+        folders: where its partition was recorded, if it was.
     """
-    name = state.ledger.tasks[-1].name
+    state = state_for(module, task)
+    state.undisturb()
+    if state.ledger.isolation == "perturb":
+        score = ablation_accuracy(module, task)
+        for record in state.ledger.records:
+            if record["task"] == task.name:
+                record["retrained_ablation_accuracy"] = score
+    if folders is not None:
+        folders.complete(module, state.structure, state.ledger)
     state.ledger.seal()
-    if state.ledger.isolation == "exact":
-        reinitialise_free(module, state.structure, state.ledger, seed, name)
+    state.start = state.outcome = None
+    if state.ledger.isolation == "exact" and (options is None or options.reinitialise):
+        reinitialise_free(module, state.structure, state.ledger, seed, task.name)
+
+
+def ablation_accuracy(module: LightningModule, task: Task) -> float:
+    """The current task's score without its redundant units, on the data that judges partitions."""
+    state = state_for(module, task)
+    before = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+    with isolate_rng(), eval_mode(module), state.showing(module, [task]):
+        cut_claimed(module, state.structure, state.ledger)
+        score = evaluate(module, task, task.judging_batches())
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(before[name])
+    return score
 
 
 def decide_together(trainer: Trainer, module: LightningModule, step: Callable[[], None]) -> None:

@@ -71,6 +71,10 @@ def test_the_default_command_compares_three_methods_and_leaves_results_and_pictu
         ["model=cnn", "model.network.channels=[8,12]"],
         ["model=resnet", "model.network.channels=[8,12]", "logger=csv", "trainer.log_every_n_steps=1"],
         ["partition=literal", "invariance=noise", "isolation=perturb"],
+        ["isolation=perturb", "invariance=composed", "subspace=random", "subspace.dimensions=0.25"],
+        ["isolation=perturb", "invariance=mixture", "subspace=learned", "subspace.steps=5"],
+        ["partition.every_n_epochs=1", "partition.clusters=components", "partition.representative=random"],
+        ["partition.when_below=10.0", "partition.similarity_matrix=true", "invariance.every_n_epochs=2"],
     ],
 )
 def test_every_group_runs_from_any_folder(tmp_path, arguments, monkeypatch, capsys):
@@ -84,6 +88,14 @@ def test_every_group_runs_from_any_folder(tmp_path, arguments, monkeypatch, caps
         assert "lightning-cf: warning: Task '0-1': threshold=0.7 finds too little redundancy" in errors
     if "logger=csv" in arguments:
         assert list((tmp_path / "run").rglob("metrics.csv"))
+    if "method=joint" not in arguments:
+        folders = sorted((tmp_path / "run").glob("*/tasks/*"))
+        assert [folder.name[3:] for folder in folders] == result["tasks"]
+        for folder in folders:
+            assert {"checkpoint.ckpt", "partition.json", "units.png", "similarity.png"} <= set(os.listdir(folder))
+            assert bool(list(folder.rglob("*_*.npy"))) >= ("partition.similarity_matrix=true" in arguments)
+    if "partition.every_n_epochs=1" in arguments:
+        assert all(len(record["claims"]) > 1 for record in result["partition"])
 
 
 @pytest.mark.parametrize(
@@ -101,6 +113,14 @@ def test_every_group_runs_from_any_folder(tmp_path, arguments, monkeypatch, caps
         (["model.network.classes=6"], ["'6-7'", "output 6", "6 columns", "Widen"]),
         (["model.network.hidden=[3]"], ["'network.1'", "3 units", "5 tasks", "Widen"]),
         (["tasks=split_mnist"], ["data_dir"]),
+        (["invariance=spin"], ["invariance/spin", "rotation"]),
+        (["subspace=random", "subspace.dimensions=0"], ["dimensions", "share in (0, 1]", "0"]),
+        (["subspace=given", "subspace.bases=none.pt"], ["none.pt", "no file"]),
+        (
+            ["partition.every_n_steps=5", "partition.every_n_epochs=2"],
+            ["every_n_steps", "every_n_epochs", "contradict"],
+        ),
+        (["pretrained=none.ckpt"], ["pretrained", "none.ckpt", "no file"]),
         (["tasks=split_mnist", "data_dir=nowhere"], ["train-images-idx3-ubyte", "nowhere", "data_dir"]),
     ],
 )
@@ -155,6 +175,34 @@ def test_a_sweep_gives_for_each_job_what_the_job_alone_gives(tmp_path):
         assert job["weights_sha256"] == alone["weights_sha256"]
         assert f"partition.threshold={threshold}" in done.stdout.split("average accuracy")[-1]
     assert jobs[0]["weights_sha256"] != jobs[1]["weights_sha256"]
+
+
+def test_a_search_gives_each_job_all_of_its_configuration(tmp_path):
+    one = ["hydra.sweeper.params.invariance=shear", "hydra.sweeper.params.invariance_epochs=1"]
+    small = [x for x in SMALL if not x.startswith(("invariance_epochs", "compare"))]
+    done = command("hparams_search=perturbation", f"run={tmp_path}", *small, *one, "tasks.order=[0,1,2,3]")
+    assert done.returncode == 0, done.stderr
+    (job,) = json.loads((tmp_path / "sweep.json").read_text())
+    assert job["status"] == 0
+    result = json.loads((tmp_path / "0" / "result.json").read_text())
+    assert result["config"]["isolation"] == "perturb"
+    assert result["config"]["invariance"]["perturbation"]["_target_"] == "lightning_cf.Shear"
+    assert (tmp_path / "0" / "perturb").is_dir()
+
+
+def test_a_sweep_names_a_metric_that_results_do_not_have(tmp_path):
+    done = command("-m", f"run={tmp_path}", *SMALL, "tasks.order=[0,1]", "optimized_metric=tasks", "seed=0")
+    assert done.returncode == 1
+    assert "optimized_metric='tasks' is no number" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_two_processes_partition_in_training_and_learn_one_sub_space(tmp_path):
+    options = ["epochs=4", "invariance_epochs=3", "compare=false", "model.network.hidden=[40]", "tasks.order=[0,1,2,3]"]
+    options += ["partition.every_n_steps=7", "isolation=perturb", "subspace=learned", "subspace.steps=4"]
+    two, _ = run(tmp_path, *options, "trainer=ddp", "devices=2")
+    assert all(len(record["claims"]) > 1 for record in two["partition"])
+    assert two["average_accuracy"] > 0.8
 
 
 def test_two_processes_forget_nothing_and_agree_with_one(tmp_path):

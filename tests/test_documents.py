@@ -1,11 +1,16 @@
 """What the README and the notebooks show runs as it stands."""
 
+import inspect
+import pydoc
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+import lightning_cf
+from lightning_cf.options import PartitionKeywords
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,3 +48,23 @@ def test_notebooks_run(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert any(cell.cell_type == "code" and cell.outputs for cell in notebook.cells)
+
+
+def test_the_patents_table_names_tests_and_code_that_exist():
+    table = (ROOT / "docs" / "patent.md").read_text()
+    tests = re.findall(r"`(tests/\w+\.py)::(\w+)`", table)
+    assert len(tests) > 30
+    for path, name in tests:
+        assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), flags=re.MULTILINE), f"{path}::{name}"
+    names = re.findall(r"`(lightning_cf\.[\w.]+)`", table)
+    assert len(names) > 10
+    for name in names:
+        assert pydoc.locate(name) is not None, name
+    for owner, option in re.findall(r"`(\w+)\((\w+)=", table):
+        target = getattr(lightning_cf, owner)
+        known = {*inspect.signature(target).parameters, *PartitionKeywords.__annotations__}
+        assert option in known, f"{owner}({option}=)"
+    rows = re.findall(r"^\| (P\d+) \|.*\| (.*) \|$", table, flags=re.MULTILINE)
+    assert [name for name, _ in rows] == [f"P{i}" for i in range(1, 30)]
+    built = {f"P{i}" for i in (*range(1, 19), 20, 21, 23, 26)}
+    assert all(shown.strip() for name, shown in rows if name in built)

@@ -15,12 +15,17 @@ from lightning_cf import (
     Classifier,
     ContinualError,
     InvarianceCallback,
+    LearnedSubspace,
+    MaskedGradientCallback,
+    NeuronLedger,
     PartitionCallback,
+    PartitionRecord,
     SequentialTaskRunner,
     StructureError,
     Task,
 )
 from lightning_cf.data import permuted_tasks
+from lightning_cf.ledger import FREE
 from lightning_cf.models import MLP
 from lightning_cf.state import state_of
 from lightning_cf.steps import synchronise, weights_sha256
@@ -85,27 +90,37 @@ def test_joint_training_scores_every_task(tmp_path):
     assert result.accuracy.forgetting == 0.0
 
 
-@pytest.mark.parametrize("isolation", ["exact", "perturb"])
-def test_a_run_that_was_interrupted_ends_with_the_weights_of_one_that_was_not(tmp_path, isolation):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"isolation": "exact"},
+        {"isolation": "perturb"},
+        {"isolation": "perturb", "invariance": InvarianceCallback(subspace=LearnedSubspace(dimensions=4, steps=7))},
+        {"partition": PartitionCallback(measure="update", representative="random")},
+    ],
+    ids=["exact", "perturb", "learned", "update"],
+)
+def test_a_run_that_was_interrupted_ends_with_the_weights_of_one_that_was_not(tmp_path, options):
     class PowerCut(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.datamodule.name == "2-3" and pl_module.ledger.tasks[-1].phase == "invariance":
                 raise RuntimeError("power cut")
 
-    whole = runner(tmp_path / "whole", isolation=isolation).run()
+    make = partial(runner, **options)
+    whole = make(tmp_path / "whole").run()
     with pytest.raises(RuntimeError, match="power cut"):
-        runner(tmp_path / "cut", isolation=isolation, callbacks=[PowerCut()]).run()
+        make(tmp_path / "cut", callbacks=[PowerCut()]).run()
     fits = []
 
     class Count(Callback):
         def on_fit_start(self, trainer, pl_module):
             fits.append(trainer.datamodule.name)
 
-    resumed = runner(tmp_path / "cut", isolation=isolation, callbacks=[Count()], module=classifier(seed=8)).run()
+    resumed = make(tmp_path / "cut", callbacks=[Count()], module=classifier(seed=8)).run()
     assert fits == ["2-3", "4-5", "4-5"]
     assert resumed.weights_sha256 == whole.weights_sha256
     assert torch.equal(resumed.accuracy.matrix, whole.accuracy.matrix)
-    again = runner(tmp_path / "cut", isolation=isolation, callbacks=[Count()]).run()
+    again = make(tmp_path / "cut", callbacks=[Count()]).run()
     assert len(fits) == 3
     assert again.weights_sha256 == whole.weights_sha256
 
@@ -280,3 +295,167 @@ def test_capacity_is_kept_for_the_tasks_to_come(tmp_path):
     claimed = {r["task"]: r["claimed"] for r in result.partition if r["layer"] == "network.1"}
     assert claimed == {"0-1": 46, "2-3": 1, "4-5": 1}
     assert weights(classifier()).keys() == weights(classifier(seed=1)).keys()
+
+
+def test_a_run_killed_before_a_partition_still_knows_the_weights_at_the_tasks_start(tmp_path, monkeypatch):
+    make = partial(runner, sequence=tasks(2), partition=PartitionCallback(measure="update"))
+    whole = make(tmp_path / "whole").run()
+    step = PartitionCallback.partition_task
+
+    def cut(self, trainer, module, task):
+        if task.name == "2-3":
+            raise RuntimeError("power cut")
+        step(self, trainer, module, task)
+
+    monkeypatch.setattr(PartitionCallback, "partition_task", cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        make(tmp_path / "cut").run()
+    monkeypatch.setattr(PartitionCallback, "partition_task", step)
+    assert make(tmp_path / "cut", module=classifier(seed=4)).run().weights_sha256 == whole.weights_sha256
+
+
+# A module that was trained before
+
+
+class Phases(Callback):
+    """Which tasks were fitted, in which phase."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_fit_start(self, trainer, pl_module):
+        self.seen.append((trainer.datamodule.name, pl_module.ledger.tasks[-1].phase))
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.mark.parametrize("given", ["memory", "checkpoint", "state_dict"])
+def test_a_first_task_that_was_learned_before_is_not_learned_again(tmp_path, given):
+    trained, (first, *_) = classifier(), tasks()
+    trainer = quiet_trainer(max_epochs=6)
+    trainer.fit(trained, datamodule=first)
+    learned = weights(trained)
+    if given == "memory":
+        module, pretrained = trained, True
+    else:
+        module, pretrained = classifier(seed=5), tmp_path / "trained.pt"
+        if given == "checkpoint":
+            trainer.save_checkpoint(pretrained)
+        else:
+            torch.save(trained.state_dict(), pretrained)
+    seen = []
+    run = runner(tmp_path / "run", module=module, sequence=tasks(2), callbacks=[Phases(seen)], pretrained=pretrained)
+    run.start()
+    for name, tensor in weights(run.module).items():
+        assert torch.equal(tensor, learned[name])
+    result = run.run()
+    assert seen == [("0-1", "invariance"), ("2-3", "learn"), ("2-3", "invariance")]
+    assert result.accuracy.initial[0] > 0.95
+    assert result.accuracy.forgetting == 0.0
+    assert float(result.accuracy.matrix[-1].min()) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"pretrained='.*' is no file"),
+        ({"network.1.weight": torch.zeros(48, 64)}, r"does not fit the module: 5 names .* such as 'network.1.bias'"),
+        ({"network.1.weight": torch.zeros(2, 2)}, "does not fit the module"),
+        ({"state_dict": {}, "lightning_cf": {"tasks": [{"name": "zero"}]}}, r"a ledger of its own \(tasks zero\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_training(tmp_path, content, message):
+    path = tmp_path / "weights.pt"
+    if content is not None:
+        torch.save(content, path)
+    with pytest.raises(ContinualError, match=message):
+        runner(tmp_path / "run", pretrained=path, callbacks=[Never()]).run()
+
+
+def test_the_runner_partitions_during_training(tmp_path):
+    seen = []
+    partition = PartitionCallback(every_n_epochs=2)
+    result = runner(tmp_path, sequence=tasks(2), partition=partition, epochs=4, callbacks=[Phases(seen)]).run()
+    assert seen == [("0-1", "learn"), ("2-3", "learn")]  # one fit a task, of 4 + 3 epochs
+    assert [len(record["claims"]) for record in result.partition] == [3] * 4
+    assert result.accuracy.forgetting == 0.0
+    shares = [shares[0] for shares in result.capacity.values()]
+    assert all(share >= 0.5 for share in shares)  # room is kept for the second task
+    assert partition.tasks_left == 1  # the runner works on copies
+
+
+def test_a_share_of_the_fit_is_the_runners_business():
+    with pytest.raises(ContinualError, match=r"the partition has after=0.5; epochs=5 and invariance_epochs=3 decide"):
+        runner("nowhere", partition=PartitionCallback(after=0.5))
+
+
+# What a run leaves beside each task's checkpoint
+
+
+@pytest.mark.parametrize("isolation", ["exact", "perturb"])
+def test_each_task_leaves_a_checkpoint_and_a_record_of_its_partition(tmp_path, isolation):
+    module, sequence = classifier(), tasks(2)
+    result = runner(tmp_path, module=module, sequence=sequence, isolation=isolation).run()
+    for position, task in enumerate(sequence):
+        folder = tmp_path / "tasks" / f"{position:02d}-{task.name}"
+        ledger = NeuronLedger.from_checkpoint(folder / "checkpoint.ckpt")
+        assert [entry.phase for entry in ledger.tasks] == ["sealed"] * (position + 1)
+        record = PartitionRecord.load(folder)
+        assert (record.task, record.position, record.isolation) == (task.name, position, isolation)
+        assert record.constraints["threshold"] == "auto"
+        assert [layer.name for layer in record.layers] == ["network.1", "network.3"]
+        for layer in record.layers:
+            owned = (ledger.owners[layer.name] == position).nonzero().flatten()
+            assert torch.equal(layer.non_redundant, owned)
+            assert torch.equal(layer.owner, torch.where(layer.owner == FREE, FREE, ledger.owners[layer.name]))
+            assert record.constraints["budget"][layer.name] >= len(owned)
+            found = next(r for r in result.partition if (r["task"], r["layer"]) == (task.name, layer.name))
+            assert (found["claimed"], found["redundant"]) == (len(layer.non_redundant), len(layer.redundant))
+            assert layer.similarity is None
+            # After INVARIANCE: the weights of claimed units as the checkpoint has them.
+            checkpoint = torch.load(folder / "checkpoint.ckpt", weights_only=True)
+            weight = checkpoint["state_dict"][f"{layer.name}.weight"][owned]
+            vectors = layer.magnitude_after[:, None] * layer.direction_after
+            torch.testing.assert_close(vectors[owned].float(), weight, rtol=1e-5, atol=1e-6)
+    plain = classifier(seed=9)
+    plain.load_state_dict(checkpoint["state_dict"])
+    for name, tensor in weights(module).items():
+        assert torch.equal(plain.state_dict()[name], tensor)
+
+
+def test_similarities_are_recorded_on_request(tmp_path):
+    runner(tmp_path, sequence=tasks(2), partition=PartitionCallback(similarity_matrix=True)).run()
+    for folder in ("00-0-1", "01-2-3"):
+        for layer in PartitionRecord.load(tmp_path / "tasks" / folder).layers:
+            assert layer.similarity is not None
+            units = layer.candidates
+            cosine = layer.direction[units] @ layer.direction[units].T
+            distance = layer.bias[units][:, None] - layer.bias[units]
+            stored = layer.similarity.tile(slice(None), slice(None))
+            torch.testing.assert_close(stored, cosine - distance**2, rtol=0, atol=1e-5)
+
+
+def test_callbacks_alone_record_where_they_are_told(tmp_path):
+    module, (first, second, _) = classifier(), tasks()
+    for task in (first, second):
+        callbacks = [PartitionCallback(after=0.5, records=tmp_path), InvarianceCallback(), MaskedGradientCallback()]
+        quiet_trainer(max_epochs=4, callbacks=callbacks).fit(module, datamodule=task)
+    names = [PartitionRecord.load(folder).task for folder in sorted(tmp_path.iterdir())]
+    assert names == ["0-1", "2-3"]
+    for layer in PartitionRecord.load(tmp_path / "01-2-3").layers:
+        assert layer.magnitude_after is not None
+        assert bool((layer.representative == -1).any())  # what the first task owns took no part
+
+
+def test_a_record_of_several_partitions_is_about_all_units_of_the_first(tmp_path):
+    module, (first, *_) = classifier(), tasks()
+    options = {"threshold": 0.3, "max_claim": 0.5, "measure": "activation", "records": tmp_path}
+    callbacks = [PartitionCallback(every_n_epochs=2, **options), InvarianceCallback(), MaskedGradientCallback()]
+    quiet_trainer(max_epochs=8, callbacks=callbacks).fit(module, datamodule=first)
+    ledger = state_of(module).ledger
+    assert any(r["claims"][0] > r["claims"][-1] for r in ledger.records)
+    for layer in PartitionRecord.load(tmp_path / "00-0-1").layers:
+        assert len(layer.candidates) == 48
+        assert torch.equal(layer.non_redundant, (ledger.owners[layer.name] == 0).nonzero().flatten())
+        assert torch.equal(layer.redundant, (ledger.owners[layer.name] == FREE).nonzero().flatten())

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_cf.callbacks.session import ContinualCallback
-from lightning_cf.errors import check_count
+from lightning_cf.directions import DirectionLearner
+from lightning_cf.disturbance import Disturbance
+from lightning_cf.errors import ContinualError, check_count
 from lightning_cf.ledger import FREE
 from lightning_cf.perturbation import Ablate, Perturbation
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.state import ContinualState, state_of
 from lightning_cf.structure import named_tensors
+from lightning_cf.subspace import LearnedSubspace, Subspace
 
 
 class InvarianceCallback(ContinualCallback):
-    """Perturbs the redundant units in each training step of INVARIANCE, so that the task stops depending on them.
+    """Perturbs the redundant units in the training steps of INVARIANCE, so that the task stops depending on them.
 
     The perturbation is there for the length of a training step: validation and checkpoints see the undisturbed
     network, which also stands at the end of the phase. Under ``isolation="exact"`` it cannot reach the claimed
@@ -26,67 +29,131 @@ class InvarianceCallback(ContinualCallback):
 
     Args:
         perturbation: how; default :class:`~lightning_cf.perturbation.Ablate`, which kept most in benchmarks.
-        every_n_steps: a new perturbation every so many optimiser steps, held in between.
-        seed: the perturbation depends on (seed, task, step) and nothing else.
+        subspace: what holds the perturbation (paragraph 21); give :class:`MaskedGradientCallback` the same one.
+        every_n_steps: a new perturbation every so many optimiser steps, held in between. Default: each step.
+        every_n_batches: or every so many batches, which differ from steps where gradients accumulate.
+        every_n_epochs: or every so many epochs.
+        seed: the perturbation depends on (seed, task, phase, count of steps, batches or epochs) and nothing else.
     """
 
-    def __init__(self, *, perturbation: Perturbation | None = None, every_n_steps: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        perturbation: Perturbation | None = None,
+        subspace: Subspace | None = None,
+        every_n_steps: int | None = None,
+        every_n_batches: int | None = None,
+        every_n_epochs: int | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.perturbation = Ablate() if perturbation is None else perturbation
-        self.every_n_steps = check_count("invariance", "every_n_steps", every_n_steps)
+        self.subspace = subspace
+        given = {"steps": every_n_steps, "batches": every_n_batches, "epochs": every_n_epochs}
+        given = {unit: count for unit, count in given.items() if count is not None} or {"steps": 1}
+        if len(given) > 1:
+            raise ContinualError(
+                f"invariance: {' and '.join(f'every_n_{unit}={n}' for unit, n in given.items())} contradict each other;"
+                " give one of them."
+            )
+        self.unit, self.every_n = next(iter(given.items()))
+        check_count("invariance", f"every_n_{self.unit}", self.every_n)  # type: ignore[arg-type]
         self.seed = seed
-        self._base: dict[str, Tensor] = {}
+        self._learner: DirectionLearner | None = None
+        self._bases: Mapping[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins the task; where the sub-space is learned, begins to watch the gradients."""
+        super().on_fit_start(trainer, pl_module)
+        state = state_of(pl_module)
+        assert state is not None
+        self._bases = state.bases(self.subspace, named_tensors(pl_module))
+        if isinstance(self.subspace, LearnedSubspace):
+            self._learner = DirectionLearner(self.subspace, self._redundant(state))
+            self._learner.attach(pl_module, state.structure.groups)
+            self._revision = state.ledger.revision
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Perturbs."""
         state = state_of(pl_module)
         task = None if state is None else state.ledger.current
-        if (
-            state is not None
-            and task is not None
-            and task.phase == "invariance"
-            and state.ledger.isolation == "perturb"
-        ):
-            draw = trainer.global_step // self.every_n_steps
-            self._perturb(pl_module, state, keyed_generator(self.seed, task.name, "invariance", draw))
+        if state is None or task is None or task.phase != "invariance":
+            return
+        if self._learner is not None and self._revision != state.ledger.revision:
+            self._learner.units, self._revision = self._redundant(state), state.ledger.revision
+            self._learn(trainer, pl_module, self._learner)
+        if state.ledger.isolation == "perturb":
+            generator = keyed_generator(self.seed, task.name, "invariance", self._draw(trainer))
+            state.undisturb()
+            state.disturbance = Disturbance(
+                pl_module, state.structure, state.ledger, self.perturbation, generator, self._bases
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Puts the undisturbed values back."""
-        self._restore(pl_module)
+        state = state_of(pl_module)
+        if state is None:
+            return
+        state.undisturb()
+        if self._learner is not None:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            self._learner.end_step(loss if isinstance(loss, Tensor) else None)
+            if self._learner.step % self._learner.subspace.steps == 0:
+                fell = self._learner.loss_fell()
+                task = state.ledger.current
+                # A partition at this step's end is taken up when the next step starts, in whatever order callbacks run.
+                if task is not None and task.phase == "invariance" and self._revision == state.ledger.revision:
+                    self._learn(trainer, pl_module, self._learner, fell)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps what LEARN found for the INVARIANCE of a later fit."""
+        state = state_of(pl_module)
+        if state is None or self._learner is None or state.ledger.current is None:
+            return
+        if state.ledger.current.phase == "learn" or self._revision != state.ledger.revision:
+            self._learn(trainer, pl_module, self._learner)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets go."""
+        self._release(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Puts the undisturbed values back."""
-        self._restore(pl_module)
+        """Puts the undisturbed values back and lets go; teardown does not run after an exception."""
+        self._release(pl_module)
 
-    @torch.no_grad()
-    def _perturb(self, module: LightningModule, state: ContinualState, generator: torch.Generator) -> None:
-        tensors = named_tensors(module)
-        for group in state.structure.groups:
-            redundant = (state.ledger.owners[group.name] == FREE).nonzero().flatten()
-            if len(redundant) == 0:
-                continue
-            for rows in group.rows:
-                self._base.setdefault(rows.tensor, tensors[rows.tensor].detach().clone())
-            vectors = group.weights(tensors)
-            there = redundant.to(vectors.device)
-            vectors[there] = self.perturbation(vectors[there], generator)
-            group.write_weights(tensors, vectors, redundant)
-            if isinstance(self.perturbation, Ablate):
-                for rows in group.rows:
-                    if rows.role != "weight":
-                        rows.write(tensors[rows.tensor], torch.zeros_like(rows.read(tensors[rows.tensor])), redundant)
+    def settings(self) -> dict[str, Any]:
+        """Its options as plain values, to tell runs apart."""
+        return {name: str(getattr(self, name)) for name in ("perturbation", "subspace", "unit", "every_n")}
 
-    @torch.no_grad()
-    def _restore(self, module: LightningModule) -> None:
+    def _draw(self, trainer: Trainer) -> int:
+        """Which draw is due, counted from the fit's start."""
+        counts = {
+            "steps": trainer.global_step,
+            "batches": trainer.fit_loop.total_batch_idx,
+            "epochs": trainer.current_epoch,
+        }
+        return counts[self.unit] // self.every_n  # type: ignore[operator]
+
+    def _learn(self, trainer: Trainer, module: LightningModule, learner: DirectionLearner, fell: bool = True) -> None:
+        """Takes up the directions of recent gradients, on every process those of the first."""
         state = state_of(module)
-        if not self._base or state is None:
-            return
-        tensors = named_tensors(module)
-        for group in state.structure.groups:
-            redundant = (state.ledger.owners[group.name] == FREE).nonzero().flatten()
-            for rows in group.rows:
-                if rows.tensor in self._base:
-                    rows.write(tensors[rows.tensor], rows.read(self._base[rows.tensor]), redundant)
-        self._base = {}
+        assert state is not None
+        directions = learner.directions(state.structure.groups) if fell and trainer.is_global_zero else {}
+        if trainer.world_size > 1:
+            directions = trainer.strategy.broadcast(directions)
+        if directions:
+            state.ledger.directions.update(directions)
+            self._bases = state.bases(self.subspace, named_tensors(module))
+
+    def _redundant(self, state: ContinualState) -> dict[str, Tensor]:
+        return {name: (owner == FREE).nonzero().flatten() for name, owner in state.ledger.owners.items()}
+
+    def _release(self, module: LightningModule) -> None:
+        state = state_of(module)
+        if state is not None:
+            state.undisturb()
+        if self._learner is not None:
+            self._learner.detach()
+            self._learner = None

@@ -6,11 +6,16 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_cf.callbacks.session import ContinualCallback, task_of
+from lightning_cf.errors import ContinualError
 from lightning_cf.freezing import Freezer
+from lightning_cf.ledger import FREE
+from lightning_cf.projection import Projection
 from lightning_cf.state import ContinualState, state_for, state_of
-from lightning_cf.structure import named_tensors
+from lightning_cf.structure import UnitGroup, named_tensors
+from lightning_cf.subspace import Subspace
 
 
 class MaskedGradientCallback(ContinualCallback):
@@ -20,15 +25,20 @@ class MaskedGradientCallback(ContinualCallback):
     optimiser: gradients of frozen entries are zero before clipping, and their values are put back after each step.
 
     Args:
+        subspace: what holds the weights that later tasks train (paragraph 24): what training adds to the free units'
+            incoming vectors, from the second task on, lies in it, and their biases and norm entries stay. The smaller
+            it is, the more is retained under ``isolation="perturb"`` and the less can be learned.
         mask_outputs: while a task trains or is tested, show only its outputs (the others hold the lowest number), so
             that an unchanged loss over all classes trains the task's own. Needs logits; set False for losses that
             spread over all outputs.
     """
 
-    def __init__(self, *, mask_outputs: bool = True) -> None:
+    def __init__(self, *, subspace: Subspace | None = None, mask_outputs: bool = True) -> None:
         super().__init__()
+        self.subspace = subspace
         self.mask_outputs = mask_outputs
         self._freezer: Freezer | None = None
+        self._projection: Projection | None = None
         self._revision = -1
         self._shown = ExitStack()
 
@@ -72,18 +82,44 @@ class MaskedGradientCallback(ContinualCallback):
         """Lets go; teardown does not run after an exception."""
         self._release()
 
+    def settings(self) -> dict[str, Any]:
+        """Its options as plain values, to tell runs apart."""
+        return {name: str(getattr(self, name)) for name in ("subspace", "mask_outputs")}
+
     def _show(self, module: LightningModule, state: ContinualState, trainer: Trainer) -> None:
         self._shown.enter_context(state.showing(module, [task_of(trainer, type(self).__name__)]))
 
     def _hold(self, trainer: Trainer, module: LightningModule, state: ContinualState) -> None:
-        if self._freezer is not None:
-            self._freezer.detach()
-        masks = state.ledger.frozen(state.structure, named_tensors(module))
-        self._freezer = Freezer(module, masks).attach(trainer.optimizers)
+        self._let_go()
+        tensors = named_tensors(module)
+        # Before the freezer, whose hook then runs later and has the last word.
+        self._projection = Projection(tensors, self._held(state, tensors)).attach(trainer.optimizers)
+        self._freezer = Freezer(module, state.ledger.frozen(state.structure, tensors)).attach(trainer.optimizers)
         self._revision = state.ledger.revision
 
+    def _held(self, state: ContinualState, tensors: dict[str, Tensor]) -> list[tuple[UnitGroup, Tensor, Tensor]]:
+        """The free units of a later task, with the basis that holds them."""
+        task = state.ledger.current
+        if self.subspace is None or task is None or task.phase != "learn" or len(state.ledger.tasks) == 1:
+            return []
+        bases = state.bases(self.subspace, tensors)
+        if not bases:
+            raise ContinualError(
+                f"masking: nothing was learned yet of the sub-space that task '{task.name}' is to train in. Give"
+                " InvarianceCallback the same subspace, in the fit of the task before."
+            )
+        return [
+            (group, (state.ledger.owners[group.name] == FREE).nonzero().flatten(), bases[group.name])
+            for group in state.structure.groups
+            if group.name in bases
+        ]
+
+    def _let_go(self) -> None:
+        for holder in (self._projection, self._freezer):
+            if holder is not None:
+                holder.detach()
+        self._projection = self._freezer = None
+
     def _release(self) -> None:
-        if self._freezer is not None:
-            self._freezer.detach()
-            self._freezer = None
+        self._let_go()
         self._shown.close()

@@ -4,73 +4,104 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Unpack
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_cf.callbacks.session import ContinualCallback, task_of
-from lightning_cf.claiming import Measure, PartitionOptions, PartitionWarning
-from lightning_cf.errors import ContinualError, check_choice, check_share
+from lightning_cf.claiming import PartitionWarning
+from lightning_cf.errors import ContinualError, check_choice, check_count, check_share
 from lightning_cf.ledger import ISOLATIONS, Isolation
+from lightning_cf.options import PartitionKeywords, PartitionOptions
+from lightning_cf.recording import TaskFolders
 from lightning_cf.state import ContinualState, state_for, state_of
 from lightning_cf.steps import decide_together, partition_task, seal_task
+from lightning_cf.structure import named_tensors
+from lightning_cf.tasks import Task
+
+START_KEY = "lightning_cf_start"
+"""Where a Lightning checkpoint holds the weights at the current task's start, if a partition needs them."""
 
 
 class PartitionCallback(ContinualCallback):
     """Splits the current task's units during or at the end of its fit, and claims the non-redundant ones.
 
     Until then the fit is LEARN, from then on INVARIANCE; at the fit's end the claim is sealed. With ``after=1.0`` the
-    partition comes at the end of the fit, and a second fit on the same task is its INVARIANCE.
+    partition comes at the end of the fit, and a second fit on the same task is its INVARIANCE. With ``after=0`` it
+    comes before the first step: the module was trained on the task already (paragraph 28).
+
+    With ``every_n_steps`` or ``every_n_epochs`` the task is partitioned again and again during training (paragraph 29):
+    the first time starts INVARIANCE; later ones partition the provisional claim, which only shrinks, and with
+    ``threshold="auto"`` only as long as the metric stays within ``tolerance`` of what it was before the first.
 
     Args:
-        after: share of the fit's epochs after which to partition, in (0, 1].
+        after: share of the fit's epochs after which to partition, in [0, 1].
+        every_n_steps: instead, partition after every so many optimiser steps.
+        every_n_epochs: instead, partition after every so many epochs.
+        when_below: wait with the first partition until a logged value is below this bound; checked as often as
+            ``every_n_steps`` or ``every_n_epochs`` say, else after each epoch.
+        monitor: the name of that value.
         isolation: ``"exact"`` sets the weights from redundant into claimed units to zero for good: earlier outputs
             never change. ``"perturb"`` leaves everything connected, as the patent's text does.
-        measure: see :class:`~lightning_cf.claiming.PartitionOptions`, like the options below.
-        threshold: a similarity, or ``"auto"``.
-        tolerance: what ``"auto"`` may cost in the task's metric.
-        min_claim: smallest share of a layer that ``"auto"`` tries.
-        max_claim: largest share of a layer that a task may claim.
-        reserve_tasks: for how many tasks room is kept at least.
-        fold: whether claimed units take over what redundant ones contributed.
-        layers: the only layers to partition.
-        exclude: layers that the first task claims whole.
-        seed: what the re-initialised units depend on.
+        records: folder in which every partition is recorded, in a folder a task (see
+            :class:`~lightning_cf.records.PartitionRecord`); default none.
+        similarity_matrix: whether the records hold the similarity of every two units.
+        seed: what the re-initialised units and randomly chosen representatives depend on.
+        options: how units are compared and how many are claimed, the fields of
+            :class:`~lightning_cf.options.PartitionOptions`: ``measure``, ``threshold``, ``tolerance``, ``min_claim``,
+            ``max_claim``, ``reserve_tasks``, ``clusters``, ``representative``, ``fold``, ``reinitialise``, ``layers``,
+            ``exclude``.
     """
+
+    partitions = True
+
+    tasks_left: int = 1
+    """Tasks still to come, this one counted, as far as known; the runner knows."""
 
     def __init__(
         self,
         *,
         after: float = 1.0,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        when_below: float | None = None,
+        monitor: str = "train_loss",
         isolation: Isolation = "exact",
-        measure: Measure = "weight",
-        threshold: float | Literal["auto"] = "auto",
-        tolerance: float = 0.005,
-        min_claim: float = 0.05,
-        max_claim: float | None = None,
-        reserve_tasks: int = 2,
-        fold: bool = True,
-        layers: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
+        records: str | Path | None = None,
+        similarity_matrix: bool = False,
         seed: int = 0,
+        **options: Unpack[PartitionKeywords],
     ) -> None:
         super().__init__()
-        self.after = check_share("partition", "after", after, above_zero=True)
+        self.after = check_share("partition", "after", after)
         check_choice("partition", "isolation", isolation, ISOLATIONS)
         self.isolation: Isolation = isolation
-        self.options = PartitionOptions(
-            measure=measure,
-            threshold=threshold,
-            tolerance=tolerance,
-            min_claim=min_claim,
-            max_claim=max_claim,
-            reserve_tasks=reserve_tasks,
-            fold=fold,
-            layers=None if layers is None else tuple(layers),
-            exclude=tuple(exclude),
-        )
+        for name, count in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
+            if count is not None:
+                check_count("partition", name, count)
+        if when_below is not None and not (isinstance(when_below, (int, float)) and math.isfinite(when_below)):
+            raise ContinualError(f"partition: when_below must be a finite number, got {when_below!r}.")
+        self.every_n_steps = every_n_steps
+        self.every_n_epochs = every_n_epochs
+        self.when_below = when_below
+        self.monitor = monitor
+        if every_n_steps is not None and every_n_epochs is not None:
+            raise ContinualError("partition: every_n_steps and every_n_epochs contradict each other; give one of them.")
+        if self.during_training and after != 1.0:
+            raise ContinualError(f"partition: after={after} and {self._due} contradict each other; give one of them.")
+        self.folders = None if records is None else TaskFolders(Path(records), similarity_matrix)
+        self.similarity_matrix = similarity_matrix
+        self.options = PartitionOptions(**options)
         self.seed = seed
+        self._step = 0
+        self._start: dict[str, Tensor] | None = None
+
+    @property
+    def during_training(self) -> bool:
+        """Whether the time of the partition depends on steps, epochs or a logged value, not on a share of the fit."""
+        return any(given is not None for given in (self.every_n_steps, self.every_n_epochs, self.when_below))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the task; keeps its starting weights where the measure needs them."""
@@ -84,34 +115,109 @@ class PartitionCallback(ContinualCallback):
             )
         state.ledger.isolation = self.isolation
         self.select(state)
-        if self.options.measure == "update" and current is not None and current.phase == "learn":
-            state.remember_start(pl_module)
+        if current is not None and current.phase == "learn":
+            self.remember_start(pl_module, state)
+
+    def remember_start(self, module: LightningModule, state: ContinualState) -> None:
+        """Keeps the weights at the task's start, where the measure needs them and a checkpoint did not bring them."""
+        if self.options.measure == "update":
+            state.start = self._start or {n: t.detach().clone() for n, t in named_tensors(module).items()}
+        self._start = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Puts the ledger into the checkpoint, and the weights at the task's start where a partition needs them."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        state = state_of(pl_module)
+        if state is not None and state.start is not None:
+            checkpoint[START_KEY] = state.start
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes both out of the checkpoint."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        self._start = checkpoint.get(START_KEY)
 
     def select(self, state: ContinualState) -> None:
         """Notes in the ledger which groups are not partitioned; raises for layers that the network does not have."""
         chosen = [group.name for group in self.options.partitioned(state.structure)]
         state.ledger.whole = [group.name for group in state.structure.groups if group.name not in chosen]
 
-    def should_partition(self, trainer: Trainer) -> bool:
-        """Whether the partition is due at the end of this epoch."""
-        return not _last_epoch(trainer) and trainer.current_epoch + 1 >= self._due_epoch(trainer)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With ``after=0``, partitions what was trained before."""
+        if self.after == 0 and self._phase(pl_module) == "learn":
+            self.partition_task(trainer, pl_module, task_of(trainer, type(self).__name__))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes where the optimisers stand, since some batches end without a step."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Partitions when it is due by steps; not at the fit's last one, which ends the phase instead."""
+        if self._due_by_steps(trainer) and not _last_batch(trainer):
+            self._partition_if_due(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Partitions when it is due; at the fit's last epoch, before checkpoints are written, ends the phase."""
-        if self._phase(pl_module) == "learn" and self.should_partition(trainer):
-            self.partition(trainer, pl_module)
-        elif _last_epoch(trainer):
+        if _last_epoch(trainer):
             self._end_phase(trainer, pl_module)
+        elif self.should_partition(trainer):
+            self._partition_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the phase where the fit stopped in another way than by its number of epochs."""
         if not _last_epoch(trainer):
             self._end_phase(trainer, pl_module)
 
-    def partition(self, trainer: Trainer, module: LightningModule) -> None:
+    def should_partition(self, trainer: Trainer) -> bool:
+        """Whether a partition is due at the end of this epoch."""
+        done = trainer.current_epoch + 1
+        if self.every_n_epochs is not None:
+            return done % self.every_n_epochs == 0
+        if self.during_training:
+            return self.every_n_steps is None
+        return done >= self._due_epoch(trainer)
+
+    def _due_by_steps(self, trainer: Trainer) -> bool:
+        """Whether this batch's steps completed another ``every_n_steps``."""
+        n = self.every_n_steps
+        return n is not None and trainer.global_step // n > self._step // n
+
+    def settings(self) -> dict[str, Any]:
+        """Its options as plain values, to tell runs apart."""
+        when = {name: getattr(self, name) for name in ("every_n_steps", "every_n_epochs", "when_below", "monitor")}
+        return {**when, **self.options.as_dict()}
+
+    def partition_task(self, trainer: Trainer, module: LightningModule, task: Task) -> None:
         """Partitions now: on the first process, which tells the others."""
-        task = task_of(trainer, type(self).__name__)
-        decide_together(trainer, module, lambda: partition_task(module, task, self.options))
+        decide_together(
+            trainer,
+            module,
+            lambda: partition_task(
+                module, task, self.options, tasks_left=self.tasks_left, seed=self.seed, folders=self.folders
+            ),
+        )
+
+    def _partition_if_due(self, trainer: Trainer, module: LightningModule) -> None:
+        """The first partition waits for the monitored value; later ones come only where they were asked for."""
+        phase = self._phase(module)
+        again = self.every_n_steps is not None or self.every_n_epochs is not None
+        if (phase == "learn" and self._is_below(trainer)) or (phase == "invariance" and again):
+            self.partition_task(trainer, module, task_of(trainer, type(self).__name__))
+
+    def _is_below(self, trainer: Trainer) -> bool:
+        """Whether the monitored value is below its bound, on every process."""
+        if self.when_below is None:
+            return True
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            raise ContinualError(
+                f"partition: when_below={self.when_below} watches monitor='{self.monitor}', which was not logged;"
+                f" logged is {logged}. Log it with self.log in the module, or choose another monitor."
+            )
+        below: bool = trainer.strategy.reduce_boolean_decision(float(value) < self.when_below, all=True)
+        return below
 
     def _phase(self, module: LightningModule) -> str | None:
         state = state_of(module)
@@ -125,22 +231,42 @@ class PartitionCallback(ContinualCallback):
             )
         return max(1, math.ceil(self.after * trainer.max_epochs - 1e-9))
 
+    @property
+    def _due(self) -> str:
+        """The options that say when a partition is due."""
+        named = {name: getattr(self, name) for name in ("every_n_steps", "every_n_epochs", "when_below")}
+        given = [f"{name}={value}" for name, value in named.items() if value is not None]
+        return ", ".join(given) or f"after={self.after}"
+
     def _end_phase(self, trainer: Trainer, module: LightningModule) -> None:
         phase = self._phase(module)
         state = state_of(module)
         if state is None or phase is None:
             return
+        task = task_of(trainer, type(self).__name__)
         if phase == "invariance":
-            decide_together(trainer, module, lambda: seal_task(module, state, self.seed))
-        elif self.after == 1.0 or (self.after < 1.0 and _last_epoch(trainer)):
-            self.partition(trainer, module)
+            decide_together(
+                trainer,
+                module,
+                lambda: seal_task(module, task, self.options, seed=self.seed, folders=self.folders),
+            )
+        elif self._due_at_end(trainer):
+            self.partition_task(trainer, module, task_of(trainer, type(self).__name__))
         else:
             warnings.warn(
                 f"Task '{state.ledger.tasks[-1].name}': the fit ended before its partition was due"
-                f" (after={self.after}); the next task is refused until this one is partitioned. Fit it again.",
+                f" ({self._due}); the next task is refused until this one is partitioned. Fit it again.",
                 PartitionWarning,
                 stacklevel=2,
             )
+
+    def _due_at_end(self, trainer: Trainer) -> bool:
+        """Whether a fit that ends in LEARN ends with a partition, which leaves INVARIANCE to a second fit."""
+        if not self.during_training:
+            return self.after == 1.0 or _last_epoch(trainer)
+        if self.every_n_steps is not None:
+            return self._due_by_steps(trainer) and self._is_below(trainer)
+        return self.should_partition(trainer) and self._is_below(trainer)
 
 
 def _last_epoch(trainer: Trainer) -> bool:
@@ -148,3 +274,10 @@ def _last_epoch(trainer: Trainer) -> bool:
     done = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     epochs = trainer.max_epochs is not None and 0 < trainer.max_epochs <= done
     return epochs or (trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps)
+
+
+def _last_batch(trainer: Trainer) -> bool:
+    """Whether the fit ends with the batch that is ending, by its number of epochs or steps."""
+    last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs > 0
+    ends = last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return ends or (trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.module import ContinualModule
@@ -19,6 +21,9 @@ from lightning_cf.tasks import Task
 
 class ContinualCallback(Callback):
     """Base of the callbacks: they share one ledger, kept beside the module and in every checkpoint."""
+
+    partitions = False
+    """Whether the callback partitions tasks."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work, before anything runs; sets the task's outputs aside."""
@@ -33,7 +38,17 @@ class ContinualCallback(Callback):
         """Begins the task, or goes on with it, in the shared ledger."""
         task = task_of(trainer, type(self).__name__)
         reserve_outputs(pl_module, task)
-        state_for(pl_module, task).ledger.begin(task.name, task.classes or [])
+        ledger = state_for(pl_module, task).ledger
+        before = ledger.current
+        if before is not None and before.name != task.name and before.phase == "learn" and not _partitions(trainer):
+            warnings.warn(
+                f"Task '{before.name}' was never partitioned, so nothing protects it from task '{task.name}'; add a"
+                " PartitionCallback where it should be.",
+                PartitionWarning,
+                stacklevel=2,
+            )
+            ledger.seal()
+        ledger.begin(task.name, task.classes or [])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the ledger into the checkpoint."""
@@ -45,6 +60,10 @@ class ContinualCallback(Callback):
         """Takes the ledger out of the checkpoint."""
         if CHECKPOINT_KEY in checkpoint:
             keep_ledger(pl_module, NeuronLedger.from_state_dict(checkpoint[CHECKPOINT_KEY]))
+
+
+def _partitions(trainer: Trainer) -> bool:
+    return any(getattr(callback, "partitions", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def task_of(trainer: Trainer, owner: str) -> Task:

@@ -1,0 +1,74 @@
+"""Folding on a live network: claimed units and outputs take over what redundant units contributed to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from lightning_cf.folding import Moments, fold, input_moments
+from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.structure import NO_UNIT, Entries, Structure, lookup
+
+Passes = Callable[[], Iterator[Callable[[], Any]]]
+"""Gives forward passes over a task's data, one a batch."""
+
+
+def consumers(module: nn.Module, structure: Structure) -> list[tuple[str, Entries]]:
+    """Weights used once, whose rows are units and whose columns read units; with their use."""
+    found = []
+    parameters = dict(module.named_parameters())
+    for name, uses in structure.entries.items():
+        use = uses[0]
+        rows_are_units = name in parameters and len(uses) == 1 and use.role == "weight"
+        along_rows = use.target.numel() == use.target.shape[0] and use.source.shape[0] == 1
+        if rows_are_units and along_rows and bool((use.source != NO_UNIT).any()):
+            found.append((name, use))
+    return found
+
+
+def input_units(use: Entries) -> Int64[Tensor, "inputs"]:
+    """The unit that each input column (Linear) or input channel (convolution) of a weight reads."""
+    return use.source.flatten()
+
+
+def consumer_moments(module: nn.Module, structure: Structure, passes: Passes) -> dict[str, Moments]:
+    """Second moments of what each consumer reads, over one pass."""
+    parameters = dict(module.named_parameters())
+    return input_moments({name: parameters[name] for name, _ in consumers(module, structure)}, passes())
+
+
+def fold_claimed(module: nn.Module, structure: Structure, ledger: NeuronLedger, moments: Mapping[str, Moments]) -> None:
+    """Solves the rows of the current task's units and outputs again, so that they read owned units alone.
+
+    Args:
+        module: the network, in place.
+        structure: its structure.
+        ledger: with the claim.
+        moments: as :func:`consumer_moments` found them before the claim.
+    """
+    owner = ledger.owner_of_units(structure)
+    task = len(ledger.tasks) - 1
+    parameters = dict(module.named_parameters())
+    for name, use in consumers(module, structure):
+        if name not in moments:
+            continue
+        weight, bias = parameters[name].detach(), _bias(parameters, name)
+        rows = (lookup(use.target.flatten(), owner, none=FREE) == task).nonzero().flatten().to(weight.device)
+        source = lookup(input_units(use), owner, none=0)
+        kept = (source != FREE).repeat_interleave(weight[0].numel() // len(source)).to(weight.device)
+        if len(rows) == 0 or bool(kept.all()):
+            continue
+        flat, solved = fold(weight[rows].flatten(1), None if bias is None else bias[rows], moments[name], kept)
+        weight[rows] = flat.reshape(weight[rows].shape)
+        if bias is not None and solved is not None:
+            bias[rows] = solved
+
+
+def _bias(parameters: Mapping[str, Tensor], weight: str) -> Tensor | None:
+    """The bias of the same layer, if its units are the weight's."""
+    path, _, _ = weight.rpartition(".")
+    bias = parameters.get(f"{path}.bias" if path else "bias")
+    return None if bias is None or len(bias) != len(parameters[weight]) else bias.detach()

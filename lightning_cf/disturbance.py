@@ -1,0 +1,136 @@
+"""Redundant units of a live network, perturbed in place and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64, Shaped
+from torch import Generator, Tensor, nn
+
+from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.perturbation import InSubspace, Perturbation
+from lightning_cf.structure import Rows, Structure, UnitGroup, lookup, named_tensors
+
+
+class Disturbance:
+    """The redundant units' incoming vectors, perturbed until :meth:`undo`.
+
+    A unit whose vector becomes zero is silent: its bias, norm scale and norm shift become zero with it. Entries that a
+    claimed unit or output uses too, since layers share a tensor, stay.
+
+    Args:
+        module: the network, in place.
+        structure: its structure.
+        ledger: free units are the redundant ones.
+        perturbation: how.
+        generator: what it draws from, group after group.
+        bases: orthonormal bases of the sub-spaces that hold it, for those groups that have one.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        module: nn.Module,
+        structure: Structure,
+        ledger: NeuronLedger,
+        perturbation: Perturbation,
+        generator: Generator,
+        bases: Mapping[str, Float[Tensor, "_ _"]] | None = None,
+    ) -> None:
+        self.tensors = named_tensors(module)
+        owner = ledger.owner_of_units(structure)
+        redundant = [(group, (owner[group.units] == FREE).nonzero().flatten()) for group in structure.groups]
+        redundant = [(group, units) for group, units in redundant if len(units)]
+        # All groups before the first is perturbed: they may share a tensor.
+        self.base = [
+            _Base(
+                group.name,
+                rows,
+                units,
+                rows.read(tensor := self.tensors[rows.tensor]),
+                _shared(structure, owner, rows, tensor),
+            )
+            for group, units in redundant
+            for rows in group.rows
+            if rows.role != "statistic"
+        ]
+        try:
+            for group, units in redundant:
+                basis = (bases or {}).get(group.name)
+                self._disturb(
+                    group, units, perturbation if basis is None else InSubspace(perturbation, basis), generator
+                )
+        except BaseException:
+            self.undo()
+            raise
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Puts the undisturbed values back."""
+        for base in self.base:
+            base.put_back(self.tensors)
+        self.base = []
+
+    def _disturb(
+        self, group: UnitGroup, units: Int64[Tensor, "some"], perturbation: Perturbation, generator: Generator
+    ) -> None:
+        vectors = group.weights(self.tensors)
+        there = units.to(vectors.device)
+        alive = (vectors[there] != 0).any(dim=1)
+        vectors[there] = perturbation(vectors[there], generator)
+        group.write_weights(self.tensors, vectors, units)
+        own = [base for base in self.base if base.group == group.name]
+        for base in own:
+            base.put_back_shared(self.tensors)
+        silent = units[(alive & (group.weights(self.tensors)[there] == 0).all(dim=1)).cpu()]
+        for base in own:
+            if base.rows.role != "weight" and len(silent):
+                base.rows.write(self.tensors[base.rows.tensor], torch.zeros_like(base.values), silent)
+                base.put_back_shared(self.tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class _Base:
+    """What a group's redundant units hold in one tensor, undisturbed.
+
+    Attributes:
+        group: the group's name.
+        rows: where its units sit in the tensor.
+        units: the redundant ones.
+        values: of all units.
+        shared: entries that a claimed unit or output uses too; None where there is none.
+    """
+
+    group: str
+    rows: Rows
+    units: Int64[Tensor, "some"]
+    values: Shaped[Tensor, "units values"]
+    shared: Bool[Tensor, "units values"] | None
+
+    def put_back(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what may be disturbed."""
+        tensor, values = tensors[self.rows.tensor], self.values
+        if self.shared is not None:
+            values = torch.where(self.shared, self.rows.read(tensor), values)
+        self.rows.write(tensor, values, self.units)
+
+    def put_back_shared(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what may not."""
+        tensor = tensors[self.rows.tensor]
+        if self.shared is not None:
+            self.rows.write(tensor, torch.where(self.shared, self.values, self.rows.read(tensor)), self.units)
+
+
+def _shared(
+    structure: Structure, owner: Int64[Tensor, "units"], rows: Rows, tensor: Tensor
+) -> Bool[Tensor, "units values"] | None:
+    uses = structure.entries[rows.tensor]
+    if len(uses) == 1:
+        return None
+    claimed = torch.zeros(tensor.shape, dtype=torch.bool)
+    for use in uses:
+        claimed |= lookup(use.target, owner, none=FREE) != FREE
+    shared = rows.read(claimed)
+    return shared.to(tensor.device) if bool(shared.any()) else None

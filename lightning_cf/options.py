@@ -1,0 +1,148 @@
+"""How units are compared, clustered and chosen, and how many of them a task may claim (US 12387107, paragraph 38)."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict
+
+from lightning_cf.errors import ContinualError, check_choice, check_count, check_share
+from lightning_cf.partition import CLUSTERS, REPRESENTATIVES, Clusters, Representative
+from lightning_cf.similarity import PairMeasure
+from lightning_cf.structure import Structure, UnitGroup
+
+Measure = Literal["weight", "update", "activation"] | PairMeasure
+MEASURES = ("weight", "update", "activation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionOptions:
+    """How units are compared and how many a task may claim.
+
+    Attributes:
+        measure: what is compared: ``"weight"`` (incoming weights, the patent's), ``"update"`` (weights less their
+            value at the task's start), ``"activation"`` (outputs on the task's data; no bias term), or a callable
+            ``measure(vectors_a, biases_a, vectors_b, biases_b)`` that gives the similarity of each unit of ``a``
+            (rows) with each of ``b`` (columns) by their incoming weights, larger for units more alike.
+        threshold: the similarity at which units form a cluster, or ``"auto"``: the smallest share of units whose
+            cost in the task's metric stays within ``tolerance``.
+        tolerance: how much of the metric ``"auto"`` may cost right after the partition, in the metric's unit.
+        min_claim: the smallest share of a layer that ``"auto"`` tries, in (0, 1].
+        max_claim: the largest share of a layer that one task may claim, in (0, 1]; default the free units divided by
+            the tasks still to come, this one counted, or by ``reserve_tasks`` if that is more.
+        reserve_tasks: for how many tasks, this one counted, room is kept at least.
+        clusters: ``"leader"``: each unit joins the first larger one that is similar enough; ``"components"``: chains
+            of similar units are one cluster (single linkage).
+        representative: which unit of a cluster is claimed: the one of the highest ``"magnitude"``, or a ``"random"``
+            one (paragraphs 16 and 49).
+        fold: whether the claimed units take over by regression what the redundant ones contributed.
+        reinitialise: whether free units get fresh weights before the next task (``exact`` only).
+        layers: the only layers to partition, by name; default all.
+        exclude: layers that are not partitioned: the first task claims them whole.
+    """
+
+    measure: Measure = "weight"
+    threshold: float | Literal["auto"] = "auto"
+    tolerance: float = 0.005
+    min_claim: float = 0.05
+    max_claim: float | None = None
+    reserve_tasks: int = 2
+    clusters: Clusters = "leader"
+    representative: Representative = "magnitude"
+    fold: bool = True
+    reinitialise: bool = True
+    layers: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not callable(self.measure):
+            check_choice("partition", "measure", self.measure, MEASURES)
+        kind, bound = ("a finite number", sys.float_info.max) if callable(self.measure) else ("a number in [-1, 1]", 1)
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        if self.threshold != "auto" and not (number and -bound <= self.threshold <= bound):
+            raise ContinualError(f"partition: threshold must be {kind} or 'auto', got {self.threshold!r}.")
+        check_share("partition", "tolerance", self.tolerance)
+        check_share("partition", "min_claim", self.min_claim, above_zero=True)
+        if self.max_claim is not None:
+            check_share("partition", "max_claim", self.max_claim, above_zero=True)
+            if self.max_claim < self.min_claim:
+                raise ContinualError(
+                    f"partition: max_claim ({self.max_claim}) must not be below min_claim ({self.min_claim})."
+                )
+        check_count("partition", "reserve_tasks", self.reserve_tasks)
+        check_choice("partition", "clusters", self.clusters, CLUSTERS)
+        check_choice("partition", "representative", self.representative, REPRESENTATIVES)
+        if self.exclude is None:
+            object.__setattr__(self, "exclude", ())
+        for name in ("layers", "exclude"):
+            names = getattr(self, name)
+            if isinstance(names, str):
+                raise ContinualError(f"partition: {name} must be a list of layer names, got the string {names!r}.")
+            object.__setattr__(self, name, None if names is None else tuple(names))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every option as a plain value; a callable measure by its name."""
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, "measure": self.measure_name}
+
+    @property
+    def measure_name(self) -> str:
+        """What the measure is called."""
+        if isinstance(self.measure, str):
+            return self.measure
+        module = getattr(self.measure, "__module__", None) or type(self.measure).__module__
+        return f"{module}.{getattr(self.measure, '__qualname__', type(self.measure).__qualname__)}"
+
+    def partitioned(self, structure: Structure) -> list[UnitGroup]:
+        """The groups to partition.
+
+        Raises:
+            ContinualError: if ``layers`` or ``exclude`` names a layer that the network does not have.
+        """
+        known = {layer for group in structure.groups for layer in group.layers}
+        for name, wanted in (("layers", self.layers or ()), ("exclude", self.exclude)):
+            for layer in wanted:
+                if layer not in known:
+                    raise ContinualError(
+                        f"partition: {name} names '{layer}', but the network has no such layer of hidden units;"
+                        f" it has {', '.join(sorted(known))}."
+                    )
+        chosen = [
+            group
+            for group in structure.groups
+            if (self.layers is None or set(group.layers) & set(self.layers))
+            and not set(group.layers) & set(self.exclude)
+        ]
+        if not chosen:
+            raise ContinualError("partition: layers and exclude leave no layer to partition.")
+        return chosen
+
+    def budget(self, size: int, free: int, tasks_left: int) -> int:
+        """How many of a layer's units a task may claim.
+
+        Args:
+            size: units of the layer.
+            free: its free units.
+            tasks_left: tasks still to come, this one counted.
+        """
+        if self.max_claim is None:
+            return max(1, free // max(tasks_left, self.reserve_tasks))
+        return max(1, min(math.floor(self.max_claim * size + 1e-9), free - (tasks_left - 1)))
+
+
+class PartitionKeywords(TypedDict, total=False):
+    """The fields of :class:`PartitionOptions` as keywords."""
+
+    measure: Measure
+    threshold: float | Literal["auto"]
+    tolerance: float
+    min_claim: float
+    max_claim: float | None
+    reserve_tasks: int
+    clusters: Clusters
+    representative: Representative
+    fold: bool
+    reinitialise: bool
+    layers: Sequence[str] | None
+    exclude: Sequence[str]

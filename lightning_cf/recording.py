@@ -1,0 +1,78 @@
+"""Writes the record of each task's partition, while a module is trained (US 12387107, paragraph 39)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from lightning_cf.claiming import Outcome
+from lightning_cf.ledger import NeuronLedger
+from lightning_cf.options import PartitionOptions
+from lightning_cf.records import LayerRecord, PartitionRecord, complete_record
+from lightning_cf.structure import Structure, named_tensors
+
+
+@dataclass(frozen=True)
+class TaskFolders:
+    """A folder a task: ``00-NAME``, ``01-NAME`` and so on.
+
+    Attributes:
+        root: where they are.
+        similarity_matrix: whether records hold the similarity of every two units.
+    """
+
+    root: Path
+    similarity_matrix: bool = False
+
+    def of(self, position: int, task: str) -> Path:
+        """The folder of a task by its number and name."""
+        return self.root / f"{position:02d}-{re.sub('[^A-Za-z0-9._-]', '_', task)[:80]}"
+
+    def current(self, ledger: NeuronLedger) -> Path:
+        """The folder of the ledger's latest task."""
+        return self.of(len(ledger.tasks) - 1, ledger.tasks[-1].name)
+
+    def write(self, ledger: NeuronLedger, options: PartitionOptions, outcome: Outcome) -> None:
+        """Records a partition just made."""
+        layers = tuple(
+            LayerRecord.of(
+                found.group.name,
+                found.group.layers,
+                found.candidates,
+                found.partition,
+                found.vectors,
+                found.biases,
+                ledger.owners[found.group.name],
+            )
+            for found in outcome.groups
+        )
+        record = PartitionRecord(
+            task=ledger.tasks[-1].name,
+            position=len(ledger.tasks) - 1,
+            isolation=ledger.isolation,
+            constraints={
+                **options.as_dict(),
+                "budget": {found.group.name: found.budget for found in outcome.groups},
+            },
+            accuracy=outcome.accuracy,
+            ablation_accuracy=outcome.ablation_accuracy,
+            layers=layers,
+        )
+        similarities = {found.group.name: found.similarity for found in outcome.groups}
+        record.write(self.current(ledger), similarities if self.similarity_matrix else None)
+
+    def complete(self, module: nn.Module, structure: Structure, ledger: NeuronLedger) -> None:
+        """Adds what the units are after INVARIANCE, if the task was recorded."""
+        folder = self.current(ledger)
+        if (folder / "partition.json").exists():
+            recorded = {layer.name for layer in PartitionRecord.load(folder).layers}
+            tensors = named_tensors(module)
+            after = {
+                group.name: (group.weights(tensors), group.biases(tensors))
+                for group in structure.groups
+                if group.name in recorded
+            }
+            complete_record(folder, after)
