@@ -15,6 +15,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", required=True, help="folder that holds MNIST/raw")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--processes", type=int, default=2, help="runs at the same time, where a benchmark can")
     return parser.parse_args()
 
 

@@ -27,7 +27,7 @@ from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError, check_choice
 from lightning_cf.progress import write_atomically
 from lightning_cf.progress_bar import RunBar
-from lightning_cf.report import print_summary, write_pictures
+from lightning_cf.report import print_summary, write_pictures, write_unit_pictures
 from lightning_cf.result import Result
 from lightning_cf.runner import Method, SequentialTaskRunner
 from lightning_cf.sweep import run_job
@@ -49,18 +49,19 @@ def main() -> None:
 
 
 @hydra.main(version_base="1.3", config_path=str(_CONF), config_name="config")
-def _job(config: DictConfig) -> None:
-    """One job: this process's own, or one of a multirun in a child process."""
+def _job(config: DictConfig) -> float | None:
+    """One job: this process's own, or one of a multirun in a child process; gives sweepers what they optimise."""
     try:
+        folder = Path(HydraConfig.get().runtime.output_dir)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            run_job(Path(HydraConfig.get().runtime.output_dir))
-        else:
-            _quieten()
-            train(config, Path(HydraConfig.get().runtime.output_dir))
+            return run_job(folder, config.optimized_metric)
+        _quieten()
+        train(config, folder)
     except InstantiationException as error:
         _fail(error.__cause__ or error)
     except (ContinualError, MisconfigurationException, OmegaConfBaseException) as error:
         _fail(error)
+    return None
 
 
 def train(config: DictConfig, root: Path) -> dict[str, Any]:
@@ -96,6 +97,7 @@ def train(config: DictConfig, root: Path) -> dict[str, Any]:
     if first_process:
         write_atomically(root / "result.json", json.dumps(document, indent=2))
         write_pictures(results, root)
+        write_unit_pictures(root / chosen / "tasks")
         print_summary(results, root)
     return document
 
@@ -107,18 +109,20 @@ def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> Sequentia
         torch.manual_seed(config.seed)
         module = instantiate(config.model)
     method: Method = "finetune" if name == "finetune" else "joint" if name == "joint" else "partition"
+    # Converted, since a list of perturbations would else become a configuration again.
     return SequentialTaskRunner(
         module,
         tasks,
         trainer=_trainer_factory(config),
         epochs=config.epochs,
         invariance_epochs=config.invariance_epochs,
-        partition=instantiate(config.partition),
-        invariance=instantiate(config.invariance),
-        masking=instantiate(config.masking),
+        partition=instantiate(config.partition, _convert_="all"),
+        invariance=instantiate(config.invariance, _convert_="all"),
+        masking=instantiate(config.masking, _convert_="all"),
         callbacks=[bar.callback()],
         isolation="perturb" if name == "perturb" else "exact",
         method=method,
+        pretrained=config.pretrained or False,
         seed=config.seed,
         root=root,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from lightning_cf.errors import ContinualError
 from lightning_cf.progress import write_atomically
 from lightning_cf.report import table
 
@@ -28,7 +30,7 @@ _RANK_VARIABLES = (
 )
 
 
-def run_job(folder: Path) -> int:
+def run_job(folder: Path, metric: str) -> float:
     """Runs the current job of a multirun as a single run in a child process, and waits for it.
 
     Distributed jobs leave rank variables behind, which would make the next job of the same process train on part of
@@ -36,18 +38,29 @@ def run_job(folder: Path) -> int:
 
     Args:
         folder: the job's own.
+        metric: a number that ``result.json`` holds, by name.
 
     Returns:
-        the child's exit status.
+        that number; NaN if the job failed.
+
+    Raises:
+        ContinualError: if the result has no such number.
     """
     config = HydraConfig.get()
     command = [sys.executable, "-m", "lightning_cf"]
     command += [f"--config-dir={s.path}" for s in config.runtime.config_sources if s.provider == "command-line"]
     overrides = [override for override in config.overrides.task if not override.startswith("run=")]
     environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
-    status = subprocess.run([*command, *overrides, f"run='{folder}'"], env=environment, check=False).returncode
+    # A configuration that asks for a multirun, such as a search, is one job here.
+    command += [*overrides, f"run='{folder}'", "hydra.mode=RUN"]
+    status = subprocess.run(command, env=environment, check=False).returncode
     write_atomically(folder / "job.json", json.dumps({"overrides": overrides, "status": status}))
-    return status
+    if status != 0:
+        return math.nan
+    value = json.loads((folder / "result.json").read_text()).get(metric)
+    if not isinstance(value, (int, float)):
+        raise ContinualError(f"lightning-cf: optimized_metric={metric!r} is no number in {folder / 'result.json'}.")
+    return value
 
 
 class SweepTable(Callback):

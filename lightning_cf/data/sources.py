@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from lightning_cf.data.images import ImageSplits, TensorImages
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, check_count
 
 _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -33,12 +33,13 @@ def digits() -> ImageSplits:
     return ImageSplits(*(TensorImages(images[index], labels[index]) for index in (train, val, test)))
 
 
-def mnist(data_dir: str | Path | None, *, download: bool = False) -> ImageSplits:
+def mnist(data_dir: str | Path | None, *, download: bool = False, limit: int | None = None) -> ImageSplits:
     """MNIST: 60,000 and 10,000 digits of 28 x 28 pixels, of which the last 5,000 to train are kept to judge.
 
     Args:
         data_dir: folder that holds ``MNIST/raw`` with the IDX files, plain or gzipped, as torchvision lays them out.
         download: fetch them with torchvision if they are not there.
+        limit: learn from the first so many images only; judged and tested on as many as ever.
 
     Raises:
         ContinualError: if the files are not there.
@@ -53,8 +54,9 @@ def mnist(data_dir: str | Path | None, *, download: bool = False) -> ImageSplits
     (train_x, train_y), (test_x, test_y) = (
         (_read(raw, images).float().unsqueeze(1) / 255, _read(raw, labels).long()) for images, labels in _FILES.values()
     )
+    learned = len(train_x) - 5000 if limit is None else min(check_count("mnist", "limit", limit), len(train_x) - 5000)
     return ImageSplits(
-        TensorImages(train_x[:-5000], train_y[:-5000]),
+        TensorImages(train_x[:learned], train_y[:learned]),
         TensorImages(train_x[-5000:], train_y[-5000:]),
         TensorImages(test_x, test_y),
     )
