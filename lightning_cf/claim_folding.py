@@ -1,10 +1,11 @@
-"""Folding on a live network: claimed units and outputs take over what redundant units contributed to them."""
+"""Folding and cutting on a live network: claimed units take over from redundant ones, and read them no more."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
@@ -65,6 +66,15 @@ def fold_claimed(module: nn.Module, structure: Structure, ledger: NeuronLedger, 
         weight[rows] = flat.reshape(weight[rows].shape)
         if bias is not None and solved is not None:
             bias[rows] = solved
+
+
+@torch.no_grad()
+def cut_claimed(module: nn.Module, structure: Structure, ledger: NeuronLedger) -> None:
+    """Sets the weights from redundant into claimed units and outputs to zero."""
+    parameters = dict(module.named_parameters())
+    for name, uses in structure.entries.items():
+        if name in parameters:
+            parameters[name].masked_fill_(ledger.cut(structure, uses).to(parameters[name].device), 0)
 
 
 def _bias(parameters: Mapping[str, Tensor], weight: str) -> Tensor | None:

@@ -5,64 +5,27 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from lightning_cf.activations import unit_outputs
-from lightning_cf.claim_folding import Passes, consumer_moments, fold_claimed
+from lightning_cf.claim_folding import Passes, consumer_moments, cut_claimed, fold_claimed
 from lightning_cf.errors import ContinualError
 from lightning_cf.folding import Moments
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.options import PartitionOptions
+from lightning_cf.outcome import GroupOutcome, Outcome
 from lightning_cf.partition import Partition, partition, partition_into
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.similarity import Similarity
-from lightning_cf.structure import Structure, UnitGroup, named_tensors
+from lightning_cf.structure import Structure, named_tensors
 
 
 class PartitionWarning(UserWarning):
     """A partition that works, but not as its options suggest."""
-
-
-@dataclass(frozen=True)
-class GroupOutcome:
-    """What the partition of one group found.
-
-    Attributes:
-        group: the group.
-        candidates: its units that took part, numbered within it.
-        partition: over the candidates.
-        similarity: of the candidates.
-        vectors: incoming weights of all units of the group as they were when the candidates were compared.
-        biases: their biases.
-        budget: how many of them might be claimed.
-    """
-
-    group: UnitGroup
-    candidates: Int64[Tensor, "some"]
-    partition: Partition
-    similarity: Similarity
-    vectors: Float[Tensor, "units inputs"]
-    biases: Float[Tensor, "units"]
-    budget: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the partition of a task found.
-
-    Attributes:
-        accuracy: the task's score before its first partition.
-        ablation_accuracy: its score without the redundant units, right after this one.
-        groups: what each group's partition found.
-    """
-
-    accuracy: float
-    ablation_accuracy: float
-    groups: tuple[GroupOutcome, ...]
 
 
 @dataclass(kw_only=True)
@@ -149,25 +112,8 @@ class Claimer:
             for group in self._groups
         )
         self._record(found, before, after)
-        return Outcome(before, after, self._since_learned(found) if self._again else found)
-
-    def _since_learned(self, found: tuple[GroupOutcome, ...]) -> tuple[GroupOutcome, ...]:
-        """Joins a later partition with the earlier ones: about all units that the first was about, as it saw them."""
-        if self.earlier is None:
-            return found
-        first = {outcome.group.name: outcome for outcome in self.earlier.groups}
-        joined = []
-        for now in found:
-            then = first[now.group.name]
-            unit = torch.arange(now.group.size)
-            unit[then.candidates] = then.candidates[then.partition.representative]
-            later = torch.arange(now.group.size)
-            later[now.candidates] = now.candidates[now.partition.representative]
-            position = torch.full((now.group.size,), -1)
-            position[then.candidates] = torch.arange(len(then.candidates))
-            partition = Partition(position[later[unit[then.candidates]]], now.partition.threshold)
-            joined.append(replace(then, partition=partition))
-        return tuple(joined)
+        outcome = Outcome(before, after, found)
+        return outcome.after(self.earlier) if self._again and self.earlier is not None else outcome
 
     # What may be claimed, and how alike it is
 
@@ -319,12 +265,3 @@ class Claimer:
                     "ablation_accuracy": after,
                 }
             )
-
-
-@torch.no_grad()
-def cut_claimed(module: nn.Module, structure: Structure, ledger: NeuronLedger) -> None:
-    """Sets the weights from redundant into claimed units and outputs to zero."""
-    parameters = dict(module.named_parameters())
-    for name, uses in structure.entries.items():
-        if name in parameters:
-            parameters[name].masked_fill_(ledger.cut(structure, uses).to(parameters[name].device), 0)

@@ -50,7 +50,7 @@ class Disturbance:
                 rows,
                 units,
                 rows.read(tensor := self.tensors[rows.tensor]),
-                _shared(structure, owner, rows, tensor),
+                _shared(structure, owner, rows, units, tensor),
             )
             for group, units in redundant
             for rows in group.rows
@@ -124,8 +124,9 @@ class _Base:
 
 
 def _shared(
-    structure: Structure, owner: Int64[Tensor, "units"], rows: Rows, tensor: Tensor
+    structure: Structure, owner: Int64[Tensor, "all"], rows: Rows, units: Int64[Tensor, "some"], tensor: Tensor
 ) -> Bool[Tensor, "units values"] | None:
+    """Which entries claimed units or outputs use too; None where these are none of the entries of ``units``."""
     uses = structure.entries[rows.tensor]
     if len(uses) == 1:
         return None
@@ -133,4 +134,4 @@ def _shared(
     for use in uses:
         claimed |= lookup(use.target, owner, none=FREE) != FREE
     shared = rows.read(claimed)
-    return shared.to(tensor.device) if bool(shared.any()) else None
+    return shared.to(tensor.device) if bool(shared[units].any()) else None

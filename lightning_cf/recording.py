@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
-from lightning_cf.claiming import Outcome
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.options import PartitionOptions
+from lightning_cf.outcome import Outcome
 from lightning_cf.records import LayerRecord, PartitionRecord, complete_record
 from lightning_cf.structure import Structure, named_tensors
 

@@ -9,11 +9,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -22,8 +22,9 @@ from lightning_cf.ledger import Isolation
 from lightning_cf.partition import Partition
 from lightning_cf.progress import write_atomically
 from lightning_cf.similarity import Similarity
+from lightning_cf.stored_similarity import StoredSimilarity, damaged, read_array, write_tiles
 
-VERSION, MANIFEST, TILE = 1, "partition.json", 1024
+VERSION, MANIFEST = 1, "partition.json"
 
 MEANING = {
     "candidates": "numbers, within the layer, of the units that were partitioned",
@@ -44,46 +45,6 @@ MEANING = {
 _PLAIN = ("task", "position", "isolation", "constraints", "accuracy", "ablation_accuracy")
 _ARRAYS = ("candidates", "representative", "owner", "magnitude", "direction", "bias")
 _AFTER = ("magnitude_after", "direction_after", "bias_after")
-
-
-@dataclass(frozen=True)
-class StoredSimilarity:
-    """A similarity matrix on disk, of which no more is read than is asked for; serves where a ``Similarity`` does.
-
-    Attributes:
-        folder: holds tile (i, j), i <= j, in ``i_j.npy``.
-        units: rows of the matrix.
-        size: rows of a tile.
-    """
-
-    folder: Path
-    units: int
-    size: int
-
-    def __len__(self) -> int:
-        return self.units
-
-    def tile(self, rows: slice | Tensor, columns: slice | Tensor) -> Float32[Tensor, "rows columns"]:
-        """Similarities of the candidates at ``rows`` with those at ``columns``; ``slice(None)`` stands for all.
-
-        Raises:
-            ContinualError: if a file is missing or damaged.
-        """
-        rows, columns = torch.arange(self.units)[rows], torch.arange(self.units)[columns]
-        tile = torch.empty(len(rows), len(columns))
-        for i in (rows // self.size).unique().tolist():
-            here = (rows // self.size == i).nonzero().flatten()
-            for j in (columns // self.size).unique().tolist():
-                there = (columns // self.size == j).nonzero().flatten()
-                within = np.ix_((rows[here] % self.size).numpy(), (columns[there] % self.size).numpy())
-                tile[here[:, None], there] = torch.from_numpy(self._stored(i, j)[within])
-        return tile
-
-    def _stored(self, i: int, j: int) -> Any:
-        if i > j:
-            return self._stored(j, i).T
-        shape = [min(self.size, self.units - k * self.size) for k in (i, j)]
-        return _read(self.folder / f"{i}_{j}.npy", shape, mmap_mode="r")
 
 
 @dataclass(frozen=True)
@@ -216,7 +177,7 @@ class PartitionRecord:
             layers = tuple(_read_layer(Path(folder), entry) for entry in manifest["layers"])
             return cls(**{name: manifest[name] for name in _PLAIN}, layers=layers)
         except (KeyError, TypeError) as error:
-            raise _damaged(Path(folder) / MANIFEST, error) from error
+            raise damaged(Path(folder) / MANIFEST, error) from error
 
 
 def complete_record(folder: str | Path, after: Mapping[str, tuple[Float[Tensor, "_ _"], Float[Tensor, "_"]]]) -> None:
@@ -269,7 +230,7 @@ def _write_layer(
         "layers": layer.layers,
         "threshold": layer.threshold,
         "arrays": _write_arrays(folder, place, arrays),
-        "similarity": None if similarity is None else _write_tiles(folder, f"{place}/similarity", similarity),
+        "similarity": None if similarity is None else write_tiles(folder, f"{place}/similarity", similarity),
     }
 
 
@@ -281,27 +242,11 @@ def _write_arrays(folder: Path, place: str, arrays: Mapping[str, Tensor]) -> dic
     return entries
 
 
-def _write_tiles(folder: Path, place: str, similarity: Similarity | StoredSimilarity) -> dict[str, Any]:
-    (folder / place).mkdir()
-    parts = [slice(start, start + TILE) for start in range(0, len(similarity), TILE)]
-    for i, rows in enumerate(parts):
-        for j, columns in enumerate(parts[i:], start=i):
-            np.save(folder / place / f"{i}_{j}.npy", similarity.tile(rows, columns).float().numpy())
-    return {"folder": place, "units": len(similarity), "tile": TILE}
-
-
 def _read_layer(folder: Path, entry: Mapping[str, Any]) -> LayerRecord:
-    arrays = {name: torch.from_numpy(_read(folder / x["file"], x["shape"])) for name, x in entry["arrays"].items()}
+    arrays = {name: torch.from_numpy(read_array(folder / x["file"], x["shape"])) for name, x in entry["arrays"].items()}
     stored = entry["similarity"]
     similarity = stored and StoredSimilarity(folder / stored["folder"], stored["units"], stored["tile"])
     return LayerRecord(entry["name"], tuple(entry["layers"]), entry["threshold"], **arrays, similarity=similarity)
-
-
-def _read(path: Path, shape: list[int], mmap_mode: Literal["r"] | None = None) -> Any:
-    try:
-        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False).reshape(shape)
-    except (OSError, ValueError, EOFError) as error:
-        raise _damaged(path, error) from error
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -316,7 +261,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text(), object_hook=_from_json)
         newer = manifest["version"] > VERSION
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     if newer:
         raise ContinualError(
             f"{path} has format {manifest['version']}; this lightning_cf reads up to {VERSION}. Update lightning_cf."
@@ -334,9 +279,3 @@ def _as_json(value: Any) -> Any:
 
 def _from_json(value: dict[str, Any]) -> Any:
     return float(value["float"]) if value in [{"float": text} for text in ("nan", "inf", "-inf")] else value
-
-
-def _damaged(path: Path, error: Exception) -> ContinualError:
-    return ContinualError(
-        f"{path} is missing or damaged ({error!r}); copy the record's folder again as a whole, or partition again."
-    )

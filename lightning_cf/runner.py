@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback
 from lightning_cf.callbacks.session import check_strategy
+from lightning_cf.contexts import on_device, seeded
 from lightning_cf.errors import ContinualError, check_choice, check_count
 from lightning_cf.evaluation import constant_predictor, evaluate
 from lightning_cf.joint import JointTask
@@ -25,7 +23,6 @@ from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.module import ContinualModule
 from lightning_cf.preflight import check_tasks, check_widths, load_pretrained
 from lightning_cf.progress import RunProgress, RunStore
-from lightning_cf.randomness import derive_seed
 from lightning_cf.recording import TaskFolders
 from lightning_cf.result import Result
 from lightning_cf.state import ContinualState, state_for
@@ -162,7 +159,7 @@ class SequentialTaskRunner:
             return
         self.state.ledger.isolation = self.isolation
         self.partitioning.tasks_left = self.tasks_left
-        with self.on_device():
+        with on_device(self.module, self.host.strategy.root_device):
             self.partitioning.partition_task(self.host, self.module, task)
         self.note_stage(task, "partitioned")
 
@@ -171,7 +168,7 @@ class SequentialTaskRunner:
         if self.method == "partition" and self.state.ledger.current is not None:
             if self.partitioning is not None and self.perturbing is not None:
                 self.fit(task, self.invariance_epochs, [self.perturbing, self.masking])
-            with self.on_device():
+            with on_device(self.module, self.host.strategy.root_device):
                 self.seal(task)
             self.note_stage(task, "retrained")
         self.keep(task)
@@ -192,7 +189,7 @@ class SequentialTaskRunner:
 
     def score(self) -> None:
         """Scores every task."""
-        with self.on_device():
+        with on_device(self.module, self.host.strategy.root_device):
             self.progress.rows.append([self.score_of(task) for task in self.tasks])
         if self.method == "partition" and len(self.progress.rows) > 1:
             for layer, share in self.state.ledger.capacity().items():
@@ -200,7 +197,7 @@ class SequentialTaskRunner:
 
     def result(self) -> Result:
         """What the run found so far."""
-        with self.on_device(), isolate_rng():
+        with on_device(self.module, self.host.strategy.root_device), isolate_rng():
             constant = [
                 constant_predictor(
                     self.module, task, _test_batches(task), shown=self.state.showing(self.module, [task])
@@ -219,7 +216,7 @@ class SequentialTaskRunner:
         if strategy.launcher is not None:
             strategy.launcher.launch(strategy.setup_environment, trainer=self._host)
         check_strategy(self._host)
-        with self.seeded("outputs"):
+        with seeded(self.seed, "outputs"):
             self.state = self.prepare_module()
         self.progress = self.store.open(self.module, self.state, self.settings())
         if self.host.world_size > 1:
@@ -252,7 +249,7 @@ class SequentialTaskRunner:
         if name in self.progress.finished:
             return
         began = time.monotonic()
-        with self.seeded(name):
+        with seeded(self.seed, name):
             step()
             synchronise(self.host, self.module)
         self.progress.seconds += time.monotonic() - began
@@ -303,7 +300,7 @@ class SequentialTaskRunner:
 
     def note_stage(self, task: Task, stage: str) -> None:
         """Keeps the task's score at a stage of the method."""
-        with self.on_device():
+        with on_device(self.module, self.host.strategy.root_device):
             self.progress.stages.setdefault(task.name, {})[stage] = self.score_of(task)
 
     def settings(self) -> dict[str, Any]:
@@ -322,26 +319,6 @@ class SequentialTaskRunner:
             "network": {group.name: group.size for group in self.state.structure.groups},
             "processes": self.host.world_size,
         }
-
-    @contextmanager
-    def seeded(self, *key: int | str) -> Iterator[None]:
-        """Global generators that depend on the key alone; afterwards they are as they were."""
-        seed = derive_seed(self.seed, *key)
-        with isolate_rng():
-            torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)
-            random.seed(seed)
-            yield
-
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
-        """The module on the device that the Trainers use; afterwards back where it was."""
-        before = self.module.device
-        self.module.to(self.host.strategy.root_device)
-        try:
-            yield
-        finally:
-            self.module.to(before)
 
 
 def _test_batches(task: Task) -> Batches:

@@ -12,11 +12,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lightning_cf.claiming import Outcome
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import on_device
 from lightning_cf.ledger import NeuronLedger
+from lightning_cf.outcome import Outcome
 from lightning_cf.outputs import OutputView, head_of
 from lightning_cf.structure import Forward, Structure, call
 from lightning_cf.subspace import GivenSubspace, Subspace

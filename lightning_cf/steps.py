@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.claiming import Claimer, cut_claimed
+from lightning_cf.claim_folding import cut_claimed
+from lightning_cf.claiming import Claimer
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import evaluate, on_device
 from lightning_cf.ledger import NeuronLedger

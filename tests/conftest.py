@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-jaxtyping.install_import_hook("lightning_cf", "beartype.beartype")  # before anything imports the package
+jaxtyping.install_import_hook("lightning_cf", "typechecking.checked")  # before anything imports the package
 torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tests")

@@ -118,7 +118,7 @@ def files_of(folder):
 
 
 def tiles_of(size):
-    return patch("lightning_cf.records.TILE", size)
+    return patch("lightning_cf.stored_similarity.TILE", size)
 
 
 class Killed(BaseException):

@@ -1,0 +1,68 @@
+"""What the partition of a task found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from lightning_cf.partition import Partition
+from lightning_cf.similarity import Similarity
+from lightning_cf.structure import UnitGroup
+
+
+@dataclass(frozen=True)
+class GroupOutcome:
+    """What the partition of one group found.
+
+    Attributes:
+        group: the group.
+        candidates: its units that took part, numbered within it.
+        partition: over the candidates.
+        similarity: of the candidates.
+        vectors: incoming weights of all units of the group as they were when the candidates were compared.
+        biases: their biases.
+        budget: how many of them might be claimed.
+    """
+
+    group: UnitGroup
+    candidates: Int64[Tensor, "some"]
+    partition: Partition
+    similarity: Similarity
+    vectors: Float[Tensor, "units inputs"]
+    biases: Float[Tensor, "units"]
+    budget: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the partition of a task found.
+
+    Attributes:
+        accuracy: the task's score before its first partition.
+        ablation_accuracy: its score without the redundant units, right after this one.
+        groups: what each group's partition found.
+    """
+
+    accuracy: float
+    ablation_accuracy: float
+    groups: tuple[GroupOutcome, ...]
+
+    def after(self, earlier: Outcome) -> Outcome:
+        """This outcome of a later partition, told of all units that the first one was about, as that one saw them."""
+        first = {outcome.group.name: outcome for outcome in earlier.groups}
+        return replace(self, groups=tuple(_joined(first[now.group.name], now) for now in self.groups))
+
+
+def _joined(then: GroupOutcome, now: GroupOutcome) -> GroupOutcome:
+    """Units follow their representative of ``then`` to its representative of ``now``."""
+    representative = torch.arange(now.group.size)
+    representative[then.candidates] = then.candidates[then.partition.representative]
+    later = torch.arange(now.group.size)
+    later[now.candidates] = now.candidates[now.partition.representative]
+    position = torch.full((now.group.size,), -1)
+    position[then.candidates] = torch.arange(len(then.candidates))
+    joined = position[later[representative[then.candidates]]]
+    return replace(then, partition=Partition(joined, now.partition.threshold))

@@ -1,0 +1,82 @@
+"""A similarity matrix on disk, in square tiles that numpy reads without this package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from lightning_cf.errors import ContinualError
+from lightning_cf.similarity import Similarity
+
+TILE = 1024
+
+
+@dataclass(frozen=True)
+class StoredSimilarity:
+    """A similarity matrix on disk, of which no more is read than is asked for; serves where a ``Similarity`` does.
+
+    Attributes:
+        folder: holds tile (i, j), i <= j, in ``i_j.npy``.
+        units: rows of the matrix.
+        size: rows of a tile.
+    """
+
+    folder: Path
+    units: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.units
+
+    def tile(self, rows: slice | Tensor, columns: slice | Tensor) -> Float32[Tensor, "rows columns"]:
+        """Similarities of the candidates at ``rows`` with those at ``columns``; ``slice(None)`` stands for all.
+
+        Raises:
+            ContinualError: if a file is missing or damaged.
+        """
+        rows, columns = torch.arange(self.units)[rows], torch.arange(self.units)[columns]
+        tile = torch.empty(len(rows), len(columns))
+        for i in (rows // self.size).unique().tolist():
+            here = (rows // self.size == i).nonzero().flatten()
+            for j in (columns // self.size).unique().tolist():
+                there = (columns // self.size == j).nonzero().flatten()
+                within = np.ix_((rows[here] % self.size).numpy(), (columns[there] % self.size).numpy())
+                tile[here[:, None], there] = torch.from_numpy(self._stored(i, j)[within])
+        return tile
+
+    def _stored(self, i: int, j: int) -> Any:
+        if i > j:
+            return self._stored(j, i).T
+        shape = [min(self.size, self.units - k * self.size) for k in (i, j)]
+        return read_array(self.folder / f"{i}_{j}.npy", shape, mmap_mode="r")
+
+
+def write_tiles(folder: Path, place: str, similarity: Similarity | StoredSimilarity) -> dict[str, Any]:
+    """Writes the tiles on and above the diagonal one by one; returns what their description in JSON needs."""
+    (folder / place).mkdir()
+    parts = [slice(start, start + TILE) for start in range(0, len(similarity), TILE)]
+    for i, rows in enumerate(parts):
+        for j, columns in enumerate(parts[i:], start=i):
+            np.save(folder / place / f"{i}_{j}.npy", similarity.tile(rows, columns).float().numpy())
+    return {"folder": place, "units": len(similarity), "tile": TILE}
+
+
+def read_array(path: Path, shape: list[int], mmap_mode: Literal["r"] | None = None) -> Any:
+    """Reads an array; raises ContinualError if its file is missing or damaged."""
+    try:
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False).reshape(shape)
+    except (OSError, ValueError, EOFError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> ContinualError:
+    """The error for a file of a record that cannot be read."""
+    return ContinualError(
+        f"{path} is missing or damaged ({error!r}); copy the record's folder again as a whole, or partition again."
+    )
