@@ -2,29 +2,33 @@
 
 from statistics import mean
 
-from common import arguments, markdown, percent, run, write_section
+from common import arguments, markdown, percent, run_all, write_section
 
 METHODS = {
     "exact": ["isolation=exact"],
+    "exact, measure=update": ["isolation=exact", "partition.measure=update"],
+    "exact, measure=activation": ["isolation=exact", "partition.measure=activation"],
+    "exact, reinitialise=false": ["isolation=exact", "partition.reinitialise=false"],
     "finetune": ["method=finetune"],
     "joint": ["method=joint"],
 }
 
 
+def name(method: str, seed: int) -> str:
+    return f"split_mnist-{method.replace(', ', '-').replace('=', '-')}-{seed}"
+
+
 def main() -> None:
     options = arguments()
+    jobs = {
+        name(method, seed): ["experiment=split_mnist", f"data_dir={options.data_dir}", f"seed={seed}", *overrides]
+        for method, overrides in METHODS.items()
+        for seed in options.seeds
+    }
+    found = run_all(options, jobs)
     rows = []
-    for method, overrides in METHODS.items():
-        results = [
-            run(
-                options.runs / f"split_mnist-{method}-{seed}",
-                "experiment=split_mnist",
-                f"data_dir={options.data_dir}",
-                f"seed={seed}",
-                *overrides,
-            )
-            for seed in options.seeds
-        ]
+    for method in METHODS:
+        results = [found[name(method, seed)] for seed in options.seeds]
         free = [
             sum(shares[-1] for shares in r["capacity"].values()) / len(r["capacity"]) for r in results if r["capacity"]
         ]

@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -19,11 +22,26 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(folder: Path, *overrides: str) -> dict:
-    """The result of one run of the command line; not run again if it is there."""
+def run_all(options: argparse.Namespace, jobs: dict[str, list[str]]) -> dict[str, dict]:
+    """The results of runs of the command line by name, some at the same time, in one thread each.
+
+    A run whose result is there is not run again.
+    """
+    with ThreadPool(options.processes) as pool:
+        found = pool.starmap(partial(_run, options.runs), jobs.items())
+    return dict(zip(jobs, found, strict=True))
+
+
+def _run(runs: Path, name: str, overrides: list[str]) -> dict:
+    folder = runs / name
     if not (folder / "result.json").exists():
         line = [sys.executable, "-m", "lightning_cf", f"run={folder}", "compare=false", *overrides]
-        subprocess.run(line, check=True)
+        done = subprocess.run(
+            line, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(line)}\n{done.stderr}")
+        print(name, flush=True)
     return json.loads((folder / "result.json").read_text())
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,8 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_cf.claiming import PartitionWarning
-from lightning_cf.errors import ContinualError, check_choice
-from lightning_cf.progress import write_atomically
+from lightning_cf.errors import ContinualError, check_choice, check_count
+from lightning_cf.progress import read_json, write_atomically
 from lightning_cf.progress_bar import RunBar
 from lightning_cf.report import print_summary, write_pictures, write_unit_pictures
 from lightning_cf.result import Result
@@ -61,6 +63,10 @@ def _job(config: DictConfig) -> float | None:
         _fail(error.__cause__ or error)
     except (ContinualError, MisconfigurationException, OmegaConfBaseException) as error:
         _fail(error)
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        _fail(f"{type(error).__name__}: {error}", " (HYDRA_FULL_ERROR=1 shows where.)")
     return None
 
 
@@ -129,14 +135,14 @@ def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> Sequentia
 
 
 def _trainer_factory(config: DictConfig) -> Callable[..., Trainer]:
-    make, make_logger = instantiate(config.trainer), instantiate(config.logger)
+    make, make_logger = instantiate(config.trainer, _convert_="all"), instantiate(config.logger)
 
     def trainer(**options: Any) -> Trainer:
         logger = make_logger(save_dir=options["default_root_dir"]) if make_logger else False
-        made: Trainer = make(logger=logger, **options)
+        made: Trainer = make.func(logger=logger, **options)
         return made
 
-    return trainer
+    return partial(trainer, **make.keywords)  # so that the runner sees what the configuration sets
 
 
 def _name(method: str, isolation: str) -> str:
@@ -146,6 +152,7 @@ def _name(method: str, isolation: str) -> str:
 def _checked(config: DictConfig, root: Path) -> dict[str, Any]:
     """The resolved configuration, refused where the run's folder holds another one."""
     check_choice("lightning-cf", "command", config.command, VERBS)
+    check_count("lightning-cf", "seed", config.seed, least=0)
     check_choice("lightning-cf", "method", config.method, ("partition", "finetune", "joint"))
     check_choice("lightning-cf", "isolation", config.isolation, ("exact", "perturb"))
     if not isinstance(config.compare, bool):
@@ -154,7 +161,7 @@ def _checked(config: DictConfig, root: Path) -> dict[str, Any]:
     resolved["run"] = str(root)
     kept = root / "config.json"
     if kept.exists():
-        for key, value in json.loads(kept.read_text()).items():
+        for key, value in read_json(kept).items():
             if key != "run" and resolved.get(key) != value:
                 raise ContinualError(
                     f"lightning-cf: the folder {root} holds a run with {key}={value!r}, not {resolved.get(key)!r}."
@@ -177,6 +184,7 @@ def _quieten() -> None:
     warnings.showwarning = show
 
 
-def _fail(error: BaseException) -> NoReturn:
-    print(f"lightning-cf: error: {error}", file=sys.stderr)
+def _fail(error: object, hint: str = "") -> NoReturn:
+    text = str(error) if isinstance(error, ContinualError) else (str(error).strip().splitlines() or ["unknown"])[0]
+    print(f"lightning-cf: error: {text}{hint}", file=sys.stderr)
     sys.exit(1)

@@ -55,8 +55,8 @@ class Freezer:
     def attach(self, optimizers: Iterable[Optimizer]) -> Freezer:
         """Starts holding: remembers the frozen entries as they are now and hooks into backward, step and forward."""
         self.optimizers = list(optimizers)
+        self.save()
         for entries in self.entries:
-            entries.save()
             if entries.parameter.requires_grad:
                 self.handles.append(entries.parameter.register_post_accumulate_grad_hook(entries.zero_gradient))
         for optimizer in self.optimizers:
@@ -66,6 +66,11 @@ class Freezer:
                 norm.save()
                 self.handles.append(norm.module.register_forward_hook(norm.forward_hook, with_kwargs=True))
         return self
+
+    def save(self) -> None:
+        """Remembers the frozen entries of the parameters as they are now."""
+        for entries in self.entries:
+            entries.save()
 
     def detach(self) -> None:
         """Removes every hook."""

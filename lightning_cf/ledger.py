@@ -296,7 +296,10 @@ class NeuronLedger:
         """
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if CHECKPOINT_KEY not in checkpoint:
-            raise ContinualError(f"{path} holds no ledger: it was written without lightning_cf's callbacks.")
+            raise ContinualError(
+                f"{path} holds no ledger: it was written without lightning_cf's callbacks, or with"
+                " save_weights_only=True, which leaves out what callbacks add."
+            )
         return cls.from_state_dict(checkpoint[CHECKPOINT_KEY])
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_share
@@ -32,7 +32,7 @@ class PartitionOptions:
         min_claim: the smallest share of a layer that ``"auto"`` tries, in (0, 1].
         max_claim: the largest share of a layer that one task may claim, in (0, 1]; default the free units divided by
             the tasks still to come, this one counted, or by ``reserve_tasks`` if that is more.
-        reserve_tasks: for how many tasks, this one counted, room is kept at least.
+        reserve_tasks: for how many tasks, this one counted, room is kept at least, where ``max_claim`` is not given.
         clusters: ``"leader"``: each unit joins the first larger one that is similar enough; ``"components"``: chains
             of similar units are one cluster (single linkage).
         representative: which unit of a cluster is claimed: the one of the highest ``"magnitude"``, or a ``"random"``
@@ -59,11 +59,13 @@ class PartitionOptions:
     def __post_init__(self) -> None:
         if not callable(self.measure):
             check_choice("partition", "measure", self.measure, MEASURES)
-        kind, bound = ("a finite number", sys.float_info.max) if callable(self.measure) else ("a number in [-1, 1]", 1)
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if self.threshold != "auto" and not (number and -bound <= self.threshold <= bound):
+        number = isinstance(self.threshold, (int, float)) and math.isfinite(self.threshold)
+        number = number and not isinstance(self.threshold, bool)
+        if self.threshold != "auto" and not (number and (callable(self.measure) or -1 <= self.threshold <= 1)):
+            kind = "a finite number" if callable(self.measure) else "a number in [-1, 1]"
             raise ContinualError(f"partition: threshold must be {kind} or 'auto', got {self.threshold!r}.")
-        check_share("partition", "tolerance", self.tolerance)
+        if not (isinstance(self.tolerance, (int, float)) and 0 <= self.tolerance < math.inf):
+            raise ContinualError(f"partition: tolerance must be a finite number of at least 0, got {self.tolerance!r}.")
         check_share("partition", "min_claim", self.min_claim, above_zero=True)
         if self.max_claim is not None:
             check_share("partition", "max_claim", self.max_claim, above_zero=True)
@@ -91,8 +93,7 @@ class PartitionOptions:
         """What the measure is called."""
         if isinstance(self.measure, str):
             return self.measure
-        module = getattr(self.measure, "__module__", None) or type(self.measure).__module__
-        return f"{module}.{getattr(self.measure, '__qualname__', type(self.measure).__qualname__)}"
+        return _name(self.measure)
 
     def partitioned(self, structure: Structure) -> list[UnitGroup]:
         """The groups to partition.
@@ -129,6 +130,14 @@ class PartitionOptions:
         if self.max_claim is None:
             return max(1, free // max(tasks_left, self.reserve_tasks))
         return max(1, min(math.floor(self.max_claim * size + 1e-9), free - (tasks_left - 1)))
+
+
+def _name(measure: Callable[..., Any]) -> str:
+    if isinstance(measure, partial):
+        given = [*map(repr, measure.args), *(f"{name}={value!r}" for name, value in measure.keywords.items())]
+        return f"{_name(measure.func)}({', '.join(given)})"
+    module = getattr(measure, "__module__", None) or type(measure).__module__
+    return f"{module}.{getattr(measure, '__qualname__', type(measure).__qualname__)}"
 
 
 class PartitionKeywords(TypedDict, total=False):

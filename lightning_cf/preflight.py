@@ -57,7 +57,10 @@ def load_pretrained(module: LightningModule, path: str | Path) -> None:
     """
     if not Path(path).is_file():
         raise ContinualError(f"runner: pretrained={str(path)!r} is no file; give a checkpoint, or True.")
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever damaged bytes lead to
+        raise ContinualError(f"runner: pretrained={str(path)!r} is no checkpoint that torch.load reads.") from error
     if isinstance(found, dict) and found.get(CHECKPOINT_KEY, {}).get("tasks"):
         names = ", ".join(task["name"] for task in found[CHECKPOINT_KEY]["tasks"])
         raise ContinualError(

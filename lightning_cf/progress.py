@@ -54,7 +54,7 @@ class RunStore:
         if not stored.exists():
             write_atomically(stored, json.dumps(wanted, indent=2))
             return RunProgress()
-        found = json.loads(stored.read_text())
+        found = read_json(stored)
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise ContinualError(
@@ -63,9 +63,12 @@ class RunStore:
                 )
         if not self._state.exists():
             return RunProgress()
-        kept = torch.load(self._state, map_location="cpu", weights_only=True)
+        try:
+            kept = torch.load(self._state, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises whatever damaged bytes lead to
+            raise ContinualError(f"{self._state} is damaged; remove the folder {self.root} to start anew.") from error
         module.load_state_dict(kept["module"])
-        state.start = kept["start"]
+        state.start, state.outcome = kept["start"], None
         return RunProgress(**kept["progress"])
 
     def save(self, module: nn.Module, progress: RunProgress, state: ContinualState) -> None:
@@ -77,6 +80,14 @@ class RunStore:
     @property
     def _state(self) -> Path:
         return self.root / "state.pt"
+
+
+def read_json(path: Path) -> Any:
+    """What a file that :func:`write_atomically` wrote holds; raises ContinualError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ContinualError(f"{path} is damaged; remove the folder {path.parent} to start anew.") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -88,7 +88,8 @@ class _Held:
         there = self.units.to(vectors.device)
         start = self.start.to(self.basis)
         added = vectors[there].to(self.basis) - start
-        vectors[there] = (start + (added @ self.basis) @ self.basis.T).to(vectors)
+        moved = start + (added @ self.basis) @ self.basis.T
+        vectors[there] = torch.where(self.moves, moved, start).to(vectors)
         self.group.write_weights(tensors, vectors, self.units)
         for rows, values in self.others:
             rows.write(tensors[rows.tensor], values, self.units)
@@ -98,6 +99,7 @@ class _Held:
         weights = [rows for rows in self.group.rows if rows.role == "weight"]
         widths = torch.tensor([rows.width(tensors[rows.tensor]) for rows in weights])
         still = torch.tensor([rows.tensor in self.still for rows in weights]).repeat_interleave(widths)
+        self.moves = (~still).to(self.whole.device)
         if not bool(still.any()):
             return self.whole
         whole = self.whole.cpu().double()

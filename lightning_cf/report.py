@@ -105,8 +105,8 @@ def accuracy_picture(results: Mapping[str, Result]) -> Figure:
                     alpha=1.0 if learned else 0.5,
                 )
         axis.set_title(f"{LABELS[name]}: {100 * result.accuracy.average:.2f} %", fontsize=10)
-        axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=8)
-        axis.set_yticks(range(len(matrix)), tasks[: len(matrix)], fontsize=8)
+        axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=8, parse_math=False)
+        axis.set_yticks(range(len(matrix)), tasks[: len(matrix)], fontsize=8, parse_math=False)
         axis.set_xlabel("scored on task")
     axes[0].set_ylabel("after learning task")
     figure.colorbar(image, ax=list(axes), label="accuracy", shrink=0.8)
@@ -129,7 +129,7 @@ def forgetting_picture(results: Mapping[str, Result]) -> Figure:
             label=LABELS[name],
         )
         axis.bar_label(bars, fmt="%.1f", fontsize=7)
-    axis.set_xticks(range(len(tasks)), tasks)
+    axis.set_xticks(range(len(tasks)), tasks, parse_math=False)
     axis.set_xlabel("task")
     axis.set_ylabel("forgetting (points of accuracy)")
     axis.set_ylim(bottom=0)
@@ -151,7 +151,7 @@ def capacity_picture(result: Result) -> Figure:
             label=layer,
             alpha=0.8,
         )
-    axis.set_xticks(range(len(result.tasks) + 1), ["start", *result.tasks])
+    axis.set_xticks(range(len(result.tasks) + 1), ["start", *result.tasks], parse_math=False)
     axis.set_ylim(0, 105)
     axis.set_xlabel("after task")
     axis.set_ylabel("free units (%)")

@@ -27,6 +27,7 @@ from lightning_cf.recording import TaskFolders
 from lightning_cf.result import Result
 from lightning_cf.state import ContinualState, state_for
 from lightning_cf.steps import decide_together, seal_task, synchronise
+from lightning_cf.subspace import LearnedSubspace
 from lightning_cf.tasks import Batches, Task, single
 
 Method = Literal["partition", "finetune", "joint"]
@@ -91,6 +92,13 @@ class SequentialTaskRunner:
         self.pretrained = pretrained
         self.callbacks = list(callbacks)
         self.store = RunStore(Path(root))
+        if isinstance(getattr(masking, "subspace", None), LearnedSubspace) and not isinstance(
+            getattr(invariance, "subspace", None), LearnedSubspace
+        ):
+            raise ContinualError(
+                "runner: masking trains in a sub-space that is learned, but nothing learns it; give invariance the same"
+                " subspace."
+            )
         self.folders = TaskFolders(Path(root) / "tasks", partition is not None and partition.similarity_matrix)
         if self.perturbing is not None:
             self.perturbing.seed = self.seed
@@ -99,6 +107,11 @@ class SequentialTaskRunner:
                 raise ContinualError(
                     f"runner: the partition has after={self.partitioning.after}; epochs={self.epochs} and"
                     f" invariance_epochs={self.invariance_epochs} decide when a task is partitioned. Leave it out."
+                )
+            if pretrained is not False and self.partitioning.options.measure == "update":
+                raise ContinualError(
+                    "runner: measure='update' compares with the weights before a task was learned, which a pretrained"
+                    " module does not have. Use measure='weight' or 'activation'."
                 )
             self.partitioning.isolation, self.partitioning.seed = self.isolation, self.seed
             self.partitioning.folders = self.folders
@@ -114,6 +127,13 @@ class SequentialTaskRunner:
         Raises:
             ContinualError: before any training, for tasks, a network or options that cannot work.
         """
+        try:
+            return self._run()
+        except BaseException:
+            self._host = None  # so that another call takes up what was stored, not a phase half done
+            raise
+
+    def _run(self) -> Result:
         if self._host is None:
             self.start()
         self.phase("baseline", self.score)
@@ -157,7 +177,6 @@ class SequentialTaskRunner:
         current = self.state.ledger.current
         if self.method == "finetune" or self.partitioning is None or current is None or current.phase == "invariance":
             return
-        self.state.ledger.isolation = self.isolation
         self.partitioning.tasks_left = self.tasks_left
         with on_device(self.module, self.host.strategy.root_device):
             self.partitioning.partition_task(self.host, self.module, task)
@@ -234,6 +253,7 @@ class SequentialTaskRunner:
             load_pretrained(self.module, self.pretrained)
         self.module.installs_callbacks = False
         state = state_for(self.module, self.tasks[0])
+        state.ledger.isolation = self.isolation
         if self.masking is not None:
             state.mask_outputs = self.masking.mask_outputs
         for task in self.tasks:

@@ -115,7 +115,14 @@ class Similarity:
     ) -> Float64[Tensor, "rows columns"]:
         a, biases_a = self.vectors[rows].double(), self.biases[rows].double()
         b, biases_b = self.vectors[columns].double(), self.biases[columns].double()
-        tile = measure(a, biases_a, b, biases_b)
+        try:
+            tile = measure(a, biases_a, b, biases_b)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            name = getattr(measure, "__qualname__", repr(measure))
+            raise ContinualError(
+                f"similarity: measure {name} failed with {error!r}; it is called with vectors (a, inputs) and biases"
+                " (a) of some units, then with those of others, and gives a Tensor (a, b)."
+            ) from error
         fault = _fault(tile, len(a), len(b), same=torch.equal(a, b) and torch.equal(biases_a, biases_b))
         if fault:
             name = getattr(measure, "__qualname__", repr(measure))

@@ -86,7 +86,7 @@ def seal_task(
     seed: int = 0,
     folders: TaskFolders | None = None,
 ) -> None:
-    """Seals the current task's claim; under ``exact`` gives the free units a fresh start.
+    """Seals the current task's claim, if it has one; under ``exact`` it then gives the free units a fresh start.
 
     Args:
         module: the network, in place.
@@ -106,7 +106,8 @@ def seal_task(
         folders.complete(module, state.structure, state.ledger)
     state.ledger.seal()
     state.start = state.outcome = None
-    if state.ledger.isolation == "exact" and (options is None or options.reinitialise):
+    partitioned = any(record["task"] == task.name for record in state.ledger.records)
+    if state.ledger.isolation == "exact" and partitioned and (options is None or options.reinitialise):
         reinitialise_free(module, state.structure, state.ledger, seed, task.name)
 
 

@@ -121,6 +121,11 @@ def test_every_group_runs_from_any_folder(tmp_path, arguments, monkeypatch, caps
             ["every_n_steps", "every_n_epochs", "contradict"],
         ),
         (["pretrained=none.ckpt"], ["pretrained", "none.ckpt", "no file"]),
+        (["+trainer.max_epochs=3"], ["the trainer sets max_epochs=3", "epochs=12"]),
+        (["devices=abc"], ["devices", "int > 0"]),
+        (["seed=abc"], ["seed", "whole number", "'abc'"]),
+        (["+trainer.bogus=1"], ["bogus"]),
+        (["~invariance"], ["invariance"]),
         (["tasks=split_mnist", "data_dir=nowhere"], ["train-images-idx3-ubyte", "nowhere", "data_dir"]),
     ],
 )
@@ -130,7 +135,35 @@ def test_bad_input_ends_with_status_1_a_clear_line_and_no_traceback(tmp_path, ar
     assert status == 1
     assert all(word in errors for word in words), errors
     assert "Traceback" not in errors
+    assert len(errors.strip().splitlines()) == 1 or "hydra" in errors.lower()
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_callbacks_of_the_configured_trainer_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    timer = "[{_target_:lightning.pytorch.callbacks.LambdaCallback,on_fit_end:{_target_:test_cli.note,_partial_:true}}]"
+    NOTES.clear()
+    arguments = [*SMALL, "run=run", "tasks.order=[0,1]", f"+trainer.callbacks={timer}"]
+    status, _, errors = here(monkeypatch, capsys, *arguments)
+    assert status == 0, errors
+    assert len(NOTES) == 2  # LEARN and INVARIANCE of one task
+
+
+NOTES = []
+
+
+def note(trainer, module):
+    NOTES.append(trainer.max_epochs)
+
+
+@pytest.mark.parametrize("step", ["partition", "invariance", "masking"])
+def test_steps_are_left_out_from_the_command_line(tmp_path, monkeypatch, capsys, step):
+    monkeypatch.chdir(tmp_path)
+    status, _, errors = here(monkeypatch, capsys, *SMALL, "run=run", "tasks.order=[0,1,2,3]", f"{step}=none")
+    assert status == 0, errors
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert bool(result["partition"]) == (step != "partition")
+    assert result["config"][step] is None
 
 
 def test_a_folder_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):

@@ -38,11 +38,13 @@ def test_every_choice_composes_and_makes_what_it_says(group, choice, tmp_path, m
     assert not OmegaConf.missing_keys(config)
     names = ("partition", "invariance", "masking")
     partition, invariance, masking = (instantiate(config[name], _convert_="all") for name in names)
-    assert isinstance(partition, PartitionCallback)
-    assert isinstance(masking, MaskedGradientCallback)
-    assert isinstance(invariance.perturbation, Perturbation)
-    assert str(invariance.subspace) == str(masking.subspace)
-    assert (masking.subspace is None) == (group != "subspace" or choice == "none")
+    kinds = {"partition": PartitionCallback, "invariance": InvarianceCallback, "masking": MaskedGradientCallback}
+    for name, made in zip(names, (partition, invariance, masking), strict=True):
+        assert (made is None) if (group, choice) == (name, "none") else isinstance(made, kinds[name])
+    if choice != "none":
+        assert isinstance(invariance.perturbation, Perturbation)
+        assert str(invariance.subspace) == str(masking.subspace)
+        assert (masking.subspace is None) == (group != "subspace")
     instantiate(config.model)
     assert isinstance(instantiate(config.trainer), partial)
 

@@ -136,6 +136,61 @@ def test_draws_depend_on_seed_task_and_step_alone():
             assert all(torch.equal(expected[layer], drawn[layer]) == equal for layer in drawn)
 
 
+class TwoSteps(Classifier):
+    """Two optimiser steps a batch, each with a forward pass of its own."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            x, y = batch
+            optimizer.zero_grad()
+            self.manual_backward(torch.nn.functional.cross_entropy(self(x), y))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        layers = [self.network[1], self.network[3], self.network[5]]
+        return [torch.optim.AdamW([*layers[0].parameters(), *layers[2].parameters()], lr=0.003),
+                torch.optim.AdamW(layers[1].parameters(), lr=0.003)]  # fmt: skip
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_every_forward_pass_of_a_batch_sees_its_draw(order):
+    module, (task, *_) = classifier(), tasks()
+    module.__class__ = TwoSteps
+    module.automatic_optimization = False
+    seen = []
+
+    def watch(layer, inputs):
+        state = state_of(module)
+        if module.training and state.ledger.tasks and state.ledger.tasks[-1].phase == "invariance":
+            seen.append(redundant(module)["network.1"])
+
+    module.network[1].register_forward_pre_hook(watch)
+    fit(module, task, three(InvarianceCallback(perturbation=Resample()))[::order], epochs=4)
+    base = redundant(module)["network.1"]
+    assert len(seen) == 24
+    for first, second in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(first, second)
+        assert not torch.equal(first, base)
+    assert not torch.equal(seen[0], seen[2])
+
+
+def test_a_checkpoint_of_any_moment_holds_the_undisturbed_network(tmp_path):
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    module, (task, *_) = classifier(), tasks()
+    fit(module, task, [Save(), *three(InvarianceCallback(perturbation=Resample()))], epochs=4)
+    free = state_of(module).ledger.owners["network.1"] == FREE
+    base = redundant(module)["network.1"]
+    saved = [torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")]
+    saved = [c["state_dict"] for c in saved if c["lightning_cf"]["tasks"][-1]["phase"] == "invariance"]
+    assert len(saved) == 12
+    assert all(torch.equal(weights["network.1.weight"][free], base) for weights in saved)
+
+
 def test_two_counts_contradict_each_other():
     with pytest.raises(ContinualError, match="every_n_steps=2 and every_n_epochs=3 contradict"):
         InvarianceCallback(every_n_steps=2, every_n_epochs=3)

@@ -248,6 +248,19 @@ def pull_of(network, names):
     return sum(((network.get_parameter(name) - drawn(*network.get_parameter(name).shape)) ** 2).sum() for name in names)
 
 
+def test_a_tensor_that_needs_no_gradient_stays_where_the_others_diverge():
+    network, held = two_producers()
+    network.left.requires_grad_(False)
+    network.left.weight.flatten()[::2] = -0.0
+    before = copies(network)
+    optimizer = torch.optim.SGD(network.right.parameters(), lr=0.1)
+    Projection(named_tensors(network), [(*held[0][:2], basis_of(13, 9))]).attach([optimizer])
+    train(network, optimizer, steps=1, loss=lambda n: (n.right.weight * float("inf")).sum())
+    assert not network.right.weight[0].isfinite().all()
+    assert torch.equal(network.left.weight, before["left.weight"])
+    assert torch.equal(network.left.weight.signbit(), before["left.weight"].signbit())
+
+
 def test_a_sub_space_that_lets_nothing_train_is_refused():
     network, held = two_producers()
     network.left.requires_grad_(False)

@@ -163,6 +163,7 @@ def test_each_step_can_be_left_out(tmp_path, left_out):
     result = runner(tmp_path, sequence=tasks(2), **{left_out: None}).run()
     assert result.accuracy.matrix.shape == (2, 2)
     assert bool(result.partition) == (left_out != "partition")
+    assert float(result.accuracy.matrix.diagonal().min()) > 0.9
     if left_out == "invariance":
         assert result.accuracy.forgetting == 0.0
 
@@ -274,7 +275,7 @@ def test_what_cannot_work_is_refused_before_anything_trains(tmp_path, unchecked,
 @pytest.mark.parametrize(
     "make",
     [
-        partial(PartitionCallback, tolerance=2),
+        partial(PartitionCallback, tolerance=-2),
         partial(PartitionCallback, min_claim=0),
         partial(PartitionCallback, max_claim=1.5),
         partial(PartitionCallback, reserve_tasks=0),
@@ -312,6 +313,55 @@ def test_a_run_killed_before_a_partition_still_knows_the_weights_at_the_tasks_st
         make(tmp_path / "cut").run()
     monkeypatch.setattr(PartitionCallback, "partition_task", step)
     assert make(tmp_path / "cut", module=classifier(seed=4)).run().weights_sha256 == whole.weights_sha256
+
+
+def test_a_second_call_after_an_error_ends_with_the_weights_of_an_undisturbed_run(tmp_path):
+    whole = runner(tmp_path / "whole", sequence=tasks(2)).run()
+
+    class Once(Callback):
+        failed = False
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            if not Once.failed and trainer.datamodule.name == "2-3":
+                Once.failed = True
+                raise RuntimeError("interrupted")
+
+    again = runner(tmp_path / "again", sequence=tasks(2), callbacks=[Once()])
+    with pytest.raises(RuntimeError, match="interrupted"):
+        again.run()
+    assert again.run().weights_sha256 == whole.weights_sha256
+
+
+class Silent:
+    """A perturbation without a text of its own."""
+
+    def __call__(self, vectors, generator):
+        return 0 * vectors
+
+
+def test_a_run_with_a_perturbation_of_ones_own_is_taken_up_again(tmp_path):
+    for _ in range(2):
+        runner(tmp_path, sequence=tasks(1), invariance=InvarianceCallback(perturbation=Silent())).run()
+
+
+@pytest.mark.parametrize("damaged", ["state.pt", "settings.json"])
+def test_a_damaged_folder_says_so(tmp_path, damaged):
+    runner(tmp_path, sequence=tasks(1), epochs=1, invariance_epochs=0).run()
+    (tmp_path / damaged).write_bytes(b"{")
+    with pytest.raises(ContinualError, match=f"{damaged} is damaged; remove the folder"):
+        runner(tmp_path, sequence=tasks(1), epochs=1, invariance_epochs=0).run()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pretrained": True, "partition": PartitionCallback(measure="update")}, "measure='update' .* pretrained"),
+        ({"masking": MaskedGradientCallback(subspace=LearnedSubspace())}, "nothing learns it"),
+    ],
+)
+def test_options_that_need_one_another_are_refused_at_once(tmp_path, options, message):
+    with pytest.raises(ContinualError, match=message):
+        runner(tmp_path, **options)
 
 
 # A module that was trained before
@@ -362,12 +412,15 @@ def test_a_first_task_that_was_learned_before_is_not_learned_again(tmp_path, giv
         (None, r"pretrained='.*' is no file"),
         ({"network.1.weight": torch.zeros(48, 64)}, r"does not fit the module: 5 names .* such as 'network.1.bias'"),
         ({"network.1.weight": torch.zeros(2, 2)}, "does not fit the module"),
+        ("text", "is no checkpoint that torch.load reads"),
         ({"state_dict": {}, "lightning_cf": {"tasks": [{"name": "zero"}]}}, r"a ledger of its own \(tasks zero\)"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_before_training(tmp_path, content, message):
     path = tmp_path / "weights.pt"
-    if content is not None:
+    if content == "text":
+        path.write_text(content)
+    elif content is not None:
         torch.save(content, path)
     with pytest.raises(ContinualError, match=message):
         runner(tmp_path / "run", pretrained=path, callbacks=[Never()]).run()

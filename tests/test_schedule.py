@@ -4,10 +4,17 @@ import itertools
 
 import pytest
 import torch
-from learning import classifier, fit, own_logits, score, tasks, weights
+from learning import classifier, fit, own_logits, quiet_trainer, score, tasks, weights
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_cf import ContinualError, InvarianceCallback, MaskedGradientCallback, PartitionCallback
+from lightning_cf import (
+    ContinualError,
+    InvarianceCallback,
+    MaskedGradientCallback,
+    NeuronLedger,
+    PartitionCallback,
+)
 from lightning_cf.claiming import PartitionWarning
 from lightning_cf.evaluation import evaluate
 from lightning_cf.state import state_of
@@ -175,6 +182,85 @@ def test_a_module_that_was_trained_before_is_partitioned_before_the_first_step()
     fit(trained, second, three(after=0.5), epochs=6)
     assert torch.equal(own_logits(trained, first), logits)
     assert score(trained, second) > 0.9
+
+
+class StopAfter(Callback):
+    """Stops the fit at the end of an epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("options", [{"every_n_epochs": 4}, {"after": 0.5}, {"when_below": 1e9}], ids=str)
+def test_a_fit_that_is_stopped_as_it_partitions_leaves_invariance_to_a_second_fit(options, first, tmp_path):
+    module, (task, *_) = classifier(), tasks()
+    stop = StopAfter(0 if "when_below" in options else 3)
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="end", save_last=False)
+    callbacks = [stop, *three(**options)] if first else [*three(**options), stop]
+    if first and "after" in options:  # the stop comes before the partition is due
+        with pytest.warns(PartitionWarning, match="before its partition was due"):
+            fit(module, task, [*callbacks, keep], epochs=8, enable_checkpointing=True)
+        assert state_of(module).ledger.tasks[-1].phase == "learn"
+        return
+    fit(module, task, [*callbacks, keep], epochs=8, enable_checkpointing=True)
+    assert state_of(module).ledger.tasks[-1].phase == "invariance"
+    if first:
+        assert NeuronLedger.from_checkpoint(tmp_path / "end.ckpt").tasks[-1].phase == "invariance"
+    watch = Watch()
+    fit(module, task, [*three(), watch], epochs=2)
+    assert set(watch.phases) == {"invariance"}
+    assert state_of(module).ledger.tasks[-1].phase == "sealed"
+
+
+@pytest.mark.parametrize("options", [{}, {"after": 0.0}, {"every_n_steps": 8}])
+def test_a_trainer_that_counts_steps_needs_no_number_of_epochs(options):
+    module, (task, *_) = classifier(), tasks()
+    fit(module, task, three(**options), epochs=-1, max_steps=20)
+    assert state_of(module).ledger.tasks[-1].phase == ("sealed" if options else "invariance")
+
+
+def test_a_share_of_no_number_of_epochs_is_refused_before_training():
+    with pytest.raises(
+        ContinualError, match=r"after=0.5 is a share of the fit's epochs, but the Trainer has no max_ep"
+    ):
+        fit(classifier(), tasks()[0], three(after=0.5), epochs=-1, max_steps=20)
+
+
+@pytest.mark.parametrize("options", [{}, {"every_n_steps": 4}])
+def test_a_value_of_the_validation_is_waited_for(options):
+    class Validated(type(classifier())):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", torch.nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    module, (task, *_) = classifier(), tasks()
+    module.__class__ = Validated
+    watch = Watch()
+    callbacks = three(when_below=100.0, monitor="val_loss", **options)
+    fit(module, task, [*callbacks, watch], epochs=6, check_val_every_n_epoch=2, num_sanity_val_steps=0)
+    assert watch.phases.index("invariance") >= 2 * len(task.train_dataloader())
+    with pytest.raises(ContinualError, match="monitor='val_los', which was not logged"):
+        fit(classifier(), task, three(when_below=0.1, monitor="val_los", **options), epochs=3)
+
+
+def test_a_claim_partitioned_again_after_a_resume_knows_the_weights_at_the_start(tmp_path):
+    module, (task, *_) = classifier(), tasks()
+    options = {"every_n_epochs": 2, "measure": "update", "threshold": 0.3, "max_claim": 0.5}
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+    fit(module, task, [*three(**options), keep], epochs=6, enable_checkpointing=True)
+    other = classifier(seed=3)
+    trainer = quiet_trainer(max_epochs=6, callbacks=three(**options))
+    trainer.fit(other, datamodule=task, ckpt_path=str(tmp_path / "epoch=2.ckpt"))
+    assert [len(counts) for counts in record(other, "claims")] == [2, 2]
+
+
+def test_a_trained_task_has_no_update_to_measure():
+    with pytest.raises(ContinualError, match=r"measure=.update. .* after=0 does not have"):
+        PartitionCallback(after=0, measure="update")
 
 
 @pytest.mark.parametrize(

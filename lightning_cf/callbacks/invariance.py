@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_cf.callbacks.session import ContinualCallback
+from lightning_cf.callbacks.session import ContinualCallback, without_address
 from lightning_cf.directions import DirectionLearner
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, check_count
@@ -81,6 +82,7 @@ class InvarianceCallback(ContinualCallback):
             return
         if self._learner is not None and self._revision != state.ledger.revision:
             self._learner.units, self._revision = self._redundant(state), state.ledger.revision
+            self._learner.best = math.inf  # a partition makes the loss jump
             self._learn(trainer, pl_module, self._learner)
         if state.ledger.isolation == "perturb":
             generator = keyed_generator(self.seed, task.name, "invariance", self._draw(trainer))
@@ -107,6 +109,14 @@ class InvarianceCallback(ContinualCallback):
                 if task is not None and task.phase == "invariance" and self._revision == state.ledger.revision:
                     self._learn(trainer, pl_module, self._learner, fell)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the undisturbed values back where a batch was left early."""
+        self._undisturb(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the undisturbed values back where a batch was left early."""
+        self._undisturb(pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps what LEARN found for the INVARIANCE of a later fit."""
         state = state_of(pl_module)
@@ -125,7 +135,7 @@ class InvarianceCallback(ContinualCallback):
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
-        return {name: str(getattr(self, name)) for name in ("perturbation", "subspace", "unit", "every_n")}
+        return {name: without_address(getattr(self, name)) for name in ("perturbation", "subspace", "unit", "every_n")}
 
     def _draw(self, trainer: Trainer) -> int:
         """Which draw is due, counted from the fit's start."""
@@ -150,10 +160,13 @@ class InvarianceCallback(ContinualCallback):
     def _redundant(self, state: ContinualState) -> dict[str, Tensor]:
         return {name: (owner == FREE).nonzero().flatten() for name, owner in state.ledger.owners.items()}
 
-    def _release(self, module: LightningModule) -> None:
+    def _undisturb(self, module: LightningModule) -> None:
         state = state_of(module)
         if state is not None:
             state.undisturb()
+
+    def _release(self, module: LightningModule) -> None:
+        self._undisturb(module)
         if self._learner is not None:
             self._learner.detach()
             self._learner = None

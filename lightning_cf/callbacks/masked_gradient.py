@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_cf.callbacks.session import ContinualCallback, task_of
+from lightning_cf.callbacks.session import ContinualCallback, task_of, without_address
 from lightning_cf.errors import ContinualError
 from lightning_cf.freezing import Freezer
 from lightning_cf.ledger import FREE
@@ -65,6 +65,12 @@ class MaskedGradientCallback(ContinualCallback):
             assert self._freezer is not None
             self._freezer.zero_optimizer_state()
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Perturbed units stay perturbed over a step, for a batch that takes several."""
+        state = state_of(pl_module)
+        if self._freezer is not None and state is not None and state.disturbance is not None:
+            self._freezer.save()
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Several processes reduce their gradients after the hooks ran: zeroes the frozen entries again."""
         if trainer.world_size > 1 and self._freezer is not None:
@@ -84,7 +90,7 @@ class MaskedGradientCallback(ContinualCallback):
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
-        return {name: str(getattr(self, name)) for name in ("subspace", "mask_outputs")}
+        return {name: without_address(getattr(self, name)) for name in ("subspace", "mask_outputs")}
 
     def _show(self, module: LightningModule, state: ContinualState, trainer: Trainer) -> None:
         self._shown.enter_context(state.showing(module, [task_of(trainer, type(self).__name__)]))

@@ -91,11 +91,18 @@ class PartitionCallback(ContinualCallback):
             raise ContinualError("partition: every_n_steps and every_n_epochs contradict each other; give one of them.")
         if self.during_training and after != 1.0:
             raise ContinualError(f"partition: after={after} and {self._due} contradict each other; give one of them.")
+        if after == 0 and options.get("measure") == "update":
+            raise ContinualError(
+                "partition: measure='update' compares with the weights before the task was learned, which after=0 does"
+                " not have. Use measure='weight' or 'activation'."
+            )
         self.folders = None if records is None else TaskFolders(Path(records), similarity_matrix)
         self.similarity_matrix = similarity_matrix
         self.options = PartitionOptions(**options)
         self.seed = seed
         self._step = 0
+        self._partitioned_at: int | None = None
+        self._ended = False
         self._start: dict[str, Tensor] | None = None
 
     @property
@@ -115,7 +122,10 @@ class PartitionCallback(ContinualCallback):
             )
         state.ledger.isolation = self.isolation
         self.select(state)
-        if current is not None and current.phase == "learn":
+        self._partitioned_at, self._ended = None, False
+        if current is not None and current.phase == "learn" and 0 < self.after < 1:
+            self._due_epoch(trainer)
+        if self._start is not None or (current is not None and current.phase == "learn"):
             self.remember_start(pl_module, state)
 
     def remember_start(self, module: LightningModule, state: ContinualState) -> None:
@@ -155,18 +165,18 @@ class PartitionCallback(ContinualCallback):
     ) -> None:
         """Partitions when it is due by steps; not at the fit's last one, which ends the phase instead."""
         if self._due_by_steps(trainer) and not _last_batch(trainer):
-            self._partition_if_due(trainer, pl_module)
+            self._partition_if_due(trainer, pl_module, epochs=trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Partitions when it is due; at the fit's last epoch, before checkpoints are written, ends the phase."""
-        if _last_epoch(trainer):
+        if _over(trainer) or _stops(trainer):
             self._end_phase(trainer, pl_module)
-        elif self.should_partition(trainer):
-            self._partition_if_due(trainer, pl_module)
+        elif self._phase(pl_module) is not None and self.should_partition(trainer):
+            self._partition_if_due(trainer, pl_module, epochs=trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the phase where the fit stopped in another way than by its number of epochs."""
-        if not _last_epoch(trainer):
+        if not self._ended:
             self._end_phase(trainer, pl_module)
 
     def should_partition(self, trainer: Trainer) -> bool:
@@ -176,7 +186,7 @@ class PartitionCallback(ContinualCallback):
             return done % self.every_n_epochs == 0
         if self.during_training:
             return self.every_n_steps is None
-        return done >= self._due_epoch(trainer)
+        return 0 < self.after < 1 and done >= self._due_epoch(trainer)
 
     def _due_by_steps(self, trainer: Trainer) -> bool:
         """Whether this batch's steps completed another ``every_n_steps``."""
@@ -190,6 +200,7 @@ class PartitionCallback(ContinualCallback):
 
     def partition_task(self, trainer: Trainer, module: LightningModule, task: Task) -> None:
         """Partitions now: on the first process, which tells the others."""
+        self._partitioned_at = trainer.global_step
         decide_together(
             trainer,
             module,
@@ -198,18 +209,20 @@ class PartitionCallback(ContinualCallback):
             ),
         )
 
-    def _partition_if_due(self, trainer: Trainer, module: LightningModule) -> None:
+    def _partition_if_due(self, trainer: Trainer, module: LightningModule, *, epochs: int) -> None:
         """The first partition waits for the monitored value; later ones come only where they were asked for."""
         phase = self._phase(module)
         again = self.every_n_steps is not None or self.every_n_epochs is not None
-        if (phase == "learn" and self._is_below(trainer)) or (phase == "invariance" and again):
+        if (phase == "learn" and self._is_below(trainer, epochs)) or (phase == "invariance" and again):
             self.partition_task(trainer, module, task_of(trainer, type(self).__name__))
 
-    def _is_below(self, trainer: Trainer) -> bool:
-        """Whether the monitored value is below its bound, on every process."""
+    def _is_below(self, trainer: Trainer, epochs: int) -> bool:
+        """Whether the monitored value is below its bound, on every process, after so many whole epochs."""
         if self.when_below is None:
             return True
         value = trainer.callback_metrics.get(self.monitor)
+        if value is None and epochs < (trainer.check_val_every_n_epoch or 1):
+            return False  # it may come with the first validation
         if value is None:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             raise ContinualError(
@@ -239,11 +252,14 @@ class PartitionCallback(ContinualCallback):
         return ", ".join(given) or f"after={self.after}"
 
     def _end_phase(self, trainer: Trainer, module: LightningModule) -> None:
+        self._ended = True
         phase = self._phase(module)
         state = state_of(module)
         if state is None or phase is None:
             return
         task = task_of(trainer, type(self).__name__)
+        if phase == "invariance" and self._partitioned_at == trainer.global_step:
+            return  # the fit was stopped right after the partition: a second fit is its INVARIANCE
         if phase == "invariance":
             decide_together(
                 trainer,
@@ -263,13 +279,13 @@ class PartitionCallback(ContinualCallback):
     def _due_at_end(self, trainer: Trainer) -> bool:
         """Whether a fit that ends in LEARN ends with a partition, which leaves INVARIANCE to a second fit."""
         if not self.during_training:
-            return self.after == 1.0 or _last_epoch(trainer)
+            return self.after == 1.0 or _over(trainer)
         if self.every_n_steps is not None:
-            return self._due_by_steps(trainer) and self._is_below(trainer)
-        return self.should_partition(trainer) and self._is_below(trainer)
+            return self._due_by_steps(trainer) and self._is_below(trainer, trainer.current_epoch + 1)
+        return self.should_partition(trainer) and self._is_below(trainer, trainer.current_epoch + 1)
 
 
-def _last_epoch(trainer: Trainer) -> bool:
+def _over(trainer: Trainer) -> bool:
     """Whether the fit ends with the epoch that is ending, by its number of epochs or steps."""
     done = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     epochs = trainer.max_epochs is not None and 0 < trainer.max_epochs <= done
@@ -280,4 +296,9 @@ def _last_batch(trainer: Trainer) -> bool:
     """Whether the fit ends with the batch that is ending, by its number of epochs or steps."""
     last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs > 0
     ends = last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-    return ends or (trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps)
+    return ends or _stops(trainer) or (trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps)
+
+
+def _stops(trainer: Trainer) -> bool:
+    """Whether a callback or a signal asked the fit to stop, and it will."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.module import ContinualModule
-from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for
+from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.tasks import Task
 
 
@@ -51,7 +52,10 @@ class ContinualCallback(Callback):
         ledger.begin(task.name, task.classes or [])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Puts the ledger into the checkpoint."""
+        """Puts the ledger into the checkpoint, and perturbed units back, which its weights share."""
+        state = state_of(pl_module)
+        if state is not None:
+            state.undisturb()
         ledger = ledger_of(pl_module)
         if ledger is not None:
             checkpoint[CHECKPOINT_KEY] = ledger.state_dict()
@@ -114,3 +118,8 @@ def check_strategy(trainer: Trainer) -> None:
             f"The Trainer expects {trainer.world_size} processes, but {processes} are running: it would train on part"
             " of the data. Start each distributed job in a fresh process (unset LOCAL_RANK and WORLD_SIZE)."
         )
+
+
+def without_address(value: object) -> str:
+    """``str(value)``, the same in every process: without the address of an object that has no text of its own."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
