@@ -53,10 +53,15 @@ def main() -> None:
             *effects_of(disturbed, "threshold", "forgetting"),
             *effects_of(disturbed, "invariance epochs", "forgetting"),
         ],
+        "perturb, with threshold auto": [
+            *effects_of([job for job in perturb if job["threshold"] == "auto"], "perturbation", "forgetting"),
+            *effects_of([job for job in disturbed if job["threshold"] == "auto"], "invariance epochs", "forgetting"),
+        ],
     }
-    everything, within, perturbed = effects.values()
+    everything, within, perturbed, auto = effects.values()
     write_section("ablation-exact", table("task-IL %", {"all runs": everything, "folding and INVARIANCE on": within}))
     write_section("ablation-perturb", table("forgetting (points)", {"all runs": perturbed}))
+    write_section("ablation-perturb-auto", table("forgetting (points)", {"threshold auto": auto}))
     write_section("ablation-best", best({"exact": (EXACT, exact), "perturb": (PERTURB, disturbed)}))
     picture(effects).savefig(HERE / "ablation.png", dpi=150)
 
@@ -121,13 +126,14 @@ def best(groups: dict[str, tuple[dict[str, list], list[Job]]]) -> str:
 
 def picture(effects: dict[str, list[tuple]]) -> Figure:
     """Differences to the reference with twice their standard error."""
-    figure = Figure(figsize=(15, 5), layout="constrained")
+    figure = Figure(figsize=(13, 9), layout="constrained")
     titles = {
         "exact": "exact: change of average accuracy\n(points, all runs; right is better)",
         "exact, with folding and INVARIANCE": "exact: change of average accuracy\n(points, folding and INVARIANCE on)",
-        "perturb": "perturb: change of forgetting\n(points; left is better)",
+        "perturb": "perturb: change of forgetting\n(points, all runs; left is better)",
+        "perturb, with threshold auto": "perturb: change of forgetting\n(points, threshold auto)",
     }
-    for axis, (name, rows) in zip(figure.subplots(1, 3), effects.items(), strict=True):
+    for axis, (name, rows) in zip(figure.subplots(2, 2).flatten(), effects.items(), strict=True):
         places = list(range(len(rows)))[::-1]
         for place, (factor, level, _, difference, error) in zip(places, rows, strict=True):
             reference = REFERENCE[factor] == level

@@ -7,26 +7,31 @@ from matplotlib.figure import Figure
 from small import Job, run_all
 
 SIZES = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
-KINDS = {"random": "#1b6ca8", "learned": "#d98324"}
+HELD = {"isolation": "perturb", "perturbation": "resample", "invariance epochs": 4}
+ALONE = {"isolation": "perturb", "perturbation": "", "invariance epochs": 0}
+KINDS = {
+    "random": ({**HELD, "subspace": "random"}, "#1b6ca8"),
+    "learned": ({**HELD, "subspace": "learned"}, "#d98324"),
+    "random, no INVARIANCE": ({**ALONE, "subspace": "random"}, "#4b8f5a"),
+}
 SCORES = {"forgetting": "forgetting (points)", "learned": "later tasks, as they were learned (%)"}
 
 
 def main() -> None:
     options = arguments()
-    plain = {"isolation": "perturb", "perturbation": "resample", "invariance epochs": 4}
-    jobs = [
-        {**plain, "subspace": kind, "dimensions": size, "seed": seed}
-        for kind in KINDS
-        for size in SIZES
-        for seed in options.seeds
-    ]
-    held = run_all(options, "subspace", jobs)
-    free = run_all(options, "subspace", [{**plain, "seed": seed} for seed in options.seeds])
-    rows = [
-        row(kind, f"{100 * size:g}", [job for job in held if (job["subspace"], job["dimensions"]) == (kind, size)])
-        for kind in KINDS
-        for size in SIZES
-    ]
+    runs = {}
+    for kind, (job, _) in KINDS.items():
+        for size in SIZES:
+            jobs = [{**job, "dimensions": size, "seed": seed} for seed in options.seeds]
+            runs[kind, size] = jobs
+    done = iter(run_all(options, "subspace", [job for jobs in runs.values() for job in jobs]))
+    runs = {key: [next(done) for _ in jobs] for key, jobs in runs.items()}
+    free = {
+        kind: run_all(options, "subspace", [{**job, "seed": seed} for seed in options.seeds])
+        for kind, job in (("none", HELD), ("none, no INVARIANCE", ALONE))
+    }
+    rows = [row(kind, f"{100 * size:g}", found) for (kind, size), found in runs.items()]
+    rows += [row(kind, "", found) for kind, found in free.items()]
     head = [
         "sub-space",
         "size (% of the vector's length)",
@@ -34,38 +39,34 @@ def main() -> None:
         "later tasks as learned %",
         "task-IL %",
     ]
-    write_section("subspace", markdown(head, [*rows, row("none", "", free)]))
-    picture(held, free).savefig(HERE / "subspace.png", dpi=150)
+    write_section("subspace", markdown(head, rows))
+    picture(runs, free).savefig(HERE / "subspace.png", dpi=150)
 
 
 def row(kind: str, size: str, runs: list[Job]) -> list[str]:
-    return [
-        kind,
-        size,
-        *(percent([run[score] for run in runs]) for score in ("forgetting", "learned", "average_accuracy")),
-    ]
+    return [kind, size, *(percent([run[key] for run in runs]) for key in ("forgetting", "learned", "average_accuracy"))]
 
 
-def picture(held: list[Job], free: list[Job]) -> Figure:
-    """Retention and plasticity over the size, a line a kind; a dashed line without a sub-space."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+def picture(runs: dict[tuple[str, float], list[Job]], free: dict[str, list[Job]]) -> Figure:
+    """Retention and plasticity over the size, a line a kind; dashed lines without a sub-space."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    places = [100 * size for size in SIZES]
     for axis, (score, label) in zip(figure.subplots(1, 2), SCORES.items(), strict=True):
-        for kind, color in KINDS.items():
-            runs = [
-                [100 * job[score] for job in held if (job["subspace"], job["dimensions"]) == (kind, s)] for s in SIZES
-            ]
-            axis.plot([100 * s for s in SIZES], list(map(statistics.mean, runs)), marker="o", color=color, label=kind)
-            lows, highs = list(map(min, runs)), list(map(max, runs))
-            axis.fill_between([100 * s for s in SIZES], lows, highs, color=color, alpha=0.15, linewidth=0)
-        without = statistics.mean(100 * job[score] for job in free)
-        axis.axhline(without, color="#8c8c8c", linestyle="--", label="none")
+        for kind, (_, color) in KINDS.items():
+            values = [[100 * job[score] for job in runs[kind, size]] for size in SIZES]
+            axis.plot(places, list(map(statistics.mean, values)), marker="o", color=color, label=kind)
+            axis.fill_between(
+                places, list(map(min, values)), list(map(max, values)), color=color, alpha=0.12, linewidth=0
+            )
+        for (kind, found), color in zip(free.items(), ("#8c8c8c", "#4b8f5a"), strict=True):
+            axis.axhline(statistics.mean(100 * job[score] for job in found), color=color, linestyle="--", label=kind)
         axis.set_xscale("log")
-        axis.set_xticks([100 * s for s in SIZES], [f"{100 * s:g}" for s in SIZES])
+        axis.set_xticks(places, [f"{place:g}" for place in places])
         axis.minorticks_off()
         axis.set_xlabel("size of the sub-space (% of the weight vector's length)")
         axis.set_ylabel(label)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8)
     return figure
 
 

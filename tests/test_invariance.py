@@ -15,6 +15,7 @@ from lightning_cf import (
     InvarianceCallback,
     LearnedSubspace,
     MaskedGradientCallback,
+    Mixture,
     Noise,
     PartitionCallback,
     RandomSubspace,
@@ -421,7 +422,7 @@ def cost_of_resampling(module, task, draws=8):
     return sum(losses) / draws
 
 
-@pytest.mark.parametrize("perturbation", [None, Resample()], ids=["default", "resample"])
+@pytest.mark.parametrize("perturbation", [None, Mixture([Ablate(), Resample()])], ids=["default", "mixture"])
 @pytest.mark.parametrize("which", [0, 3])
 def test_resampling_redundant_units_costs_at_most_the_tolerance_after_invariance(perturbation, which):
     torch.manual_seed(0)

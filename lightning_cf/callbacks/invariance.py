@@ -14,7 +14,7 @@ from lightning_cf.directions import DirectionLearner
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, check_count
 from lightning_cf.ledger import FREE
-from lightning_cf.perturbation import Ablate, Perturbation
+from lightning_cf.perturbation import Perturbation, Resample
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.state import ContinualState, state_of
 from lightning_cf.structure import named_tensors
@@ -29,7 +29,7 @@ class InvarianceCallback(ContinualCallback):
     outputs and is skipped; INVARIANCE is then fine-tuning of the claimed units on their own.
 
     Args:
-        perturbation: how; default :class:`~lightning_cf.perturbation.Ablate`, which kept most in benchmarks.
+        perturbation: how; default :class:`~lightning_cf.perturbation.Resample`, which kept most in benchmarks.
         subspace: what holds the perturbation (paragraph 21); give :class:`MaskedGradientCallback` the same one.
         every_n_steps: a new perturbation every so many optimiser steps, held in between. Default: each step.
         every_n_batches: or every so many batches, which differ from steps where gradients accumulate.
@@ -48,7 +48,7 @@ class InvarianceCallback(ContinualCallback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.perturbation = Ablate() if perturbation is None else perturbation
+        self.perturbation = Resample() if perturbation is None else perturbation
         self.subspace = subspace
         given = {"steps": every_n_steps, "batches": every_n_batches, "epochs": every_n_epochs}
         given = {unit: count for unit, count in given.items() if count is not None} or {"steps": 1}
