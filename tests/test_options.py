@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import threading
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -17,6 +18,11 @@ from torch import nn
 from lightning_cf.errors import ContinualError
 from lightning_cf.options import MEASURES, PartitionKeywords, PartitionOptions
 from lightning_cf.tracing import trace
+
+
+def _label(value):
+    """Names of tests that are the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def distance(vectors_a, biases_a, vectors_b, biases_b):
@@ -80,7 +86,7 @@ class Scaled:
         ({"layers": "net.1"}, r"layers must be a list of layer names, got the string 'net.1'"),
         ({"exclude": "net.1"}, r"exclude must be a list of layer names, got the string 'net.1'"),
     ],
-    ids=str,
+    ids=_label,
 )
 def test_what_cannot_work_is_refused(options, message, unchecked):
     with pytest.raises(ContinualError, match=f"^partition: {message}"):
@@ -95,7 +101,7 @@ def test_what_cannot_work_is_refused(options, message, unchecked):
         {"tolerance": 0, "min_claim": 1, "max_claim": 1},
         {"min_claim": 0.3, "max_claim": 0.3},
     ],
-    ids=str,
+    ids=_label,
 )
 def test_the_ends_of_each_range_are_allowed(options):
     assert all(getattr(PartitionOptions(**options), name) == value for name, value in options.items())
