@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_cf.errors import CapacityError, ContinualError
+from lightning_cf.files import load_tensors
 from lightning_cf.ledger import CHECKPOINT_KEY
 from lightning_cf.state import ContinualState
 from lightning_cf.tasks import Task
@@ -57,10 +57,7 @@ def load_pretrained(module: LightningModule, path: str | Path) -> None:
     """
     if not Path(path).is_file():
         raise ContinualError(f"runner: pretrained={str(path)!r} is no file; give a checkpoint, or True.")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever damaged bytes lead to
-        raise ContinualError(f"runner: pretrained={str(path)!r} is no checkpoint that torch.load reads.") from error
+    found = load_tensors(path, f"runner: pretrained={str(path)!r} is no checkpoint that torch.load reads.")
     if isinstance(found, dict) and found.get(CHECKPOINT_KEY, {}).get("tasks"):
         names = ", ".join(task["name"] for task in found[CHECKPOINT_KEY]["tasks"])
         raise ContinualError(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.files import load_tensors
 from lightning_cf.state import ContinualState
 
 
@@ -63,10 +64,7 @@ class RunStore:
                 )
         if not self._state.exists():
             return RunProgress()
-        try:
-            kept = torch.load(self._state, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises whatever damaged bytes lead to
-            raise ContinualError(f"{self._state} is damaged; remove the folder {self.root} to start anew.") from error
+        kept = load_tensors(self._state, f"{self._state} is damaged; remove the folder {self.root} to start anew.")
         module.load_state_dict(kept["module"])
         state.start, state.outcome = kept["start"], None
         return RunProgress(**kept["progress"])

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError, check_count
+from lightning_cf.files import load_tensors
 from lightning_cf.randomness import keyed_generator
 
 Basis = Float[Tensor, "inputs dimensions"]
@@ -52,10 +53,7 @@ class GivenSubspace:
         if isinstance(bases, (str, Path)):
             if not Path(bases).is_file():
                 raise ContinualError(f"subspace: there is no file {bases}; give one that torch.save wrote.")
-            try:
-                bases = torch.load(bases, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch.load raises whatever damaged bytes lead to
-                raise ContinualError(f"subspace: {bases} is no file that torch.load reads.") from error
+            bases = load_tensors(bases, f"subspace: {bases} is no file that torch.load reads.")
         if not isinstance(bases, Mapping) or not all(isinstance(b, Tensor) and b.ndim == 2 for b in bases.values()):
             raise ContinualError(
                 "subspace: bases must map each layer to a matrix (inputs, dimensions), for instance"

@@ -60,6 +60,19 @@ class InPlaceBias(nn.Module):
         return self.head(torch.relu(hidden))
 
 
+class FixedFeatures(nn.Module):
+    """A layer of a trained weight and one of a buffer, added."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Linear(6, 5)
+        self.register_buffer("fixed", torch.randn(5, 6))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.left(x) + functional.linear(x, self.fixed)))
+
+
 def trained(norms):
     """Gives norms statistics and affine values like those of a trained network."""
     for norm in norms.modules():

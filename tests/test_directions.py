@@ -5,9 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import NETWORKS, build
+from networks import NETWORKS, FixedFeatures, build
 from torch import nn
-from torch.nn import functional as F
 
 from lightning_cf.directions import DirectionLearner
 from lightning_cf.freezing import Freezer
@@ -306,19 +305,6 @@ def test_a_tensor_that_needs_no_gradient_is_in_no_direction():
     learner.end_step(None)
     vectors[:, :6] = 0
     assert_spans(learner.directions((group,))[group.name], vectors)
-
-
-class FixedFeatures(nn.Module):
-    """A layer of a trained weight and one of a buffer, added."""
-
-    def __init__(self):
-        super().__init__()
-        self.left = nn.Linear(6, 5)
-        self.register_buffer("fixed", torch.randn(5, 6))
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.left(x) + F.linear(x, self.fixed)))
 
 
 def test_a_weight_that_is_a_buffer_is_in_no_direction():

@@ -5,9 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import build
+from networks import FixedFeatures, build
 from torch import nn
-from torch.nn import functional as F
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.freezing import Freezer
@@ -283,19 +282,6 @@ def test_a_tensor_that_comes_to_train_is_held_with_the_others():
     train(network, optimizer, steps=2)
     assert (network.left.weight[0] - before["left.weight"][0]).norm() > 1e-2
     assert_in_span(held, before, named_tensors(network), 1e-9)
-
-
-class FixedFeatures(nn.Module):
-    """A layer of a trained weight and one of a buffer, added."""
-
-    def __init__(self):
-        super().__init__()
-        self.left = nn.Linear(6, 5)
-        self.register_buffer("fixed", torch.randn(5, 6))
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.left(x) + F.linear(x, self.fixed)))
 
 
 def test_weights_that_are_buffers_stay():

@@ -267,7 +267,7 @@ class PartitionCallback(ContinualCallback):
                 lambda: seal_task(module, task, self.options, seed=self.seed, folders=self.folders),
             )
         elif self._due_at_end(trainer):
-            self.partition_task(trainer, module, task_of(trainer, type(self).__name__))
+            self.partition_task(trainer, module, task)
         else:
             warnings.warn(
                 f"Task '{state.ledger.tasks[-1].name}': the fit ended before its partition was due"
