@@ -79,6 +79,5 @@ def cut_claimed(module: nn.Module, structure: Structure, ledger: NeuronLedger) -
 
 def _bias(parameters: Mapping[str, Tensor], weight: str) -> Tensor | None:
     """The bias of the same layer, if its units are the weight's."""
-    path, _, _ = weight.rpartition(".")
-    bias = parameters.get(f"{path}.bias" if path else "bias")
+    bias = parameters.get(weight.removesuffix("weight") + "bias")
     return None if bias is None or len(bias) != len(parameters[weight]) else bias.detach()

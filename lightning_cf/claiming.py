@@ -16,6 +16,7 @@ from lightning_cf.claim_folding import Passes, consumer_moments, cut_claimed, fo
 from lightning_cf.errors import ContinualError
 from lightning_cf.folding import Moments
 from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.options import PartitionOptions
 from lightning_cf.outcome import GroupOutcome, Outcome
 from lightning_cf.partition import Partition, partition, partition_into
@@ -235,6 +236,7 @@ class Claimer:
             mask[units[partitions[group.name].non_redundant] if group.name in partitions else units] = True
             claimed[group.name] = mask
         self.ledger.claim(claimed)
+        make_owner_aware(self.module, self.ledger.norm_owners())
         fold_claimed(self.module, self.structure, self.ledger, self._moments)
         cut_claimed(self.module, self.structure, self.ledger)
 

@@ -9,6 +9,10 @@ class StructureError(ContinualError):
     """A network whose units cannot be followed from layer to layer."""
 
 
+class StructureWarning(UserWarning):
+    """A network that works, but in which more units share one fate than its layers suggest."""
+
+
 class CapacityError(ContinualError):
     """No free unit is left where a new task needs one."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ _CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
 class InputRecorder(TorchFunctionMode):
     """Calls ``record(name, x, patches)`` for the input of every linear or ungrouped convolution with a known weight.
+
+    The projections of ``nn.MultiheadAttention`` count, where query, key and value are one tensor.
 
     ``x`` holds one row a sample (batch entry, token or position) and one column an input unit; ``patches`` one row an
     output position and one column an entry of the flattened kernel.
@@ -57,7 +60,22 @@ class InputRecorder(TorchFunctionMode):
                     if options.get("groups", 1) == 1:
                         channels = x.movedim(1, -1).reshape(-1, x.shape[1])
                         self.record(name, channels, self._patches(x, weight, _CONVOLUTIONS[func], options))
+        if func is F.multi_head_attention_forward:
+            self._record_attention(inspect.signature(func).bind(*args, **kwargs).arguments)
         return func(*args, **kwargs)
+
+    def _record_attention(self, given: Mapping[str, Any]) -> None:
+        """Inputs of the projections into and out of the heads, which run inside one function."""
+        name = self.names.get(id(given.get("in_proj_weight")))
+        query = given["query"].detach()
+        if name is not None and given["query"] is given["key"] is given["value"]:
+            x = query.reshape(-1, query.shape[-1])
+            self.record(name, x, x)
+        name = self.names.get(id(given["out_proj_weight"]))
+        if name is not None:
+            unprojected = {"out_proj_weight": torch.eye(query.shape[-1]).to(query), "out_proj_bias": None}
+            x = F.multi_head_attention_forward(**{**given, **unprojected})[0].detach()
+            self.record(name, x.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]))
 
     def _patches(self, x: Tensor, weight: Tensor, spatial: int, options: Mapping[str, Any]) -> Features:
         """Inputs of the kernel at every output position, the columns in the order of ``weight[0].flatten()``."""

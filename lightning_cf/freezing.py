@@ -9,18 +9,20 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 
 class Freezer:
-    """Holds the marked entries of a module's parameters and BatchNorm statistics still.
+    """Holds the marked entries of a module's parameters and buffers still.
 
     Two hooks do it. A post-accumulate-grad hook fills the frozen entries of each gradient with zero, so that clipping
     and gradient scaling see only live gradients; filling, not multiplying, since 0 times inf is NaN. A step hook
     copies the frozen entries back after each optimiser step, since weight decay, momentum and second-order methods
     move entries whose gradient is zero. Frozen BatchNorm channels are normalised by their running statistics in train
-    mode too, and these do not move.
+    mode too, and these do not move. Buffers that a forward pass changes, such as the vectors of spectral_norm, are put
+    back with each step.
 
     >>> layer = nn.Linear(2, 2)
     >>> before = layer.weight.detach().clone()
@@ -46,8 +48,14 @@ class Freezer:
         self.norms = [
             _FrozenStatistics(norm, masks[name])
             for path, norm in module.named_modules()
-            if isinstance(norm, _BatchNorm) and norm.running_mean is not None
+            if isinstance(norm, (_BatchNorm, _InstanceNorm)) and norm.running_mean is not None
             if (name := f"{path}.running_mean" if path else "running_mean") in masks
+        ]
+        statistics = {id(buffer) for norm in self.norms for buffer in norm.module.buffers(recurse=False)}
+        self.buffers = [
+            _FrozenEntries(buffer, masks[name])
+            for name, buffer in module.named_buffers()
+            if name in masks and id(buffer) not in statistics and buffer.is_floating_point() and bool(masks[name].any())
         ]
         self.optimizers: list[Optimizer] = []
         self.handles: list[RemovableHandle] = []
@@ -68,12 +76,15 @@ class Freezer:
         return self
 
     def save(self) -> None:
-        """Remembers the frozen entries of the parameters as they are now."""
-        for entries in self.entries:
+        """Remembers the frozen entries of parameters and buffers as they are now."""
+        for entries in (*self.entries, *self.buffers):
             entries.save()
 
     def detach(self) -> None:
-        """Removes every hook."""
+        """Removes every hook; buffers that a forward pass changed since the last step are put back."""
+        if self.handles:
+            for entries in self.buffers:
+                entries.restore()
         while self.handles:
             self.handles.pop().remove()
 
@@ -97,16 +108,16 @@ class Freezer:
                         entries.fill_zero(value)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for entries in self.entries:
+        for entries in (*self.entries, *self.buffers):
             entries.restore()
 
 
 class _FrozenEntries:
-    """The frozen entries of one parameter: all of it, whole rows along an axis, or any mask; rows cost least."""
+    """The frozen entries of one tensor: all of it, whole rows along an axis, or any mask; rows cost least."""
 
     saved: Shaped[Tensor, "..."]
 
-    def __init__(self, parameter: nn.Parameter, mask: Bool[Tensor, "..."]) -> None:
+    def __init__(self, parameter: Tensor, mask: Bool[Tensor, "..."]) -> None:
         self.parameter = parameter
         self.axis = 0
         self.index: Tensor | None = None
@@ -150,9 +161,9 @@ class _FrozenEntries:
 
 
 class _FrozenStatistics:
-    """The frozen channels of one BatchNorm layer."""
+    """The frozen channels of one BatchNorm layer, or InstanceNorm layer with running statistics."""
 
-    def __init__(self, module: _BatchNorm, channels: Bool[Tensor, "..."]) -> None:
+    def __init__(self, module: _BatchNorm | _InstanceNorm, channels: Bool[Tensor, "..."]) -> None:
         assert module.running_mean is not None
         self.module = module
         self.channels = channels.expand(module.running_mean.shape).to(module.running_mean.device)
@@ -176,14 +187,19 @@ class _FrozenStatistics:
         # Through .data, as the layer's own update does: backward checks the buffers' versions but never reads them.
         norm.running_mean.data.copy_(torch.where(self.channels, self.mean, norm.running_mean))
         norm.running_var.data.copy_(torch.where(self.channels, self.variance, norm.running_var))
-        evaluated = torch.nn.functional.batch_norm(
-            args[0] if args else kwargs["input"],
-            self.mean,
-            self.variance,
-            norm.weight,
-            norm.bias,
-            training=False,
-            eps=norm.eps,
-        )
+        evaluated = self._evaluated(args, kwargs)
         shape = [1, -1] + [1] * (output.ndim - 2)
         return torch.where(self.channels.reshape(shape), evaluated, output)
+
+    def _evaluated(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+        """What the layer's own forward gives in eval mode: layers of other libraries do more there than normalise."""
+        norm = self.module
+        statistics = norm.running_mean, norm.running_var
+        norm.running_mean, norm.running_var = self.mean, self.variance
+        norm.training = False
+        try:
+            output: Tensor = norm.forward(*args, **kwargs)
+        finally:
+            norm.running_mean, norm.running_var = statistics
+            norm.training = True
+        return output

@@ -15,7 +15,8 @@ from lightning_cf.errors import CapacityError, ContinualError
 from lightning_cf.structure import Entries, Structure, lookup
 
 FREE = -1
-_INPUT = -2
+NO_OWNER = -2
+"""Stands for what no unit computes, such as the network's input."""
 
 Phase = Literal["learn", "invariance", "sealed"]
 Isolation = Literal["exact", "perturb"]
@@ -55,6 +56,7 @@ class NeuronLedger:
         tasks: the tasks so far, in the order in which they were learned.
         isolation: "exact" or "perturb".
         whole: groups that are not partitioned: the first task owns them whole.
+        norms: for each module that normalises several units together, the unit of each element.
         records: one entry for each task's partition of a group (what ``result.json`` shows).
         directions: learned sub-spaces: an orthonormal basis (inputs x dimensions) for each group that has one.
         revision: counts the changes, so that whoever caches masks knows when to make them anew.
@@ -68,6 +70,7 @@ class NeuronLedger:
     tasks: list[TaskEntry] = field(default_factory=list)
     isolation: Isolation = "exact"
     whole: list[str] = field(default_factory=list)
+    norms: dict[str, Int64[Tensor, "..."]] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     directions: dict[str, Tensor] = field(default_factory=dict)
     revision: int = 0
@@ -76,7 +79,8 @@ class NeuronLedger:
     def for_structure(cls, structure: Structure) -> NeuronLedger:
         """A ledger in which every unit is free."""
         owners = {group.name: torch.full((group.size,), FREE) for group in structure.groups}
-        return cls(owners, torch.full((structure.head.size,), FREE), structure.head.size, structure.head_layer)
+        outputs = torch.full((structure.head.size,), FREE)
+        return cls(owners, outputs, structure.head.size, structure.head_layer, norms=dict(structure.norms))
 
     # Tasks
 
@@ -209,6 +213,13 @@ class NeuronLedger:
             )
         return torch.cat([self.owners[group.name] for group in structure.groups] + [self.outputs])
 
+    def norm_owners(self) -> dict[str, Int64[Tensor, "..."]]:
+        """For each module that normalises several units together under ``exact``, the owner of each element."""
+        if self.isolation != "exact":
+            return {}
+        owner = torch.cat([*self.owners.values(), self.outputs])
+        return {path: lookup(units, owner, none=NO_OWNER) for path, units in self.norms.items()}
+
     def moving_units(self, structure: Structure) -> Bool[Tensor, "units_and_rest"]:
         """Which units may move now; the last element stands for everything that has no unit.
 
@@ -250,7 +261,7 @@ class NeuronLedger:
             owner[owner == len(self.tasks) - 1] = FREE
         masks = []
         for use in uses:
-            target, source = lookup(use.target, owner, none=FREE), lookup(use.source, owner, none=_INPUT)
+            target, source = lookup(use.target, owner, none=FREE), lookup(use.source, owner, none=NO_OWNER)
             masks.append((target >= 0) & ((source == FREE) | (source > target)))
         return _any(masks)
 
@@ -267,6 +278,7 @@ class NeuronLedger:
             "tasks": [asdict(task) for task in self.tasks],
             "isolation": self.isolation,
             "whole": list(self.whole),
+            "norms": {path: units.clone() for path, units in self.norms.items()},
             "records": [dict(record) for record in self.records],
             "directions": {name: basis.clone() for name, basis in self.directions.items()},
         }
@@ -283,6 +295,7 @@ class NeuronLedger:
             tasks=[TaskEntry(**task) for task in state["tasks"]],
             isolation=state["isolation"],
             whole=list(state["whole"]),
+            norms={path: units.clone().cpu() for path, units in state.get("norms", {}).items()},
             records=[dict(record) for record in state["records"]],
             directions={name: basis.clone().cpu() for name, basis in state.get("directions", {}).items()},
         )

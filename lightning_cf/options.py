@@ -114,9 +114,13 @@ class PartitionOptions:
             for group in structure.groups
             if (self.layers is None or set(group.layers) & set(self.layers))
             and not set(group.layers) & set(self.exclude)
+            and group.size > 1  # a single unit cannot be split: the first task owns it
         ]
         if not chosen:
-            raise ContinualError("partition: layers and exclude leave no layer to partition.")
+            raise ContinualError(
+                "partition: layers and exclude leave no layer to partition; a layer whose units all share one fate"
+                " counts as excluded."
+            )
         return chosen
 
     def budget(self, size: int, free: int, tasks_left: int) -> int:

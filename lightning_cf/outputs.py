@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.structure import Structure
+from lightning_cf.structure import Structure, layer_of
 
 MASKED = -1
 
@@ -30,49 +31,106 @@ class OutputView:
     [[2.0, 3.0]]
 
     Args:
-        head: the layer whose outputs are the network's: Linear (columns on the last axis) or convolution (axis 1).
+        head: the layer whose outputs are the network's: Linear (columns on the last axis) or convolution (axis 1);
+            or several such layers, each with the columns that it computes: they mask theirs, where they stand.
         width: how many positions the view has: the classes of the module as the user built it.
         views: for each view its pairs (class, column).
     """
 
-    def __init__(self, head: nn.Module, *, width: int, views: Sequence[Sequence[tuple[int, int]]]) -> None:
-        self.head = head
+    def __init__(
+        self,
+        head: nn.Module | Mapping[nn.Module, Int64[Tensor, "_"]],
+        *,
+        width: int,
+        views: Sequence[Sequence[tuple[int, int]]],
+    ) -> None:
+        self.heads = {head: torch.arange(width)} if isinstance(head, nn.Module) else dict(head)
         self.columns: Int64[Tensor, "views width"] = torch.full((len(views), width), MASKED)
         for view, pairs in enumerate(views):
             for label, column in pairs:
                 self.columns[view, label] = column
         self.view_of_sample: Int64[Tensor, "batch"] | None = None
-        self.handle: RemovableHandle | None = None
+        if len(self.heads) > 1 and bool(((self.columns != torch.arange(width)) & (self.columns != MASKED)).any()):
+            raise ContinualError(
+                f"The network has {len(self.heads)} output heads, so a class can only be shown at a column of its own"
+                " number. Give the task classes that are numbered like its outputs, or join the heads in one layer."
+            )
+        self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> OutputView:
-        self.handle = self.head.register_forward_hook(self._hook)
+        single = len(self.heads) == 1
+        self.handles = [
+            head.register_forward_hook(self._hook if single else partial(self._mask, columns))
+            for head, columns in self.heads.items()
+        ]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.handle is not None:
-            self.handle.remove()
+        while self.handles:
+            self.handles.pop().remove()
+
+    def _mask(
+        self, own: Int64[Tensor, "_"], head: nn.Module, args: object, output: Float[Tensor, "..."]
+    ) -> Float[Tensor, "..."]:
+        """One of several heads keeps its columns and shows those of the task."""
+        columns = self._columns(output)[:, own.to(output.device)]
+        return output.masked_fill(_along(head, columns == MASKED, output), torch.finfo(output.dtype).min)
 
     def _hook(self, head: nn.Module, args: object, output: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        axis = output.ndim - 1 if isinstance(head, nn.Linear) else 1
-        columns = self.columns.to(output.device)
-        columns = columns[:1] if self.view_of_sample is None else columns[self.view_of_sample.to(output.device)]
-        shape = [len(columns)] + [1] * (output.ndim - 1)
-        shape[axis] = columns.shape[1]
-        columns = columns.reshape(shape)
-        shown = torch.take_along_dim(output, columns.clamp_min(0), dim=axis)
+        columns = _along(head, self._columns(output), output)
+        shown = torch.take_along_dim(output, columns.clamp_min(0), dim=_axis(head, output))
         return shown.masked_fill(columns == MASKED, torch.finfo(output.dtype).min)
+
+    def _columns(self, output: Float[Tensor, "..."]) -> Int64[Tensor, "views_or_batch width"]:
+        columns = self.columns.to(output.device)
+        return columns[:1] if self.view_of_sample is None else columns[self.view_of_sample.to(output.device)]
+
+
+def _axis(head: nn.Module, output: Tensor) -> int:
+    return output.ndim - 1 if isinstance(head, nn.Linear) else 1
+
+
+def _along(head: nn.Module, columns: Tensor, output: Tensor) -> Tensor:
+    """Columns laid along the output's axis of columns, views along the batch."""
+    shape = [len(columns)] + [1] * (output.ndim - 1)
+    shape[_axis(head, output)] = columns.shape[1]
+    return columns.reshape(shape)
+
+
+def heads_of(module: nn.Module, structure: Structure) -> dict[nn.Module, Int64[Tensor, "_"]]:
+    """The layers whose outputs are the network's outputs, each with the columns that it computes.
+
+    Raises:
+        ContinualError: if one of them is no Linear or convolution.
+    """
+    found: dict[nn.Module, Tensor] = {}
+    for layer in structure.head.layers:
+        for name, uses in structure.entries.items():
+            if layer_of(name) == layer and uses[0].role == "weight":
+                columns = uses[0].target.flatten() - structure.head.first
+                found[_head(module, layer)] = columns[columns >= 0]
+    return found
 
 
 def head_of(module: nn.Module, structure: Structure) -> Head:
     """The layer whose outputs are the network's outputs.
 
     Raises:
-        ContinualError: if it is no Linear or convolution.
+        ContinualError: if it is no Linear or convolution, or if there are several.
     """
-    head = dict(module.named_modules()).get(structure.head_layer)
+    if len(structure.head.layers) > 1:
+        raise ContinualError(
+            f"The network has {len(structure.head.layers)} output heads ({', '.join(structure.head.layers)}), to which"
+            " no outputs can be added for classes that return. Give each task outputs=[...] of its own."
+        )
+    return _head(module, structure.head_layer)
+
+
+def _head(module: nn.Module, path: str) -> Head:
+    head = dict(module.named_modules()).get(path)
     if not isinstance(head, Head):
         raise ContinualError(
-            f"The output head '{structure.head_layer}' is a {type(head).__name__}; outputs of their own for each task"
+            f"The output head '{path}' is a {type(head).__name__}; outputs of their own for each task"
             " need a Linear or a convolution. Use MaskedGradientCallback(mask_outputs=False) to do without."
         )
     return head

@@ -259,7 +259,7 @@ class SequentialTaskRunner:
         for task in self.tasks:
             self.module.add_task(task)
         if self.partitioning is not None:
-            self.partitioning.select(state)
+            self.partitioning.select(self.module, state)
             if self.method == "partition":
                 check_widths(state, len(self.tasks))
         return state

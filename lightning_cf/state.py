@@ -16,8 +16,9 @@ from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import on_device
 from lightning_cf.ledger import NeuronLedger
+from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.outcome import Outcome
-from lightning_cf.outputs import OutputView, head_of
+from lightning_cf.outputs import OutputView, head_of, heads_of
 from lightning_cf.structure import Forward, Structure, call
 from lightning_cf.subspace import GivenSubspace, Subspace
 from lightning_cf.tasks import Task
@@ -88,7 +89,9 @@ class ContinualState:
             yield self.shown
             return
         views = [list(zip(task.classes or [], self.outputs_of(task), strict=True)) for task in tasks]
-        with OutputView(head_of(module, self.structure), width=self.ledger.width, views=views) as view:
+        several = len(self.structure.head.layers) > 1
+        head = heads_of(module, self.structure) if several else head_of(module, self.structure)
+        with OutputView(head, width=self.ledger.width, views=views) as view:
             self.shown = view
             try:
                 yield view
@@ -133,6 +136,7 @@ def keep_ledger(module: nn.Module, ledger: NeuronLedger) -> None:
     else:
         ledger.revision = state.ledger.revision + 1  # so that masks made for the other one are made anew
         state.ledger = ledger
+    make_owner_aware(module, ledger.norm_owners())
 
 
 def _example(module: LightningModule, task: Task) -> tuple[Any, Forward]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 NO_UNIT = -1
 """Stands for the network's input where a source is named, and for "not part of any unit" where a target is."""
@@ -18,7 +18,7 @@ NO_UNIT = -1
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a network on an example."""
 
-Role = Literal["weight", "bias", "scale", "shift", "statistic"]
+Role = Literal["weight", "bias", "scale", "shift", "statistic", "constant"]
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,26 @@ class Rows:
 
     def read(self, tensor: Tensor) -> Shaped[Tensor, "units values"]:
         """Copies each unit's entries out of the tensor, one row a unit."""
-        return self._lines(tensor)[self.index.flatten().to(tensor.device)].reshape(self.index.shape[0], -1)
+        return self._lines(tensor)[self._places(tensor, self.index)].reshape(self.index.shape[0], -1)
 
     def write(self, tensor: Tensor, values: Shaped[Tensor, "units values"], units: Int64[Tensor, "some"]) -> None:
         """Writes the rows ``values[units]`` into the tensor, in place; the other units' entries stay."""
-        lines = self._lines(tensor)
-        index = self.index[units.cpu()].flatten().to(tensor.device)
-        lines[index] = values[units.to(values.device)].reshape(len(index), *lines.shape[1:]).to(lines)
+        lines, index = self._lines(tensor), self.index[units.cpu()]
+        shape = () if self.axis is None else lines.shape[1:]
+        lines[self._places(tensor, index)] = values[units.to(values.device)].reshape(index.numel(), *shape).to(lines)
 
     def width(self, tensor: Tensor) -> int:
         """How many of the tensor's entries each unit has."""
-        return self.index.shape[1] * self._lines(tensor)[:1].numel()
+        return self.index.shape[1] * (1 if self.axis is None else tensor.numel() // tensor.shape[self.axis])
 
     def _lines(self, tensor: Tensor) -> Tensor:
-        """A view of the tensor that ``index`` indexes along axis 0."""
-        return tensor.detach().view(-1) if self.axis is None else tensor.detach().movedim(self.axis, 0)
+        """A view of the tensor with the units' axis first, where there is one."""
+        return tensor.detach() if self.axis is None else tensor.detach().movedim(self.axis, 0)
+
+    def _places(self, tensor: Tensor, index: Int64[Tensor, "some rows"]) -> tuple[Tensor, ...]:
+        """Where the entries are in ``_lines``."""
+        places = index.flatten().to(tensor.device)
+        return (places,) if self.axis is not None else torch.unravel_index(places, tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,38 @@ class UnitGroup:
 
 
 @dataclass(frozen=True)
+class Mixing:
+    """An operation that makes units share one fate, or that takes their values out of the network's sight.
+
+    Attributes:
+        operation: the operator.
+        module: path of the module that ran it.
+        count: how many units met there.
+        layers: the hidden layers that they are in now.
+        unknown: whether nothing is known of the operator, so that its units were united to be safe.
+        collapsed: those layers of which one unit is left.
+    """
+
+    operation: str
+    module: str
+    count: int
+    layers: tuple[str, ...]
+    unknown: bool
+    collapsed: tuple[str, ...]
+
+    def message(self) -> str:
+        """What a user should know of it."""
+        of = ", ".join(f"'{layer}'" for layer in self.layers) or "the outputs"
+        why = "cannot be followed" if self.unknown else "mixes units"
+        text = f"'{self.operation}' in module '{self.module or 'forward'}' {why}: {self.count} units of {of} share one"
+        text += " fate."
+        if self.collapsed:
+            layers = ", ".join(f"'{layer}'" for layer in self.collapsed)
+            text += f" Of {layers} one unit is left, which the first task owns whole."
+        return text
+
+
+@dataclass(frozen=True)
 class Structure:
     """The units of a network, numbered 0 to ``n_units - 1``, group after group, the outputs last.
 
@@ -128,12 +165,19 @@ class Structure:
         head: the group of the network's outputs: its unit ``c`` is output column ``c``.
         output_units: for each tensor that the network returns, the unit of each element, for one sample.
         entries: for each parameter and buffer that the forward pass uses, where it does.
+        norms: for each module that normalises several units together, the unit of each element; ``NO_UNIT`` for the
+            network's input.
+        mixings: where units were united because an operation mixes them.
+        reads: where values of units became numbers in Python.
     """
 
     groups: tuple[UnitGroup, ...]
     head: UnitGroup
     output_units: tuple[Int64[Tensor, "..."], ...]
     entries: Mapping[str, tuple[Entries, ...]]
+    norms: Mapping[str, Int64[Tensor, "..."]] = field(default_factory=dict)
+    mixings: tuple[Mixing, ...] = ()
+    reads: tuple[Mixing, ...] = ()
 
     @property
     def n_units(self) -> int:
@@ -156,6 +200,12 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
+def layer_of(tensor: str) -> str:
+    """Path of the module whose weight, bias or norm entry a tensor is."""
+    layer = tensor.rpartition(".")[0].partition("parametrizations.")[0].rstrip(".")
+    return layer or (tensor if "." not in tensor else "")
+
+
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Puts a module into eval mode, and afterwards every submodule back into its own mode."""
@@ -174,6 +224,11 @@ def call(module: nn.Module, example: Any) -> Any:
 
 
 def samples(module: nn.Module, example: Any, count: int) -> Any:
-    """The first samples of a batch, on the module's device."""
+    """The first samples of a batch, on the module's device; tensors of another length than the first stay whole."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    return tree_map_only(Tensor, lambda x: x[:count].detach().to(device), example)
+    batch = next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim), None)
+
+    def cut(x: Tensor) -> Tensor:
+        return (x[:count] if x.ndim and len(x) == batch else x).detach().to(device)
+
+    return tree_map_only(Tensor, cut, example)

@@ -10,6 +10,7 @@ from lightning_cf import Classifier, InvarianceCallback, MaskedGradientCallback,
 from lightning_cf.data import digits, split_tasks
 from lightning_cf.evaluation import evaluate
 from lightning_cf.models import CNN, MLP, ResNet
+from lightning_cf.outputs import heads_of
 from lightning_cf.state import state_of
 
 quiet_trainer = partial(
@@ -59,13 +60,21 @@ def fit(module, task, callbacks, epochs=6, **options):
 def own_logits(module, task):
     """Raw logits of the task's columns on its test data."""
     module.eval()
-    state, raw = state_of(module), []
-    head = module.get_submodule(state.structure.head_layer)
-    hook = head.register_forward_hook(lambda layer, inputs, output: raw.append(output), prepend=True)
+    state, raw = state_of(module), {}
+    heads = heads_of(module, state.structure)
+    hooks = [
+        head.register_forward_hook(lambda layer, inputs, output: raw[layer].append(output), prepend=True)
+        for head in heads
+    ]
+    raw |= {head: [] for head in heads}
     for x, _ in task.test_dataloader():
         module(x)
-    hook.remove()
-    return torch.cat(raw)[:, state.ledger.reserved[task.name]]
+    for hook in hooks:
+        hook.remove()
+    columns = torch.cat(list(heads.values()))
+    return torch.cat([torch.cat(raw[head]) for head in heads], dim=1)[:, columns.argsort()][
+        :, state.ledger.reserved[task.name]
+    ]
 
 
 def score(module, task):

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_cf.callbacks.session import ContinualCallback, task_of, without_address
 from lightning_cf.errors import ContinualError
@@ -100,7 +100,8 @@ class MaskedGradientCallback(ContinualCallback):
         tensors = named_tensors(module)
         # Before the freezer, whose hook then runs later and has the last word.
         self._projection = Projection(tensors, self._held(state, tensors)).attach(trainer.optimizers)
-        self._freezer = Freezer(module, state.ledger.frozen(state.structure, tensors)).attach(trainer.optimizers)
+        read = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) or n in state.structure.entries}
+        self._freezer = Freezer(module, state.ledger.frozen(state.structure, read)).attach(trainer.optimizers)
         self._revision = state.ledger.revision
 
     def _held(self, state: ContinualState, tensors: dict[str, Tensor]) -> list[tuple[UnitGroup, Tensor, Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_share
+from lightning_cf.exactness import check_exact
 from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.options import PartitionKeywords, PartitionOptions
 from lightning_cf.recording import TaskFolders
@@ -121,7 +122,7 @@ class PartitionCallback(ContinualCallback):
                 f" {state.ledger.isolation!r}; one network keeps to one of them."
             )
         state.ledger.isolation = self.isolation
-        self.select(state)
+        self.select(pl_module, state)
         self._partitioned_at, self._ended = None, False
         if current is not None and current.phase == "learn" and 0 < self.after < 1:
             self._due_epoch(trainer)
@@ -146,10 +147,17 @@ class PartitionCallback(ContinualCallback):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         self._start = checkpoint.get(START_KEY)
 
-    def select(self, state: ContinualState) -> None:
-        """Notes in the ledger which groups are not partitioned; raises for layers that the network does not have."""
+    def select(self, module: LightningModule, state: ContinualState) -> None:
+        """Notes in the ledger which groups are not partitioned, and checks that isolation can hold on the others.
+
+        Raises:
+            ContinualError: for layers that the network does not have.
+            StructureError: if ``exact`` cannot hold.
+        """
         chosen = [group.name for group in self.options.partitioned(state.structure)]
         state.ledger.whole = [group.name for group in state.structure.groups if group.name not in chosen]
+        if state.ledger.isolation == "exact" and len(state.ledger.tasks) < 2:
+            check_exact(module, state.structure, state.ledger, state.example, state.forward)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With ``after=0``, partitions what was trained before."""

@@ -1,0 +1,277 @@
+"""From what a trace found to a network's structure: units are numbered, gathered in groups, and found in tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_cf.errors import StructureError
+from lightning_cf.labels import NONE, Units, compress
+from lightning_cf.shadows import UNUSED, Origin
+from lightning_cf.structure import NO_UNIT, Entries, Mixing, Role, Rows, Structure, UnitGroup, layer_of
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a tensor.
+
+    Attributes:
+        name: of the parameter or buffer.
+        role: what it is there.
+        origin: which of its entries the tensor used was made from.
+        shape: of that tensor.
+        target: labels of what each of its elements helps to compute; broadcasts with it, or names all that it meets.
+        source: labels of what it reads.
+    """
+
+    name: str
+    role: Role
+    origin: Origin
+    shape: tuple[int, ...]
+    target: Tensor
+    source: Tensor | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Labels that an operation united, or took out of the tensors."""
+
+    operation: str
+    module: str
+    labels: Tensor
+    unknown: bool
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A use in the parameter's own layout."""
+
+    role: Role
+    target: Tensor
+    source: Tensor
+
+
+def assemble(
+    tensors: Mapping[str, Tensor],
+    units: Units,
+    uses: Sequence[Use],
+    outputs: Sequence[tuple[Tensor, bool]],
+    batch: int,
+    norms: Mapping[str, Tensor],
+    mixings: Sequence[Found],
+    reads: Sequence[Found],
+) -> Structure:
+    """Numbers the units, group after group, the outputs last.
+
+    Args:
+        tensors: parameters and buffers by name.
+        units: which labels are one.
+        uses: every use of a tensor.
+        outputs: labels of each tensor that the network returns, and whether an operation over units made it.
+        batch: how many samples were traced.
+        norms: labels of the elements that a module normalises together.
+        mixings: where labels were united.
+        reads: where values were read.
+    """
+    _unite_shared_layers(units, uses)
+    placed = _place(units, uses)
+    producers = _Producers(placed, tensors)
+    head = _head([units.resolve(labels) for labels, _ in outputs], producers)
+    members = [*producers.groups(without=head), head]
+
+    numbers = torch.full((len(units),), NO_UNIT)
+    numbers[torch.tensor([label for labels in members for label in labels])] = torch.arange(sum(map(len, members)))
+    entries = {
+        name: tuple(
+            Entries(compress(numbers[use.target]), compress(numbers[use.source]), use.role) for use in _merged(found)
+        )
+        for name, found in placed.items()
+    }
+    groups: list[UnitGroup] = []
+    for labels in members:
+        first = groups[-1].first + groups[-1].size if groups else 0
+        sites = _rows(entries, tensors, first, len(labels))
+        layers = tuple(dict.fromkeys(layer_of(name) for label in labels for name in producers.sites[label]))
+        taken = sum(group.name.partition("#")[0] == layers[0] for group in groups)
+        name = f"{layers[0]}#{taken + 1}" if taken else layers[0]
+        groups.append(UnitGroup(name, first, len(labels), layers, sites))
+
+    def numbered(labels: Tensor) -> Tensor:
+        return numbers[units.resolve(labels)]
+
+    return Structure(
+        tuple(groups[:-1]),
+        groups[-1],
+        tuple(_of_one_sample(numbered(labels), batch, mixed) for labels, mixed in outputs),
+        entries,
+        norms={path: numbered(labels) for path, labels in norms.items()},
+        mixings=tuple(_mixing(found, numbered, groups[:-1], tensors) for found in mixings),
+        reads=tuple(_mixing(found, numbered, groups[:-1], tensors) for found in reads),
+    )
+
+
+def _of_one_sample(numbers: Tensor, batch: int, mixed: bool) -> Tensor:
+    """Units of one sample's outputs; none where each depends on several, or where samples are not told apart."""
+    if mixed or numbers.ndim == 0 or len(numbers) != batch:
+        return torch.full((1, *numbers.shape[1:]), NO_UNIT)
+    return numbers[:1]
+
+
+def _unite_shared_layers(units: Units, uses: Sequence[Use]) -> None:
+    """A layer that is used at several places computes the same units at each of them."""
+    first: dict[str, list[Tensor]] = {}
+    for use in uses:
+        if use.role == "weight":
+            target = use.origin.place(use.target, use.shape).clamp_min(NONE)
+            for other in first.setdefault(use.name, []):
+                if _meet(target, other):
+                    units.unite(target, other)
+                    break
+            else:
+                first[use.name].append(target)
+
+
+def _meet(a: Tensor, b: Tensor) -> bool:
+    """Whether two uses lay their units along the same axes."""
+    return compress(a).shape == compress(b).shape
+
+
+def _place(units: Units, uses: Sequence[Use]) -> dict[str, list[_Placed]]:
+    """Every use by the tensor's name, in the tensor's own layout, with resolved labels."""
+    placed: dict[str, list[_Placed]] = {}
+    for use in uses:
+        target = use.origin.place(units.resolve(use.target), use.shape)
+        nothing = torch.where(target == UNUSED, UNUSED, NONE)
+        source = nothing if use.source is None else use.origin.place(units.resolve(use.source), use.shape)
+        found = placed.setdefault(use.name, [])
+        if not any(
+            use.role == other.role and torch.equal(target, other.target) and torch.equal(source, other.source)
+            for other in found
+        ):
+            found.append(_Placed(use.role, target, source))
+    return placed
+
+
+def _merged(uses: Sequence[_Placed]) -> list[_Placed]:
+    """Uses of parts of a tensor say nothing of the rest of it: each takes over there what another one knows."""
+    merged: list[_Placed] = []
+    for use in uses:
+        target, source = use.target, use.source
+        for other in uses:
+            unused = target == UNUSED
+            if not bool(unused.any()):
+                break
+            target = torch.where(unused, other.target, target)
+            source = torch.where(unused, other.source, source)
+        target, source = target.clamp_min(NONE), source.clamp_min(NONE)
+        same = any(torch.equal(target, m.target) and torch.equal(source, m.source) for m in merged)
+        if not same:
+            merged.append(_Placed(use.role, target, source))
+    return merged
+
+
+class _Producers:
+    """Which rows of which weights compute each unit."""
+
+    def __init__(self, placed: Mapping[str, Sequence[_Placed]], tensors: Mapping[str, Tensor]) -> None:
+        self.sites: dict[int, dict[str, tuple[tuple[int, ...], int, int]]] = {}
+        for name, uses in placed.items():
+            for use in uses:
+                if use.role == "weight":
+                    self._add(name, compress(use.target))
+
+    def _add(self, name: str, target: Tensor) -> None:
+        flat = target.flatten()
+        known = (flat > NONE).nonzero().flatten()
+        ordered = known[flat[known].argsort(stable=True)]
+        labels, counts = flat[ordered].unique_consecutive(return_counts=True)
+        firsts = ordered[counts.cumsum(0) - counts]
+        for label, count, first in zip(labels.tolist(), counts.tolist(), firsts.tolist(), strict=True):
+            sites = self.sites.setdefault(label, {})
+            shape, total, least = sites.get(name, (tuple(target.shape), 0, first))
+            sites[name] = (shape, total + count, min(least, first))
+
+    def groups(self, without: Sequence[int]) -> list[list[int]]:
+        """Labels that sit alike in the same weights, group by group."""
+        hidden = self.sites.keys() - set(without)
+        signatures: dict[tuple[object, ...], list[int]] = {}
+        for label in sorted(hidden):
+            signature = tuple((name, shape, count) for name, (shape, count, _) in self.sites[label].items())
+            signatures.setdefault(signature, []).append(label)
+        return list(signatures.values())
+
+
+def _head(outputs: Sequence[Tensor], producers: _Producers) -> list[int]:
+    """Labels of the output columns, in the order of the rows of the layers that compute them."""
+    columns = {label: None for x in outputs for label in x.flatten().tolist() if label}
+    made = [label for label in columns if label in producers.sites]
+    if not made:
+        raise StructureError("The network cannot be traced: no layer with weights computes its output.")
+    layers: dict[str, None] = {}
+    for label in made:
+        found = dict.fromkeys(layer_of(name) for name in producers.sites[label])
+        rows = max(count for _, count, _ in producers.sites[label].values())
+        if len(found) > 1 or rows > 1:
+            names = ", ".join(f"'{name}'" for name in sorted({*found, *layers}))
+            raise StructureError(
+                f"The network cannot be traced: its outputs mix the columns of {names}."
+                " Let the forward pass end in layers that compute one column an output each, and return their outputs"
+                " or the outputs joined."
+            )
+        layers |= found
+    order = list(layers)
+
+    def place(label: int) -> tuple[int, int]:
+        name, (_, _, first) = next(iter(producers.sites[label].items()))
+        return order.index(layer_of(name)), first
+
+    sites = {(name, shape) for label in made for name, (shape, _, _) in producers.sites[label].items()}
+    rest = [
+        label
+        for label, own in producers.sites.items()
+        if label not in columns and {(name, shape) for name, (shape, _, _) in own.items()} <= sites
+    ]
+    return sorted([*made, *rest], key=place)
+
+
+def _rows(
+    entries: Mapping[str, tuple[Entries, ...]], tensors: Mapping[str, Tensor], first: int, size: int
+) -> tuple[Rows, ...]:
+    """Where the units ``first`` to ``first + size - 1`` sit; not in tensors that hold more of some than of others."""
+    found: dict[tuple[str, Role], Rows] = {}
+    for name, uses in entries.items():
+        for use in uses:
+            axes = [axis for axis, length in enumerate(use.target.shape) if length > 1] or [0]
+            target = use.target if len(axes) == 1 else use.target.expand(tensors[name].shape)
+            inside = ((target >= first) & (target < first + size)).flatten()
+            if use.role in ("statistic", "constant") or (name, use.role) in found or not bool(inside.any()):
+                continue
+            positions = inside.nonzero().flatten()
+            numbers = target.flatten()[positions]
+            counts = (numbers - first).bincount(minlength=size)
+            if bool((counts != counts[0]).any()):
+                continue
+            by_unit = positions[numbers.argsort(stable=True)]
+            found[name, use.role] = Rows(name, axes[0] if len(axes) == 1 else None, by_unit.reshape(size, -1), use.role)
+    return tuple(found.values())
+
+
+def _mixing(
+    found: Found, numbered: Callable[[Tensor], Tensor], groups: Sequence[UnitGroup], tensors: Mapping[str, Tensor]
+) -> Mixing:
+    numbers = numbered(found.labels).unique()
+    touched = tuple(
+        group for group in groups if bool(((numbers >= group.first) & (numbers < group.first + group.size)).any())
+    )
+    collapsed = tuple(
+        layer
+        for group in touched
+        if group.size == 1
+        and any(rows.role == "weight" and tensors[rows.tensor].shape[rows.axis or 0] > 1 for rows in group.rows)
+        for layer in group.layers
+    )
+    layers = tuple(dict.fromkeys(layer for group in touched for layer in group.layers))
+    return Mixing(found.operation, found.module, len(found.labels), layers, found.unknown, collapsed)

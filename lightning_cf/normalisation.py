@@ -1,0 +1,322 @@
+"""Owner-aware normalisation: what a task owns is normalised without what is free or owned by later tasks.
+
+LayerNorm, RMSNorm and GroupNorm mix the units that they normalise together. Under exact isolation an element owned by
+task k is normalised by statistics over the elements with an owner of at most k; a free one over all of them. What no
+unit computes, such as the network's input, counts for every task and is normalised by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_cf.ledger import FREE
+
+_PLAN = "_levels"
+
+
+def make_owner_aware(module: nn.Module, owners: Mapping[str, Int64[Tensor, "..."]]) -> None:
+    """Makes norms owner-aware, in place, and those plain again that are not named or of which nobody owns anything.
+
+    Parameters, buffers and their names stay as they are: the module gets a class derived from its own.
+
+    Args:
+        module: the network.
+        owners: for norms by path, the owner of each element: of ``normalized_shape`` for LayerNorm and RMSNorm,
+            ``(channels,)`` for GroupNorm; tasks from 0 on, FREE, or NO_OWNER for what no unit computes. A path may
+            also name a module that calls ``F.layer_norm`` and the like itself, once or on elements of one shape.
+    """
+    wanted = {path: owner for path, owner in owners.items() if bool((owner >= 0).any())}
+    for path, child in list(module.named_modules()):
+        if path in wanted:
+            if not isinstance(child, OwnerAware):
+                object.__setattr__(child, "__class__", _derived(type(child)))
+            known = child.__dict__.get(_PLAN)
+            if known is None or not torch.equal(known.owners, wanted[path].cpu()):
+                child.__dict__[_PLAN] = Levels(wanted[path].cpu())
+        elif isinstance(child, OwnerAware):
+            object.__setattr__(child, "__class__", child.plain)
+            del child.__dict__[_PLAN]
+    for child in module.modules():
+        if isinstance(child, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            _keep_off_the_fast_path(child, any(isinstance(norm, OwnerAware) for norm in child.modules()))
+
+
+def owner_aware_norms(module: nn.Module) -> dict[str, Int64[Tensor, "..."]]:
+    """The norms that are owner-aware now, with the owners of their elements."""
+    return {
+        path: child.__dict__[_PLAN].owners for path, child in module.named_modules() if isinstance(child, OwnerAware)
+    }
+
+
+class Levels:
+    """Who owns the elements of a norm, from those that read least to those that read most.
+
+    Attributes:
+        owners: of each element.
+        order: the elements, those of one owner after those of another: no unit, task 0, task 1 and so on, free.
+        sizes: how many elements each owner has, in that order.
+    """
+
+    def __init__(self, owners: Int64[Tensor, "..."]) -> None:
+        self.owners = owners.clone()
+        rank = self.owners.flatten()
+        rank = torch.where(rank == FREE, torch.iinfo(torch.int64).max, rank)
+        self.order = rank.argsort(stable=True)
+        levels, counts = rank.unique(return_counts=True)
+        self.sizes: list[int] = counts.tolist()
+        self.level: Tensor = (rank[:, None] > levels).sum(dim=1)  # of each element
+        self.inverse = self.order.argsort()
+
+    def to(self, device: torch.device) -> Levels:
+        """The same on a device, in place."""
+        if self.order.device != device:
+            self.order, self.inverse, self.level = (x.to(device) for x in (self.order, self.inverse, self.level))
+        return self
+
+
+def nested_layer_norm(
+    x: Float[Tensor, "..."],
+    levels: Levels,
+    weight: Float[Tensor, "..."] | None = None,
+    bias: Float[Tensor, "..."] | None = None,
+    eps: float = 1e-5,
+) -> Float[Tensor, "..."]:
+    """LayerNorm over the last dims, owner-aware.
+
+    The moments of each owner's elements are joined to those of the owners before it (Chan, Golub and LeVeque 1979),
+    so that what is computed for an owner does not depend on later ones, not in the last bit.
+
+    Args:
+        x: of any shape that ends in that of ``levels.owners``.
+        levels: who owns which element.
+        weight: scale of each element, or None.
+        bias: shift of each element, or None.
+        eps: added to the variances.
+    """
+    done = []
+    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    for part in _parts(x, levels):
+        n = part.shape[-1]
+        own = part.mean(dim=-1, keepdim=True)
+        spread = (part - own).square().sum(dim=-1, keepdim=True)
+        if count:
+            apart, total = own - mean, count + n
+            mean = mean + apart * (n / total)
+            squares = squares + spread + apart.square() * (count * n / total)
+        else:
+            mean, squares = own, spread
+        count += n
+        done.append((part - mean) * (squares / count + eps).rsqrt())
+    return _affine(_joined(done, levels, x), weight, bias, x)
+
+
+def nested_rms_norm(
+    x: Float[Tensor, "..."], levels: Levels, weight: Float[Tensor, "..."] | None = None, eps: float | None = None
+) -> Float[Tensor, "..."]:
+    """RMSNorm over the last dims, owner-aware; arguments as in ``nested_layer_norm``."""
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    parts = _parts(x, levels)
+    squares = accumulate(part.square().sum(dim=-1, keepdim=True) for part in parts)
+    counts = accumulate(levels.sizes)
+    done = [part * (s / n + eps).rsqrt() for part, s, n in zip(parts, squares, counts, strict=True)]
+    return _affine(_joined(done, levels, x), weight, None, x)
+
+
+def nested_group_norm(
+    x: Float[Tensor, "batch channels ..."],
+    groups: int,
+    levels: Levels,
+    weight: Float[Tensor, "channels"] | None = None,
+    bias: Float[Tensor, "channels"] | None = None,
+    eps: float = 1e-5,
+) -> Float[Tensor, "batch channels ..."]:
+    """GroupNorm, owner-aware within each group of channels.
+
+    Args:
+        x: the input.
+        groups: how many groups.
+        levels: who owns which channel.
+        weight: scale of each channel, or None.
+        bias: shift of each channel, or None.
+        eps: added to the variances.
+    """
+    levels.to(x.device)
+    wide = _wide(x).reshape(x.shape[0], groups, x.shape[1] // groups, -1)
+    mean = wide.mean(dim=-1)
+    variance = (wide - mean[..., None]).square().mean(dim=-1)
+    level = levels.level.reshape(groups, -1)
+    means, variances = torch.zeros_like(mean), torch.ones_like(variance)
+    for number in range(len(levels.sizes)):
+        inside = level <= number
+        count = inside.sum(dim=-1, keepdim=True).clamp_min(1)
+        joint = torch.where(inside, mean, 0).sum(dim=-1, keepdim=True) / count
+        apart = torch.where(inside, mean - joint, 0)
+        spread = (torch.where(inside, variance, 0) + apart.square()).sum(dim=-1, keepdim=True) / count
+        means = torch.where(level == number, joint, means)
+        variances = torch.where(level == number, spread, variances)
+    normalised = (wide - means[..., None]) * (variances[..., None] + eps).rsqrt()
+    shape = (-1, *[1] * (x.ndim - 2))
+    scale, shift = (None if p is None else p.reshape(shape) for p in (weight, bias))
+    return _affine(normalised.reshape(x.shape), scale, shift, x)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Statistics are taken in single precision at least."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _parts(x: Tensor, levels: Levels) -> Sequence[Tensor]:
+    """The elements of each owner, owner after owner."""
+    levels.to(x.device)
+    flat = _wide(x).flatten(x.ndim - levels.owners.ndim)
+    return list(flat.index_select(-1, levels.order).split(levels.sizes, dim=-1))
+
+
+def _joined(parts: Sequence[Tensor], levels: Levels, x: Tensor) -> Tensor:
+    return torch.cat(list(parts), dim=-1).index_select(-1, levels.inverse).reshape(x.shape)
+
+
+def _affine(out: Tensor, weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
+    if weight is not None:
+        out = out * weight
+    if bias is not None:
+        out = out + bias
+    return out if torch.is_autocast_enabled(x.device.type) else out.to(x.dtype)  # autocast norms in single precision
+
+
+class OwnerAware:
+    """What the class of an owner-aware norm has beside its own."""
+
+    plain: type[nn.Module]
+    _levels: Levels
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the plain class, with owner-aware statistics."""
+        assert isinstance(self, nn.Module)
+        forward = self.plain.forward
+        if forward is nn.LayerNorm.forward:
+            return nested_layer_norm(_input(args, kwargs), self._levels, self.weight, self.bias, self.eps)  # type: ignore[arg-type]
+        if forward is nn.RMSNorm.forward:
+            return nested_rms_norm(_input(args, kwargs), self._levels, self.weight, self.eps)  # type: ignore[arg-type]
+        if forward is nn.GroupNorm.forward:
+            x, groups = _input(args, kwargs), self.num_groups
+            return nested_group_norm(x, groups, self._levels, self.weight, self.bias, self.eps)  # type: ignore[arg-type]
+        calls = _Calls(self._levels)
+        with _outside_children(self, calls), calls:
+            return forward(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles by the plain class, since the derived one has no place in a file."""
+        return _rebuilt, (self.plain,), self.__dict__
+
+
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    found: Tensor = args[0] if args else kwargs.get("input", kwargs.get("x"))
+    return found
+
+
+_DERIVED: dict[Any, Any] = {}
+
+
+def _derived(base: Any) -> Any:
+    if base not in _DERIVED:
+        _DERIVED[base] = _derive(base)
+    return _DERIVED[base]
+
+
+def _derive(base: Any) -> Any:
+    return type(f"OwnerAware{base.__name__}", (OwnerAware, base), {"plain": base, "__module__": base.__module__})
+
+
+def _rebuilt(plain: type[nn.Module]) -> nn.Module:
+    derived = _derived(plain)
+    module: nn.Module = derived.__new__(derived)
+    return module
+
+
+class _Calls(TorchFunctionMode):
+    """Normalisations that a module calls as functions, in a forward pass of its own."""
+
+    def __init__(self, levels: Levels) -> None:
+        super().__init__()
+        self.levels = levels
+        self.inside = 0
+        """How many of the module's children run now: theirs are not its calls."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        names = _FUNCTIONS.get(func)
+        if names is None or self.inside:
+            return func(*args, **kwargs)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, weight, owners = given["input"], given.get("weight"), self.levels.owners
+        if "num_groups" in names:
+            if owners.shape == x.shape[1:2]:
+                return nested_group_norm(
+                    x, given["num_groups"], self.levels, weight, given.get("bias"), given.get("eps", 1e-5)
+                )
+        elif tuple(given["normalized_shape"]) == tuple(owners.shape):
+            if "bias" in names:
+                return nested_layer_norm(x, self.levels, weight, given.get("bias"), given.get("eps", 1e-5))
+            return nested_rms_norm(x, self.levels, weight, given.get("eps"))
+        return func(*args, **kwargs)
+
+
+_LAYER = ("input", "normalized_shape", "weight", "bias", "eps")
+_RMS = ("input", "normalized_shape", "weight", "eps")
+_GROUP = ("input", "num_groups", "weight", "bias", "eps")
+_FUNCTIONS: dict[Any, Sequence[str]] = {
+    F.layer_norm: _LAYER,
+    torch.layer_norm: _LAYER,
+    F.rms_norm: _RMS,
+    torch.rms_norm: _RMS,
+    F.group_norm: _GROUP,
+    torch.group_norm: _GROUP,
+}
+
+
+@contextmanager
+def _outside_children(module: nn.Module, calls: _Calls) -> Iterator[None]:
+    """Counts the children that run, meanwhile."""
+
+    def enter(*_: Any) -> None:
+        calls.inside += 1
+
+    def leave(*_: Any) -> None:
+        calls.inside -= 1
+
+    handles = [
+        handle
+        for child in module.children()
+        for handle in (
+            child.register_forward_pre_hook(enter, prepend=True),
+            child.register_forward_hook(leave, always_call=True),
+        )
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep_off_the_fast_path(layer: nn.Module, off: bool) -> None:
+    """PyTorch's fused Transformer layer reads the norms' weights past their forward pass, in eval mode."""
+    name = "use_nested_tensor" if isinstance(layer, nn.TransformerEncoder) else "activation_relu_or_gelu"
+    kept = f"_{name}_before"
+    if off and kept not in layer.__dict__:
+        layer.__dict__[kept] = getattr(layer, name)
+        setattr(layer, name, 0)
+    elif not off and kept in layer.__dict__:
+        setattr(layer, name, layer.__dict__.pop(kept))

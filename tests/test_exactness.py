@@ -1,0 +1,77 @@
+import networks
+import pytest
+import torch
+from networks import NETWORKS, Wired, build
+from torch import nn
+
+from lightning_cf.errors import StructureError
+from lightning_cf.exactness import check_exact
+from lightning_cf.ledger import NeuronLedger
+from lightning_cf.structure import named_tensors
+from lightning_cf.tracing import trace
+
+
+def check(network, example, whole=()):
+    structure = trace(network, example)
+    ledger = NeuronLedger.for_structure(structure)
+    ledger.whole = list(whole)
+    check_exact(network, structure, ledger, example)
+
+
+@pytest.mark.parametrize("make", NETWORKS)
+def test_networks_that_keep_units_apart_pass_and_stay_as_they_were(make):
+    network, example = build(make)
+    before = {name: tensor.clone() for name, tensor in named_tensors(network).items()}
+    check(network, example)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(network).items())
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x):
+        mean, std = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, (self.weight - mean) / std, self.bias)
+
+
+def standardised_network():
+    convs = nn.Conv2d(3, 8, 3), nn.ReLU(), StandardisedConv(8, 8, 3), nn.ReLU()
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+def test_weights_that_refill_their_zeros_are_refused():
+    message = r"claimed units of layer '2' \(StandardisedConv\) change .* isolation='perturb', or exclude=\['2'\]"
+    with pytest.raises(StructureError, match=message):
+        check(standardised_network(), networks.image())
+
+
+def test_nothing_is_refused_where_the_first_task_owns_the_layers():
+    check(standardised_network(), networks.image(), whole=("0", "2"))
+
+
+def reader(net, x):
+    return net.head(net.second(x) * net.first(x)[0, 0].item())
+
+
+def reading_network():
+    return Wired(reader, first=nn.Linear(6, 5), second=nn.Linear(6, 4), head=nn.Linear(4, 3))
+
+
+def test_values_read_into_python_are_refused_by_module_and_operation():
+    network = nn.Sequential(nn.Identity(), reading_network())
+    message = (
+        r"module '1' reads values of units of '1\.first' into Python \('aten\._local_scalar_dense'.*"
+        r"isolation='perturb', or exclude=\['1\.first'\]"
+    )
+    with pytest.raises(StructureError, match=message):
+        check(network, networks.flat())
+
+
+def test_values_read_from_layers_of_the_first_task_are_fine():
+    check(reading_network(), networks.flat(), whole=("first",))
+
+
+def test_a_tensor_that_left_the_networks_sight_is_found_by_trying():
+    def wire(net, x):
+        return net.head(torch.from_numpy(net.first(x).detach().numpy().copy()))
+
+    with pytest.raises(StructureError, match="cannot hold: claimed"):
+        check(Wired(wire, first=nn.Linear(6, 5), head=nn.Linear(5, 3)), networks.flat())
