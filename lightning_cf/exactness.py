@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_cf.errors import StructureError
+from lightning_cf.errors import StructureError, StructureWarning
 from lightning_cf.ledger import FREE, NeuronLedger, TaskEntry
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.probe import first_leak, replaced
@@ -31,9 +32,15 @@ def check_exact(
         example: an input whose first axis is the batch.
         forward: how to run the network on the example.
 
+    Warns:
+        StructureWarning: names operations that make units share one fate: unknown ones, and those by which a whole
+            layer becomes one unit.
+
     Raises:
         StructureError: names the module and the operation, or the layer, by which free units reach claimed ones.
     """
+    for message in dict.fromkeys(found.message() for found in structure.mixings if found.unknown or found.collapsed):
+        warnings.warn(message, StructureWarning, stacklevel=2)
     partitioned = {layer for group in structure.groups if group.name not in ledger.whole for layer in group.layers}
     for found in structure.reads:
         layers = [layer for layer in found.layers if layer in partitioned]

@@ -83,16 +83,16 @@ class Units:
 def sole(labels: Labels, shape: tuple[int, ...]) -> Labels:
     """Labels reduced to a shape that broadcasts to theirs: ``NONE`` where several different ones meet."""
     while labels.ndim > len(shape):
-        labels = _alike(labels, 0).squeeze(0)
-    for dim, size in enumerate(shape):
-        if size == 1 and labels.shape[dim] != 1:
-            labels = _alike(labels, dim)
+        labels = sole_along(labels, [0]).squeeze(0)
+    return sole_along(labels, [dim for dim, size in enumerate(shape) if size == 1 and labels.shape[dim] != 1])
+
+
+def sole_along(labels: Labels, dims: Iterable[int]) -> Labels:
+    """The label that all positions along ``dims`` share, ``NONE`` where there are several; those dims keep size one."""
+    for dim in dims:
+        top = labels.amax(dim, keepdim=True)
+        labels = top * (top == labels.amin(dim, keepdim=True))
     return labels
-
-
-def _alike(labels: Labels, dim: int) -> Labels:
-    top: Tensor = labels.amax(dim, keepdim=True)
-    return top * (top == labels.amin(dim, keepdim=True))
 
 
 def compress(labels: Labels) -> Labels:

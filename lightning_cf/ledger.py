@@ -82,6 +82,12 @@ class NeuronLedger:
         outputs = torch.full((structure.head.size,), FREE)
         return cls(owners, outputs, structure.head.size, structure.head_layer, norms=dict(structure.norms))
 
+    def fit_to(self, structure: Structure) -> None:
+        """Takes over the units of a network traced anew, before any is owned."""
+        fresh = NeuronLedger.for_structure(structure)
+        self.owners, self.norms = fresh.owners, fresh.norms
+        self.revision += 1
+
     # Tasks
 
     @property

@@ -76,6 +76,7 @@ class Tracer(Protocol):
     """What a rule may ask of the tracer."""
 
     units: Units
+    apart: bool
     shadows: Shadows
     norms: dict[str, Tensor]
 
@@ -303,7 +304,7 @@ def along(argument: str = "dim", *, keeps: bool = False) -> Rule:
         elif keeps:
             pass
         else:
-            labels = labels.clone()
+            labels = tracer.mix(x, dims, call.name) if tracer.apart else labels
             for dim in dims:
                 labels = labels.amax(dim, keepdim=True)
         for result in call.results:
@@ -318,8 +319,10 @@ def along(argument: str = "dim", *, keeps: bool = False) -> Rule:
 def _couple(tracer: Tracer, call: Call, x: Tensor, dims: Sequence[int]) -> None:
     """A number made from many entries of a parameter couples all that it will scale."""
     kept = tuple(1 if dim in dims else n for dim, n in enumerate(x.shape))
-    labels = tracer.units.new(torch.Size(kept).numel()).reshape(kept)
-    tracer.use(x, "scale", labels.expand(x.shape))
+    labels = torch.zeros(kept, dtype=torch.int64)
+    if not tracer.apart:
+        labels = tracer.units.new(labels.numel()).reshape(kept)
+        tracer.use(x, "scale", labels.expand(x.shape))
     for result in call.results:
         own = labels.expand(result.shape) if result.ndim == x.ndim else labels.reshape(result.shape)
         tracer.shadows[result] = Shadow(result, laid_out_like(result, own))
@@ -331,9 +334,11 @@ def weight_norm(tracer: Tracer, call: Call) -> None:
     if not tracer.is_weight(v) or not tracer.is_weight(g):
         return unite(tracer, call)
     kept = tuple(n if at == dim % v.ndim else 1 for at, n in enumerate(v.shape))
-    labels = tracer.units.new(torch.Size(kept).numel()).reshape(kept)
-    for x in (v, g):
-        tracer.units.unite(labels, tracer.shadows[x].labels)
+    labels = torch.zeros(kept, dtype=torch.int64)
+    if not tracer.apart:
+        labels = tracer.units.new(labels.numel()).reshape(kept)
+        for x in (v, g):
+            tracer.units.unite(labels, tracer.shadows[x].labels)
     weight, *norms = call.results
     origins = _joined_origins(tracer, [v, g], tuple(v.shape))
     tracer.shadows[weight] = Shadow(weight, laid_out_like(weight, labels), origins)
@@ -538,9 +543,10 @@ def _standardise(tracer: Tracer, call: Call, weight: Tensor) -> None:
     """A weight whose rows are brought to a mean and a variance, which couples the entries of each."""
     rows = tracer.units.new(weight.shape[1]).reshape(1, -1, *[1] * (weight.ndim - 2))
     for x in (call.given["weight"], call.given["bias"]):
-        if x is not None:
+        if x is not None and not tracer.apart:
             tracer.use(x, "scale", rows.flatten())
     out, *statistics = call.results
+    rows = torch.zeros_like(rows) if tracer.apart else rows
     tracer.shadows[out] = Shadow(out, laid_out_like(out, rows), dict(tracer.shadows[weight].origins))
     for statistic in statistics:
         tracer.write(statistic, torch.zeros((), dtype=torch.int64), live=False)
@@ -608,11 +614,13 @@ def unite(tracer: Tracer, call: Call) -> None:
     weights = [x for x in call.tensors if tracer.is_weight(x)]
     others = [x for x in call.tensors if not tracer.is_weight(x)]
     if weights and call.results and not any(tracer.shadows[x].live for x in others):
-        one = tracer.units.new(1)[0]  # couples all that it will scale
-        for x in weights:
-            tracer.use(x, "scale", one.expand(x.shape))
-        for x in others:
-            tracer.units.unite(one, tracer.shadows[x].labels)
+        one = torch.zeros((), dtype=torch.int64)
+        if not tracer.apart:
+            one = tracer.units.new(1)[0]  # couples all that it will scale
+            for x in weights:
+                tracer.use(x, "scale", one.expand(x.shape))
+            for x in others:
+                tracer.units.unite(one, tracer.shadows[x].labels)
         for result in call.results:
             tracer.shadows[result] = Shadow(result, laid_out_like(result, one))
         return None
@@ -623,7 +631,8 @@ def unite(tracer: Tracer, call: Call) -> None:
     one = torch.zeros((), dtype=torch.int64)
     for x in others:
         if x.numel():
-            one = tracer.units.unite(one, tracer.mix(x, range(x.ndim), call.name, unknown=True).reshape(()))
+            found = tracer.mix(x, range(x.ndim), call.name, unknown=True).reshape(())
+            one = one if tracer.apart else tracer.units.unite(one, found)
     if one == NONE and weights:
         one = tracer.units.new(1)[0]
     for x in weights:

@@ -119,7 +119,7 @@ class PartitionOptions:
         if not chosen:
             raise ContinualError(
                 "partition: layers and exclude leave no layer to partition; a layer whose units all share one fate"
-                " counts as excluded."
+                " counts as excluded. isolation='perturb' keeps units apart that isolation='exact' has to unite."
             )
         return chosen
 

@@ -253,7 +253,7 @@ class SequentialTaskRunner:
             load_pretrained(self.module, self.pretrained)
         self.module.installs_callbacks = False
         state = state_for(self.module, self.tasks[0])
-        state.ledger.isolation = self.isolation
+        state.set_isolation(self.module, self.isolation)
         if self.masking is not None:
             state.mask_outputs = self.masking.mask_outputs
         for task in self.tasks:

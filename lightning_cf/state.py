@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import on_device
-from lightning_cf.ledger import NeuronLedger
+from lightning_cf.ledger import Isolation, NeuronLedger
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.outcome import Outcome
 from lightning_cf.outputs import OutputView, head_of, heads_of
@@ -76,7 +76,16 @@ class ContinualState:
 
     def retrace(self, module: nn.Module) -> None:
         """Traces the module again, after its head grew."""
-        self.structure = trace(module, self.example, self.forward)
+        self.structure = trace(module, self.example, self.forward, apart=self.ledger.isolation == "perturb")
+
+    def set_isolation(self, module: nn.Module, isolation: Isolation) -> None:
+        """Under ``perturb``, operations that mix units need not unite them: where some did, the units come apart."""
+        if self.ledger.isolation == isolation:
+            return
+        self.ledger.isolation = isolation
+        if isolation == "exact" or self.structure.mixings:
+            self.retrace(module)
+            self.ledger.fit_to(self.structure)
 
     def outputs_of(self, task: Task) -> list[int]:
         """The head's columns that a task owns."""
@@ -115,8 +124,9 @@ def state_for(module: LightningModule, task: Task) -> ContinualState:
     state = state_of(module)
     if state is None:
         example, forward = _example(module, task)
-        structure = trace(module, example, forward)
-        ledger = getattr(module, _PENDING, None) or NeuronLedger.for_structure(structure)
+        ledger = getattr(module, _PENDING, None)
+        structure = trace(module, example, forward, apart=ledger is not None and ledger.isolation == "perturb")
+        ledger = ledger or NeuronLedger.for_structure(structure)
         state = ContinualState(structure, ledger, example, forward)
         object.__setattr__(module, _ATTRIBUTE, state)
     return state

@@ -22,15 +22,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 
 from lightning_cf.assembly import Found, Use, assemble
-from lightning_cf.errors import StructureError, StructureWarning
-from lightning_cf.labels import NONE, Units
+from lightning_cf.errors import StructureError
+from lightning_cf.labels import NONE, Units, sole_along
 from lightning_cf.normalisation import make_owner_aware, owner_aware_norms
 from lightning_cf.operations import Call, normalise, rule_of
 from lightning_cf.shadows import Origin, Shadow, Shadows, laid_out_like
 from lightning_cf.structure import Forward, Role, Structure, call, eval_mode, named_tensors, samples
 
 
-def trace(module: nn.Module, example: Any, forward: Forward = call) -> Structure:
+def trace(module: nn.Module, example: Any, forward: Forward = call, *, apart: bool = False) -> Structure:
     """Traces a network with one forward pass in eval mode; its state stays as it is.
 
     Lazy layers take their shapes from that pass.
@@ -39,14 +39,11 @@ def trace(module: nn.Module, example: Any, forward: Forward = call) -> Structure
         module: the network.
         example: an input whose first axis is the batch; its first two samples are used.
         forward: how to run the network on the example.
+        apart: leaves units apart where an operation mixes them, for ``isolation="perturb"``, which cuts nothing.
 
     Raises:
         StructureError: if the network's outputs are not the columns of layers, or its forward pass writes into a
             parameter.
-
-    Warns:
-        StructureWarning: names operations that make units share one fate: unknown ones, and those by which a whole
-            layer becomes one unit.
     """
     example = samples(module, example, 2)
     by_owners = owner_aware_norms(module)
@@ -58,13 +55,10 @@ def trace(module: nn.Module, example: Any, forward: Forward = call) -> Structure
         stack.enter_context(_plain_kernels())
         if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
             forward(module, example)
-        tracer = _Tracer(module, tree_leaves(example))
+        tracer = _Tracer(module, tree_leaves(example), apart)
         with tracer.modules, _FunctionRules(tracer), tracer:
             outputs = forward(module, example)
-    structure = tracer.structure([x for x in tree_leaves(outputs) if isinstance(x, Tensor)])
-    for message in dict.fromkeys(found.message() for found in structure.mixings if found.unknown or found.collapsed):
-        warnings.warn(message, StructureWarning, stacklevel=2)
-    return structure
+    return tracer.structure([x for x in tree_leaves(outputs) if isinstance(x, Tensor)])
 
 
 @contextmanager
@@ -106,9 +100,10 @@ class _FunctionRules(TorchFunctionMode):
 class _Tracer(TorchDispatchMode):
     """The state of one trace, and what the rules in ``operations.py`` may ask of it."""
 
-    def __init__(self, module: nn.Module, inputs: Sequence[Any]) -> None:
+    def __init__(self, module: nn.Module, inputs: Sequence[Any], apart: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tensors = named_tensors(module)
+        self.apart = apart
         self.batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.ndim), 0)
         self.units = Units()
         self.uses: list[Use] = []
@@ -219,7 +214,7 @@ class _Tracer(TorchDispatchMode):
                     self._unite_repeats(origin, source.expand(x.shape))
             own: Role = role if role != "weight" or origin.distinct or not carried else "scale"
             self.uses.append(Use(name, own, origin, tuple(x.shape), target, source if own == "weight" else None))
-        if bool(shadow.labels.any()):
+        if bool(shadow.labels.any()) and not self.apart:
             before = self.units.resolve(target).unique()
             self.units.unite(target, shadow.labels)
             if len(self.units.resolve(before).unique()) < len(before):
@@ -229,12 +224,16 @@ class _Tracer(TorchDispatchMode):
     def mix(self, x: Tensor, dims: Sequence[int], operation: str, *, unknown: bool = False) -> Tensor:
         """Unites the units of ``x`` along dims, which keep size one, and keeps in mind what did it."""
         labels = self.labels(x)
+        if self.apart:
+            return sole_along(self.units.resolve(labels), dims)
         self._note(labels, dims, operation, unknown, self.path)
         return self.units.unite_along(labels, dims)
 
     def mix_later(self, x: Tensor, result: Tensor, dims: Sequence[int], operation: str) -> None:
         """As :meth:`mix`, when a later operation reads ``result``: at the end of a network nothing does."""
         path = self.path
+        if self.apart:
+            return
 
         def settle() -> None:
             labels = self.labels(x)

@@ -21,6 +21,7 @@ class Architecture:
         name: what people call it.
         build: makes it with random weights.
         inputs: what it takes, from a batch of images; a tuple for several inputs.
+        epochs: of each task, LEARN and INVARIANCE half each.
         exclude: layers that the first task is to own whole.
         refused: part of the error where exact isolation cannot hold.
     """
@@ -28,6 +29,7 @@ class Architecture:
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[torch.Tensor], Any] = lambda x: x
+    epochs: int = 12
     exclude: tuple[str, ...] = ()
     refused: str | None = None
 
@@ -277,9 +279,7 @@ class Scale(nn.Module):
 
 def convnext():
     def block():
-        inner = nn.Sequential(
-            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 48), nn.GELU(), nn.Linear(48, WIDTH), Scale(WIDTH)
-        )
+        inner = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 48), nn.GELU(), nn.Linear(48, WIDTH), Scale(WIDTH))
         return Residual(nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH), ChannelsLast(inner)))
 
     return classify(nn.Conv2d(1, WIDTH, 2, 2), ChannelsLast(nn.LayerNorm(WIDTH)), block(), block())
@@ -305,9 +305,7 @@ class Attention(nn.Module):
 
 def block(width, heads=4, norm=nn.LayerNorm, **options):
     feed = nn.Sequential(norm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-    return nn.Sequential(
-        Residual(nn.Sequential(norm(width), Attention(width, heads, **options))), Residual(feed)
-    )
+    return nn.Sequential(Residual(nn.Sequential(norm(width), Attention(width, heads, **options))), Residual(feed))
 
 
 class ViT(nn.Module):
@@ -378,9 +376,7 @@ def mixer():
 
 
 def encoder(norm_first):
-    layer = nn.TransformerEncoderLayer(
-        WIDTH, 4, 48, dropout=0.1, batch_first=True, norm_first=norm_first
-    )
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, 48, dropout=0.1, batch_first=True, norm_first=norm_first)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     return nn.Sequential(nn.Linear(8, WIDTH), Position(8, WIDTH), encoder, nn.Flatten(), nn.Linear(8 * WIDTH, 10))
 
@@ -415,9 +411,11 @@ class Decoder(nn.Module):
 
 
 def query_pooling(net, x):
-    x = F.relu(net.embed(x))
-    found = F.scaled_dot_product_attention(net.query.expand(len(x), -1, -1), net.keys(x), net.values(x))
-    return net.head(F.relu(found).flatten(1))
+    x = F.relu(net.position(net.embed(x)))
+    query, keys, values = (
+        x.unflatten(2, (8, -1)).transpose(1, 2) for x in (net.query.expand(len(x), -1, -1), net.keys(x), net.values(x))
+    )
+    return net.head(F.relu(F.scaled_dot_product_attention(query, keys, values)).flatten(1))
 
 
 # Other ways to compute
@@ -435,6 +433,12 @@ def highway(net, x):
     x = F.relu(net.first(x))
     gate = net.gate(x).sigmoid()
     return net.head(gate * F.relu(net.inner(x)) + (1 - gate) * x)
+
+
+def used_twice(net, x):
+    x = F.relu(net.first(x))
+    x = x + F.relu(net.layer(x))
+    return net.head(x + F.relu(net.layer(x)))
 
 
 def tied_autoencoder(net, x):
@@ -469,7 +473,7 @@ def cosine(net, x):
 
 def reading(net, x):
     x = F.relu(net.first(x))
-    return net.head(F.relu(net.second(x)) * (1 + x.abs().mean().item()))
+    return net.head(F.relu(net.second(x)) * (1 + x[:, :4].abs().max().item()))
 
 
 def weight_norm(make):
@@ -510,7 +514,9 @@ ARCHITECTURES = [
         lambda: nn.Sequential(nn.LazyLinear(48), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(10)),
         flat,
     ),
-    Architecture("VGG", lambda: classify(conv(1, 24), conv(24, 24), nn.MaxPool2d(2), conv(24, WIDTH), nn.Dropout2d(0.1))),
+    Architecture(
+        "VGG", lambda: classify(conv(1, 24), conv(24, 24), nn.MaxPool2d(2), conv(24, WIDTH), nn.Dropout2d(0.1))
+    ),
     Architecture("ResNet", resnet),
     Architecture("pre-activation ResNet with bottlenecks", preactivation),
     Architecture("DenseNet", densenet),
@@ -561,7 +567,7 @@ ARCHITECTURES = [
     ),
     Architecture("Transformer encoder, norm last", lambda: encoder(False), rows),
     Architecture("Transformer encoder, norm first", lambda: encoder(True), rows),
-    Architecture("ViT", ViT),
+    Architecture("ViT", ViT, epochs=24),
     Architecture("Swin", swin),
     Architecture("MLP-Mixer", mixer, rows),
     Architecture(
@@ -581,12 +587,14 @@ ARCHITECTURES = [
         functional(
             query_pooling,
             embed=linear(8, WIDTH),
-            query=parameter(1, 24, WIDTH),
+            position=lambda: Position(8, WIDTH),
+            query=parameter(1, 4, WIDTH),
             keys=linear(),
-            values=linear(WIDTH, 24),
-            head=head(24 * 24),
+            values=linear(WIDTH, 64),
+            head=head(4 * 64),
         ),
         rows,
+        epochs=24,
     ),
     Architecture(
         "Embedding",
@@ -605,7 +613,7 @@ ARCHITECTURES = [
     Architecture(
         "a layer used twice",
         functional(
-            lambda net, x: net.head(F.relu(net.layer(F.relu(net.layer(F.relu(net.first(x))))))),
+            used_twice,
             first=linear(64, 48),
             layer=linear(48, 48),
             head=head(48),
@@ -629,13 +637,13 @@ ARCHITECTURES = [
     Architecture("backbone that the first task keeps (exclude=)", backbone, exclude=("0.0.0", "0.1.0")),
     Architecture(
         "gated linear units",
-        functional(
-            lambda net, x: net.head(F.glu(net.first(x))), first=linear(64, 96), head=head(48)
-        ),
+        functional(lambda net, x: net.head(F.glu(net.first(x))), first=linear(64, 96), head=head(48)),
         flat,
     ),
     Architecture(
-        "highway", functional(highway, first=linear(64, 48), gate=linear(48, 48), inner=linear(48, 48), head=head(48)), flat
+        "highway",
+        functional(highway, first=linear(64, 48), gate=linear(48, 48), inner=linear(48, 48), head=head(48)),
+        flat,
     ),
     Architecture(
         "maxout",
@@ -685,7 +693,7 @@ ARCHITECTURES = [
     ),
     Architecture(
         "features scaled to length one",
-        functional(cosine, first=linear(64, 48), head=linear(48, 10, bias=False)),
+        functional(cosine, first=linear(64, 96), head=linear(96, 10, bias=False)),
         flat,
         refused="leave no layer to partition",
     ),

@@ -17,3 +17,25 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-tables", action="store_true", help="write the tables in docs/ that tests check")
+
+
+ROWS: dict[str, list[str]] = {}
+"""What tests found, by the test: rows of ``docs/architectures.md``."""
+
+
+def pytest_runtest_logreport(report):
+    for name, value in report.user_properties:
+        if name == "architecture":
+            ROWS[value[0]] = value
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("--write-tables") and not hasattr(session.config, "workerinput"):
+        import architecture_table
+        from architectures import ARCHITECTURES
+
+        architecture_table.write([ROWS[a.name] for a in ARCHITECTURES if a.name in ROWS])

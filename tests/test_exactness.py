@@ -4,7 +4,7 @@ import torch
 from networks import NETWORKS, Wired, build
 from torch import nn
 
-from lightning_cf.errors import StructureError
+from lightning_cf.errors import StructureError, StructureWarning
 from lightning_cf.exactness import check_exact
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.structure import named_tensors
@@ -75,3 +75,20 @@ def test_a_tensor_that_left_the_networks_sight_is_found_by_trying():
 
     with pytest.raises(StructureError, match="cannot hold: claimed"):
         check(Wired(wire, first=nn.Linear(6, 5), head=nn.Linear(5, 3)), networks.flat())
+
+
+def test_a_layer_of_which_one_unit_is_left_is_warned_of():
+    network = nn.Sequential(nn.Linear(6, 5), nn.Softmax(1), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    message = r"'aten\._softmax' in module '1' mixes units: 5 units of '0' share one fate\. Of '0' one unit is left"
+    with pytest.warns(StructureWarning, match=message):
+        check(network, networks.flat())
+
+
+def test_an_operation_without_a_rule_is_warned_of():
+    def wire(net, x):
+        first = net.first(x)[:, None]
+        return net.head(torch.cat([torch.cdist(first[..., :2], first[..., 2:4]), first], dim=2).flatten(1))
+
+    network = Wired(wire, first=nn.Linear(6, 8), head=nn.Linear(9, 3))
+    with pytest.warns(StructureWarning, match=r"'aten\._cdist_forward' .* cannot be followed: 2 units of 'first'"):
+        check(network, networks.flat())

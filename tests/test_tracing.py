@@ -1,5 +1,4 @@
 import re
-import warnings
 from copy import deepcopy
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
-from lightning_cf.errors import LeakError, StructureError, StructureWarning
+from lightning_cf.errors import LeakError, StructureError
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.probe import probe
 from lightning_cf.structure import NO_UNIT, named_tensors
@@ -266,7 +265,7 @@ def spectrum(net, x):
 
 def scattered(net, x):
     first = net.first(x)
-    return net.head(torch.zeros_like(first).scatter_add(1, torch.tensor([[4, 3, 2, 1, 0]] * len(x)), first))
+    return net.head(torch.zeros(len(x), 5).scatter_add(1, torch.tensor([[4, 3, 2, 1, 0]] * len(x)), first))
 
 
 def fixed_product(net, x):
@@ -296,17 +295,22 @@ def layers(wire, hidden=5, read=5):
     ],
     ids=["softmax", "fft", "sort", "index", "scatter", "inner module", "spectral norm"],
 )
-def test_units_that_an_operation_mixes_are_one_with_a_warning_that_names_it(network, message):
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        structure = trace(network, torch.randn(2, 6))
-    assert any(re.search(message, str(w.message)) for w in seen if w.category is StructureWarning)
+def test_units_that_an_operation_mixes_are_one_and_the_structure_says_why(network, message):
+    structure = trace(network, torch.randn(2, 6))
+    assert any(re.search(message, found.message()) for found in structure.mixings)
     assert [group.size for group in structure.groups] == [1]
     for draw in range(3):
         ledger = half_owned(structure, draw)
         for name, tensor in cut(network, structure, ledger).items():
             named_tensors(network)[name].data.copy_(tensor)
         probe(network, structure, ledger, torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("wire", [spectrum, routed, selected, scattered])
+def test_without_isolation_units_stay_apart(wire):
+    structure = trace(layers(wire, 8, 8 if wire in (routed, selected) else 5), torch.randn(2, 6), apart=True)
+    assert [group.size for group in structure.groups] == [8]
+    assert structure.mixings == ()
 
 
 def test_a_fixed_matrix_unites_what_it_adds_up_and_says_nothing_where_layers_are_left():

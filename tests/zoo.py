@@ -34,7 +34,9 @@ def _stand_in_for_torchvision():
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, module)
-    modes = enum.Enum("InterpolationMode", {m.upper(): m for m in "nearest bilinear bicubic box hamming lanczos".split()})
+    modes = enum.Enum(
+        "InterpolationMode", {m.upper(): m for m in "nearest bilinear bicubic box hamming lanczos".split()}
+    )
     for name in ("torchvision.transforms", "torchvision.transforms.functional"):
         sys.modules[name].InterpolationMode = modes
     return names
@@ -80,16 +82,32 @@ def configs():
         Config("gcresnet33ts", 64),
         Config(64),
         Config(64),
-        Config("swin_tiny_patch4_window7_224", 32, {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}),
-        Config("swinv2_tiny_window8_256", 32, {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}),
+        Config(
+            "swin_tiny_patch4_window7_224",
+            32,
+            {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)},
+        ),
+        Config(
+            "swinv2_tiny_window8_256",
+            32,
+            {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)},
+        ),
         Config("poolformer_s12", 64),
         Config("caformer_s18", 64),
         Config("cait_xxs24_224", 32, {**vit, "depth": 2}),
         Config("xcit_nano_12_p8_224", 32, {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 4}),
         Config("focalnet_tiny_srf", 64),
-        Config("sequencer2d_s", 32, {"img_size": 32, "layers": (1, 1, 1, 1), "embed_dims": (16, 24, 24, 24), "hidden_sizes": (8, 8, 8, 8)}),
+        Config(
+            "sequencer2d_s",
+            32,
+            {"img_size": 32, "layers": (1, 1, 1, 1), "embed_dims": (16, 24, 24, 24), "hidden_sizes": (8, 8, 8, 8)},
+        ),
         Config("pit_ti_224", 64, {"img_size": 64}),
-        Config("twins_svt_small", 64, {"img_size": 64, "embed_dims": (16, 24, 32, 48), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 4)}),
+        Config(
+            "twins_svt_small",
+            64,
+            {"img_size": 64, "embed_dims": (16, 24, 32, 48), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 4)},
+        ),
         Config("pvt_v2_b0", 64, {"depths": (1, 1, 1, 1)}),
         Config("coatnet_pico_rw_224", 64, {"img_size": 64}),
         Config("inception_v3", 96),
@@ -153,4 +171,3 @@ def calibrate(network, x):
     for norm in norms:
         norm.running_mean.add_(0.1 * torch.randn_like(norm.running_mean))
         norm.running_var.mul_(0.5 + torch.rand_like(norm.running_var)).clamp_min_(1e-2)
-

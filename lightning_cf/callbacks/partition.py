@@ -121,7 +121,7 @@ class PartitionCallback(ContinualCallback):
                 f"partition: isolation={self.isolation!r}, but the tasks so far were claimed under"
                 f" {state.ledger.isolation!r}; one network keeps to one of them."
             )
-        state.ledger.isolation = self.isolation
+        state.set_isolation(pl_module, self.isolation)
         self.select(pl_module, state)
         self._partitioned_at, self._ended = None, False
         if current is not None and current.phase == "learn" and 0 < self.after < 1:
