@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from lightning_cf.folding import Moments, fold, input_moments
+from lightning_cf.folding import Moments, Sample, fold, input_moments
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.structure import NO_UNIT, Entries, Structure, lookup
 
@@ -35,13 +35,15 @@ def input_units(use: Entries) -> Int64[Tensor, "inputs"]:
     return use.source.flatten()
 
 
-def consumer_moments(module: nn.Module, structure: Structure, passes: Passes) -> dict[str, Moments]:
+def consumer_moments(module: nn.Module, structure: Structure, passes: Passes) -> dict[str, Moments | Sample]:
     """Second moments of what each consumer reads, over one pass."""
     parameters = dict(module.named_parameters())
     return input_moments({name: parameters[name] for name, _ in consumers(module, structure)}, passes())
 
 
-def fold_claimed(module: nn.Module, structure: Structure, ledger: NeuronLedger, moments: Mapping[str, Moments]) -> None:
+def fold_claimed(
+    module: nn.Module, structure: Structure, ledger: NeuronLedger, moments: Mapping[str, Moments | Sample]
+) -> None:
     """Solves the rows of the current task's units and outputs again, so that they read owned units alone.
 
     Args:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_cf.activations import unit_outputs
 from lightning_cf.claim_folding import Passes, consumer_moments, cut_claimed, fold_claimed
 from lightning_cf.errors import ContinualError
-from lightning_cf.folding import Moments
+from lightning_cf.freezing import FrozenEntries
+from lightning_cf.folding import Moments, Sample
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.options import PartitionOptions
@@ -22,7 +23,7 @@ from lightning_cf.outcome import GroupOutcome, Outcome
 from lightning_cf.partition import Partition, partition, partition_into
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.similarity import Similarity
-from lightning_cf.structure import Structure, named_tensors
+from lightning_cf.structure import Structure, lookup, named_tensors
 
 
 class PartitionWarning(UserWarning):
@@ -46,6 +47,7 @@ class Claimer:
         start: parameters at the task's start, for ``measure="update"``.
         tasks_left: tasks still to come, this one counted.
         seed: what randomly chosen representatives depend on.
+        keep: whether the outcome holds the units' vectors and similarities, which takes as much memory as they do.
         earlier: what the task's partitions before this one found, together.
     """
 
@@ -59,6 +61,7 @@ class Claimer:
     start: Mapping[str, Tensor] | None = None
     tasks_left: int = 1
     seed: int = 0
+    keep: bool = True
     earlier: Outcome | None = None
 
     def claim(self) -> Outcome:
@@ -72,25 +75,23 @@ class Claimer:
         self._again = self.ledger.tasks[-1].phase == "invariance"
         exact = self.ledger.isolation == "exact"
         before = self._reference(self.score())
-        snapshot = {name: tensor.detach().clone() for name, tensor in self.module.named_parameters()}
+        self._changed: list[FrozenEntries] = []
         candidates = self._candidates()
-        tensors = named_tensors(self.module)
-        vectors = {group.name: (group.weights(tensors), group.biases(tensors)) for group in self._groups}
+        vectors = self._vectors()
         self._similarities = self._compare(candidates)
-        self._moments: Mapping[str, Moments] = (
+        self._moments: Mapping[str, Moments | Sample] = (
             consumer_moments(self.module, self.structure, self.passes) if self.options.fold and exact else {}
         )
         budgets = self._budgets(candidates)
         after = before
         for partitions in self._proposals(budgets):
-            self._restore(snapshot)
             self._apply(candidates, partitions)
             after = self.score()
             if self._loss(before, after) <= self.options.tolerance:
                 break
         else:
             if self._again and self.options.threshold == "auto":
-                self._restore(snapshot)
+                self._restore()
             elif self.options.threshold == "auto" and exact:
                 warnings.warn(
                     f"Task '{self.ledger.tasks[-1].name}': no claim within the budget keeps the metric within"
@@ -100,13 +101,13 @@ class Claimer:
                     stacklevel=2,
                 )
         if not exact:
-            self._restore(snapshot)
+            self._restore()
         found = tuple(
             GroupOutcome(
                 group,
                 candidates[group.name],
                 partitions[group.name],
-                self._similarities[group.name],
+                self._similarities[group.name] if self.keep else None,
                 *vectors[group.name],
                 budgets[group.name],
             )
@@ -117,6 +118,13 @@ class Claimer:
         return outcome.after(self.earlier) if self._again and self.earlier is not None else outcome
 
     # What may be claimed, and how alike it is
+
+    def _vectors(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        tensors = named_tensors(self.module)
+        return {
+            group.name: (group.weights(tensors), group.biases(tensors)) if self.keep else (None, None)
+            for group in self._groups
+        }
 
     def _reference(self, score: float) -> float:
         """What a claim is measured by: the task's score now, or before an earlier partition if that was better."""
@@ -146,10 +154,10 @@ class Claimer:
         for group in self._groups:
             units = candidates[group.name]
             if measure == "activation":
-                vectors = outputs[group.name][units]
-                biases = vectors.new_zeros(len(units))
+                vectors = outputs[group.name]
+                biases = vectors.new_zeros(len(vectors))
             else:
-                vectors, biases = group.weights(tensors), group.biases(tensors)
+                vectors, biases = group.vectors(tensors), group.biases(tensors)
                 if measure == "update":
                     if self.start is None:
                         raise ContinualError(
@@ -158,9 +166,12 @@ class Claimer:
                             " measure='weight'."
                         )
                     vectors, biases = vectors - group.weights(self.start), biases - group.biases(self.start)
-                vectors, biases = vectors[units.to(vectors.device)], biases[units.to(vectors.device)]
             custom = measure if callable(measure) else None
-            similarities[group.name] = Similarity(vectors.cpu(), biases.cpu(), measure=custom)
+            if self.keep:
+                vectors, biases = vectors[units.to(vectors.device)].cpu(), biases[units.to(vectors.device)].cpu()
+                similarities[group.name] = Similarity(vectors, biases, measure=custom)
+            else:
+                similarities[group.name] = Similarity(vectors, biases, measure=custom, units=units.to(vectors.device))
         return similarities
 
     # Which claims to try
@@ -172,6 +183,7 @@ class Claimer:
             return
         share, counts = self.options.min_claim, None
         while counts != budgets:
+            self._restore()  # compared are the weights before any claim
             counts = {
                 group.name: min(budgets[group.name], max(1, math.ceil(share * group.size - 1e-9)))
                 for group in self._groups
@@ -237,13 +249,30 @@ class Claimer:
             claimed[group.name] = mask
         self.ledger.claim(claimed)
         make_owner_aware(self.module, self.ledger.norm_owners())
+        self._remember()
         fold_claimed(self.module, self.structure, self.ledger, self._moments)
         cut_claimed(self.module, self.structure, self.ledger)
 
-    def _restore(self, snapshot: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                parameter.copy_(snapshot[name])
+    def _remember(self) -> None:
+        """Keeps what folding and cutting will change: the entries of the task's units and outputs.
+
+        Under ``perturb`` those of earlier tasks too, which still read what is redundant.
+        """
+        owner = self.ledger.owner_of_units(self.structure)
+        parameters = dict(self.module.named_parameters())
+        first = len(self.ledger.tasks) - 1 if self.ledger.isolation == "exact" else 0
+        for name, uses in self.structure.entries.items():
+            mask = torch.zeros((), dtype=torch.bool)
+            for use in uses:
+                mask = mask | (lookup(use.target, owner, none=FREE) >= first)
+            if name in parameters and bool(mask.any()):
+                self._changed.append(FrozenEntries(parameters[name], mask))
+                self._changed[-1].save()
+
+    def _restore(self) -> None:
+        """Puts back what an earlier proposal changed."""
+        while self._changed:
+            self._changed.pop().restore()
 
     def _loss(self, before: float, after: float) -> float:
         return before - after if self.higher_is_better else after - before

@@ -130,19 +130,50 @@ class Moments:
         self.count = total
 
 
-def input_moments(weights: Mapping[str, Tensor], passes: Iterable[Callable[[], Any]]) -> dict[str, Moments]:
-    """Moments of the inputs of the layers with these weights, over some forward passes.
+@dataclass
+class Sample:
+    """Some of a layer's inputs themselves, a constant one behind each, where their moments would be too many.
+
+    Attributes:
+        rows: the inputs, evenly many from each batch.
+    """
+
+    rows: Float[Tensor, "samples inputs"]
+
+    def update(self, features: Features) -> None:
+        """Takes in some of more samples, as long as there are fewer than ``SAMPLED``."""
+        wanted = min(SAMPLED // 8, SAMPLED - len(self.rows))
+        chosen = features[torch.linspace(0, len(features) - 1, min(wanted, len(features))).long()] if wanted else None
+        if chosen is not None:
+            self.rows = torch.cat([self.rows, torch.cat([chosen, chosen.new_ones(len(chosen), 1)], dim=1)])
+
+
+WIDE = 12_288
+"""Layers with more inputs are folded on a sample of them: second moments of so many take 1.2 GB."""
+
+SAMPLED = 1024
+"""How many inputs such a sample holds."""
+
+
+def input_moments(weights: Mapping[str, Tensor], passes: Iterable[Callable[[], Any]]) -> dict[str, Moments | Sample]:
+    """Moments of the inputs of the layers with these weights, over some forward passes; a sample of wide ones.
 
     Args:
         weights: weights of linear layers and convolutions, by name; grouped convolutions are left out.
         passes: each call runs the network forward once.
     """
-    moments: dict[str, Moments] = {}
+    moments: dict[str, Moments | Sample] = {}
 
     def record(name: str, x: Inputs, patches: Features) -> None:
         size = patches.shape[1] + 1
-        empty = torch.zeros(size, size, dtype=torch.float64, device=patches.device)
-        moments.setdefault(name, Moments(empty)).update(patches)
+        if name not in moments:
+            wide = size > WIDE
+            moments[name] = (
+                Sample(patches.new_zeros(0, size))
+                if wide
+                else Moments(torch.zeros(size, size, dtype=torch.float64, device=patches.device))
+            )
+        moments[name].update(patches)
 
     with torch.no_grad(), InputRecorder(weights, record):
         for forward in passes:
@@ -153,7 +184,7 @@ def input_moments(weights: Mapping[str, Tensor], passes: Iterable[Callable[[], A
 def fold(
     weight: Float[Tensor, "outputs inputs"],
     bias: Float[Tensor, "outputs"] | None,
-    moments: Moments,
+    moments: Moments | Sample,
     kept: Bool[Tensor, "inputs"],
     *,
     ridge: float = 1e-4,
@@ -166,7 +197,7 @@ def fold(
     Args:
         weight: rows to solve again, convolution kernels flattened.
         bias: their biases, or None.
-        moments: of the layer's inputs.
+        moments: of the layer's inputs, or a sample of them.
         kept: inputs that stay.
         ridge: r, relative to the mean square of a kept input, dimensionless.
     """
@@ -174,12 +205,32 @@ def fold(
     if bias is not None:
         columns = torch.cat([columns, columns.new_tensor([len(kept)])])
     rest = (~kept).nonzero().flatten()
-    matrix = moments.matrix
-    left = matrix[columns][:, columns]
-    left = left + ridge * left.diagonal().mean().clamp_min(1e-12) * torch.eye(len(columns)).to(left)
-    right = matrix[columns][:, rest] @ weight[:, rest].double().T
-    change = torch.linalg.solve(left, right).T
+    if isinstance(moments, Sample):
+        change = _solve_sampled(moments.rows, columns, rest, weight, ridge)
+    else:
+        matrix = moments.matrix
+        left = matrix[columns][:, columns]
+        left = left + ridge * left.diagonal().mean().clamp_min(1e-12) * torch.eye(len(columns)).to(left)
+        right = matrix[columns][:, rest] @ weight[:, rest].double().T
+        change = torch.linalg.solve(left, right).T
     folded = weight.double().clone()
     folded[:, rest] = 0
     folded[:, columns[columns < len(kept)]] += change[:, : int(kept.sum())]
     return folded.to(weight), None if bias is None else (bias.double() + change[:, -1]).to(bias)
+
+
+def _solve_sampled(rows: Tensor, columns: Tensor, rest: Tensor, weight: Tensor, ridge: float) -> Tensor:
+    """The same least squares in their dual form: as many equations as there are samples, not inputs."""
+    penalty = ridge * sum(float(rows[:, block].double().square().sum()) for block in columns.split(4096)) / len(columns)
+    left = _products(rows, rows, columns)
+    left = left + max(penalty, 1e-12) * torch.eye(len(rows)).to(left)
+    solved = torch.linalg.solve(left, _products(rows, weight, rest))
+    return torch.cat([solved.T @ rows[:, block].double() for block in columns.split(4096)], dim=1)
+
+
+def _products(a: Tensor, b: Tensor, columns: Tensor) -> Tensor:
+    """``a @ b.T`` over some columns, in double precision, some at a time."""
+    total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    for block in columns.split(4096):
+        total += a[:, block].double() @ b[:, block].double().T
+    return total

@@ -41,7 +41,7 @@ class Freezer:
     def __init__(self, module: nn.Module, masks: Mapping[str, Bool[Tensor, "..."]]) -> None:
         parameters = dict(module.named_parameters())
         self.entries = [
-            _FrozenEntries(parameter, masks[name])
+            FrozenEntries(parameter, masks[name])
             for name, parameter in parameters.items()
             if name in masks and bool(masks[name].any())
         ]
@@ -53,7 +53,7 @@ class Freezer:
         ]
         statistics = {id(buffer) for norm in self.norms for buffer in norm.module.buffers(recurse=False)}
         self.buffers = [
-            _FrozenEntries(buffer, masks[name])
+            FrozenEntries(buffer, masks[name])
             for name, buffer in module.named_buffers()
             if name in masks and id(buffer) not in statistics and buffer.is_floating_point() and bool(masks[name].any())
         ]
@@ -112,7 +112,7 @@ class Freezer:
             entries.restore()
 
 
-class _FrozenEntries:
+class FrozenEntries:
     """The frozen entries of one tensor: all of it, whole rows along an axis, or any mask; rows cost least."""
 
     saved: Shaped[Tensor, "..."]

@@ -21,18 +21,18 @@ class GroupOutcome:
         group: the group.
         candidates: its units that took part, numbered within it.
         partition: over the candidates.
-        similarity: of the candidates.
-        vectors: incoming weights of all units of the group as they were when the candidates were compared.
-        biases: their biases.
+        similarity: of the candidates; None where it was not kept.
+        vectors: incoming weights of all units of the group as they were when the candidates were compared, or None.
+        biases: their biases, or None.
         budget: how many of them might be claimed.
     """
 
     group: UnitGroup
     candidates: Int64[Tensor, "some"]
     partition: Partition
-    similarity: Similarity
-    vectors: Float[Tensor, "units inputs"]
-    biases: Float[Tensor, "units"]
+    similarity: Similarity | None
+    vectors: Float[Tensor, "units inputs"] | None
+    biases: Float[Tensor, "units"] | None
     budget: int
 
 

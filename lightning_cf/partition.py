@@ -26,6 +26,9 @@ TOLERANCE = 1e-9
 
 TILE = 1024
 
+WIDE = 8192
+"""From how many units on a threshold is found by few passes over them instead of many."""
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -116,6 +119,7 @@ def partition_into(
 
     It is the lowest one that yields at least ``count`` clusters, of which those with the largest units are kept:
     leaders are counted again and again while the threshold is bisected, components counted once in a spanning forest.
+    With more than ``WIDE`` units the bisection ends at a threshold that yields up to a fiftieth more than ``count``.
 
     Args:
         similarity: of the units to split.
@@ -135,8 +139,12 @@ def partition_into(
         return Partition(_represent(members, representative, generator), threshold)
     if len(similarity) <= TILE:
         similarity = similarity.kept()
-    find = _leader_threshold if similarity.measure is None else _leader_threshold_of_measure
-    threshold = find(similarity, count)
+    if similarity.measure is not None:
+        threshold = _leader_threshold_of_measure(similarity, count)
+    elif len(similarity) > WIDE:
+        threshold = _leader_threshold_of_many(similarity, count)
+    else:
+        threshold = _leader_threshold(similarity, count)
     return partition(similarity, threshold, limit=count, representative=representative, generator=generator)
 
 
@@ -159,6 +167,32 @@ def _leader_threshold(similarity: Similarity, count: int) -> float:
         else:
             lowest = middle
     return 1.0 - math.expm1(highest)
+
+
+def _leader_threshold_of_many(similarity: Similarity, count: int) -> float:
+    """A threshold that yields ``count`` leaders or a few more; each pass ends as soon as there are too many.
+
+    Bisects the similarities of a sample of pairs, then the interval that is left.
+    """
+    most = count + count // 50
+    sample = torch.linspace(0, len(similarity) - 1, TILE).long()
+    values = similarity.tile(sample, sample)
+    pairs = values[torch.triu(torch.ones_like(values, dtype=torch.bool), diagonal=1)].sort().values
+    spread = float(similarity.biases.double().max() - similarity.biases.double().min())
+    lowest, highest = -1.0 - similarity.bias_weight * spread**2, 1.0 + 1e-6
+    first, last = 0, len(pairs) - 1
+    for _ in range(60):
+        among = first <= last
+        place = (first + last) // 2
+        threshold = float(pairs[place]) if among else (lowest + highest) / 2
+        found = len(_lead(similarity, threshold, most + 1)[0])
+        if count <= found <= most:
+            return threshold
+        if found < count:
+            lowest, first = max(lowest, threshold), place + 1
+        else:
+            highest, last = min(highest, threshold), place - 1
+    return highest
 
 
 def _leader_threshold_of_measure(similarity: Similarity, count: int) -> float:

@@ -48,6 +48,7 @@ class TaskFolders:
                 ledger.owners[found.group.name],
             )
             for found in outcome.groups
+            if found.vectors is not None and found.biases is not None
         )
         record = PartitionRecord(
             task=ledger.tasks[-1].name,
@@ -61,7 +62,7 @@ class TaskFolders:
             ablation_accuracy=outcome.ablation_accuracy,
             layers=layers,
         )
-        similarities = {found.group.name: found.similarity for found in outcome.groups}
+        similarities = {found.group.name: found.similarity for found in outcome.groups if found.similarity is not None}
         record.write(self.current(ledger), similarities if self.similarity_matrix else None)
 
     def complete(self, module: nn.Module, structure: Structure, ledger: NeuronLedger) -> None:

@@ -47,6 +47,7 @@ class Similarity:
         vectors: what is compared, one row a unit.
         biases: bias of each unit.
         bias_weight: weight of the bias term, dimensionless; the patent's regulariser. Not used with ``measure``.
+        units: compares these rows of ``vectors`` and ``biases`` only, without a copy of them.
         measure: compares the units instead, one tile of them at a time.
     """
 
@@ -54,21 +55,28 @@ class Similarity:
     biases: Biases
     bias_weight: float = 1.0
     measure: PairMeasure | None = None
+    units: Int64[Tensor, "some"] | None = None
 
     def __post_init__(self) -> None:
-        if not bool(torch.isfinite(self.vectors).all() & torch.isfinite(self.biases).all()):
+        norms = torch.cat([self._vectors(block).norm(dim=1) for block in torch.arange(len(self)).split(1024)])
+        if not bool(torch.isfinite(norms).all() & torch.isfinite(self._biases(slice(None))).all()):
             raise ContinualError("similarity: the weights are not all finite; the training diverged before.")
-        norms = torch.cat([block.double().norm(dim=1) for block in self.vectors.split(4096)])
         object.__setattr__(self, "norms", norms)
 
-    norms: Float64[Tensor, "units"] = None  # type: ignore[assignment]
-    """Euclidean norm of each vector: the patent's magnitude."""
+    norms: Float64[Tensor, "compared"] = None  # type: ignore[assignment]
+    """Euclidean norm of each vector compared: the patent's magnitude."""
 
-    matrix: Float64[Tensor, "units units"] | None = None
+    matrix: Float64[Tensor, "compared compared"] | None = None
     """All similarities, where they are kept."""
 
     def __len__(self) -> int:
-        return len(self.vectors)
+        return len(self.vectors) if self.units is None else len(self.units)
+
+    def _vectors(self, rows: slice | Tensor) -> Float64[Tensor, "some inputs"]:
+        return self.vectors[rows if self.units is None else self.units[rows]].cpu().double()
+
+    def _biases(self, rows: slice | Tensor) -> Float64[Tensor, "some"]:
+        return self.biases[rows if self.units is None else self.units[rows]].cpu().double()
 
     def kept(self) -> Similarity:
         """The same similarities, computed once: for few units that are compared again and again."""
@@ -85,12 +93,12 @@ class Similarity:
             return self.matrix[rows][:, columns]
         if self.measure is not None:
             return self._measured(self.measure, rows, columns)
-        products = self.vectors[rows].double() @ self.vectors[columns].double().T
+        products = self._vectors(rows) @ self._vectors(columns).T
         scale = self.norms[rows][:, None] * self.norms[columns][None, :]
         cosine = torch.where(scale > 0, products / scale.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
         both_zero = (self.norms[rows] == 0)[:, None] & (self.norms[columns] == 0)[None, :]
         cosine = torch.where(both_zero, 1.0, cosine.clamp(-1, 1))
-        distance = self.biases[rows].double()[:, None] - self.biases[columns].double()[None, :]
+        distance = self._biases(rows)[:, None] - self._biases(columns)[None, :]
         return cosine - self.bias_weight * distance.square()
 
     def tiles(self, size: int) -> Iterator[tuple[Units, Units, Float64[Tensor, "rows columns"]]]:
@@ -113,8 +121,8 @@ class Similarity:
     def _measured(
         self, measure: PairMeasure, rows: slice | Tensor, columns: slice | Tensor
     ) -> Float64[Tensor, "rows columns"]:
-        a, biases_a = self.vectors[rows].double(), self.biases[rows].double()
-        b, biases_b = self.vectors[columns].double(), self.biases[columns].double()
+        a, biases_a = self._vectors(rows), self._biases(rows)
+        b, biases_b = self._vectors(columns), self._biases(columns)
         try:
             tile = measure(a, biases_a, b, biases_b)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:

@@ -70,6 +70,7 @@ def partition_task(
             start=state.start,
             tasks_left=tasks_left,
             seed=seed,
+            keep=folders is not None,
             earlier=state.outcome if again else None,
         ).claim()
     if state.ledger.isolation == "exact":

@@ -104,13 +104,23 @@ class UnitGroup:
         """Incoming weight vector of each unit: the rows of all layers of the group, joined."""
         return torch.cat([rows.read(tensors[rows.tensor]) for rows in self.rows if rows.role == "weight"], dim=1)
 
+    def vectors(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "units inputs"]:
+        """As :meth:`weights`, but a view of the tensor where the units are its rows in their order: to read only."""
+        sites = [rows for rows in self.rows if rows.role == "weight"]
+        if len(sites) == 1 and sites[0].axis == 0:
+            tensor = tensors[sites[0].tensor].detach()
+            if torch.equal(sites[0].index.flatten(), torch.arange(len(tensor))) and sites[0].index.shape[1] == 1:
+                return tensor.flatten(1)
+        return self.weights(tensors)
+
     def biases(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "units"]:
         """Bias of each unit: the layer's, else the shift of the norm behind it, else zero."""
         for role in ("bias", "shift"):
             for rows in self.rows:
                 if rows.role == role:
                     return rows.read(tensors[rows.tensor]).mean(dim=1)
-        return self.weights(tensors).new_zeros(self.size)
+        weight = next(rows.tensor for rows in self.rows if rows.role == "weight")
+        return tensors[weight].new_zeros(self.size)
 
     def write_weights(
         self, tensors: Mapping[str, Tensor], vectors: Float[Tensor, "units inputs"], units: Int64[Tensor, "some"]

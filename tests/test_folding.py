@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from lightning_cf.folding import InputRecorder, Moments, fold, input_moments
+from lightning_cf import folding
+from lightning_cf.folding import InputRecorder, Moments, Sample, fold, input_moments
 
 CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
@@ -215,3 +216,22 @@ def test_moments_are_those_of_the_inputs_over_all_passes():
     assert moments["linear"].matrix.shape == (13, 13)
     assert (moments["linear"].count, moments["conv"].count) == (4, 16)
     assert moments["conv"].matrix.shape == (9, 9)
+
+
+def test_a_sample_of_inputs_folds_like_their_moments():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 30, generator=generator)
+    weight, bias = torch.randn(5, 30, generator=generator), torch.randn(5, generator=generator)
+    moments = Moments(torch.zeros(31, 31, dtype=torch.float64))
+    moments.update(x)
+    sample = Sample(torch.cat([x, torch.ones(20, 1)], dim=1))
+    kept = torch.rand(30, generator=generator) < 0.5
+    for found, wanted in zip(fold(weight, bias, sample, kept), fold(weight, bias, moments, kept), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_wide_layers_are_folded_on_a_sample(monkeypatch):
+    monkeypatch.setattr(folding, "WIDE", 10)
+    layer = torch.nn.Linear(12, 3)
+    found = folding.input_moments({"weight": layer.weight}, [lambda: layer(torch.randn(300, 12)) for _ in range(20)])
+    assert found["weight"].rows.shape == (1024, 13)

@@ -287,7 +287,7 @@ def test_a_tensor_that_comes_to_train_is_held_with_the_others():
 def test_weights_that_are_buffers_stay():
     network = FixedFeatures()
     (group,) = trace(network, torch.randn(1, 6)).groups
-    held, before = [(group, torch.arange(3), basis_of(12, 8))], copies(network)
+    held, before = [(group, torch.arange(3), basis_of(6, 4))], copies(network)
     optimizer = ELEMENTWISE["sgd"](network.parameters())
     Projection(named_tensors(network), held).attach([optimizer])
     train(network, optimizer, loss=lambda n: pull(n, torch.float32))

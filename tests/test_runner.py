@@ -9,6 +9,8 @@ import torch
 from learning import classifier, images, own_logits, quiet_trainer, tasks, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from networks import Wired
+from torch import nn
 
 from lightning_cf import (
     CapacityError,
@@ -222,8 +224,12 @@ def empty(name):
 
 
 def untraceable():
-    layers = [torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 10)]
-    return Classifier(torch.nn.Sequential(*layers))
+    def wire(net, x):
+        x = torch.relu(net.first(x.flatten(1)))
+        return net.head(torch.relu(net.second(x)) * float(x[0, 0]))
+
+    layers = {"first": nn.Linear(64, 12), "second": nn.Linear(12, 12), "head": nn.Linear(12, 10)}
+    return Classifier(Wired(wire, **layers))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +259,11 @@ def untraceable():
         ({"isolation": "none"}, ContinualError, "isolation must be one of exact, perturb, got 'none'"),
         ({"method": "magic"}, ContinualError, "method must be one of partition, finetune, joint, got 'magic'"),
         ({"trainer": partial(quiet_trainer, max_epochs=3)}, ContinualError, "the trainer sets max_epochs=3"),
-        ({"module": untraceable()}, StructureError, r"'aten.native_layer_norm' in module 'network.2'"),
+        (
+            {"module": untraceable()},
+            StructureError,
+            "module 'network' reads values of units of 'network.first' into Python",
+        ),
         (
             {"module": Classifier(MLP(shape=(1, 8, 8), classes=10, hidden=(2,)))},
             CapacityError,

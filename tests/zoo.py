@@ -66,6 +66,11 @@ class Config:
     size: int = 64
     options: dict = field(default_factory=dict)
 
+    @property
+    def quick(self):
+        """Whether it is checked in every run of the tests."""
+        return self.name not in SLOW
+
 
 def configs():
     small = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}
@@ -114,6 +119,12 @@ def configs():
     ]
 
 
+REFUSED = {
+    "nf_resnet26", "nfnet_l0", "eca_nfnet_l0", "resnetv2_50x1_bit",  # weights are standardised
+    "repvit_m0_9", "deit_tiny_distilled_patch16_224",  # outputs are means over two heads
+}  # fmt: skip
+SLOW: set[str] = set()
+
 RESNETS = (
     "resnet18", "resnet50", "resnet50d", "resnext50_32x4d", "wide_resnet50_2", "seresnet18", "ecaresnet50t",
     "resnetaa50", "resnest14d", "res2net50_26w_4s", "skresnet18",
@@ -130,8 +141,8 @@ PLAIN = (
     "edgenext_xx_small", "mobilevit_xxs", "mobilevitv2_050", "fastvit_t8",
     "vovnet39a", "ese_vovnet19b_slim", "rexnet_100", "starnet_s050", "inception_next_atto", "repvit_m0_9", "rdnet_tiny",
     "darknet17", "cs3darknet_s", "nf_resnet26", "nfnet_l0", "resnetv2_50", "resnetv2_50x1_bit", "mambaout_femto",
-    "efficientvit_b0", "efficientvit_m0", "tresnet_m", "gernet_s", "spnasnet_100", "shvit_s1", 
-    "eca_nfnet_l0", "davit_tiny", 
+    "efficientvit_b0", "efficientvit_m0", "tresnet_m", "gernet_s", "spnasnet_100", "shvit_s1",
+    "eca_nfnet_l0", "davit_tiny",
 )  # fmt: skip
 
 
