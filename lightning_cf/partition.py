@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -119,7 +119,7 @@ def partition_into(
 
     It is the lowest one that yields at least ``count`` clusters, of which those with the largest units are kept:
     leaders are counted again and again while the threshold is bisected, components counted once in a spanning forest.
-    With more than ``WIDE`` units the bisection ends at a threshold that yields up to a fiftieth more than ``count``.
+    With more than ``WIDE`` units it is found in single precision, and yields up to a fiftieth more than ``count``.
 
     Args:
         similarity: of the units to split.
@@ -142,6 +142,7 @@ def partition_into(
     if similarity.measure is not None:
         threshold = _leader_threshold_of_measure(similarity, count)
     elif len(similarity) > WIDE:
+        similarity = replace(similarity, precision=torch.float32)
         threshold = _leader_threshold_of_many(similarity, count)
     else:
         threshold = _leader_threshold(similarity, count)
@@ -172,26 +173,28 @@ def _leader_threshold(similarity: Similarity, count: int) -> float:
 def _leader_threshold_of_many(similarity: Similarity, count: int) -> float:
     """A threshold that yields ``count`` leaders or a few more; each pass ends as soon as there are too many.
 
-    Bisects the similarities of a sample of pairs, then the interval that is left.
+    The first guess is the similarity that a unit and one of three leaders reach by chance, as a sample of pairs tells;
+    then the share of pairs that reach it is bracketed and bisected, and in the end the threshold itself.
     """
     most = count + count // 50
     sample = torch.linspace(0, len(similarity) - 1, TILE).long()
     values = similarity.tile(sample, sample)
-    pairs = values[torch.triu(torch.ones_like(values, dtype=torch.bool), diagonal=1)].sort().values
+    pairs = values[torch.triu(torch.ones_like(values, dtype=torch.bool), diagonal=1)].sort(descending=True).values
     spread = float(similarity.biases.double().max() - similarity.biases.double().min())
     lowest, highest = -1.0 - similarity.bias_weight * spread**2, 1.0 + 1e-6
-    first, last = 0, len(pairs) - 1
+    few, many, reached = 0.0, math.inf, 3 * len(pairs) / count  # how many of the pairs reach the threshold
     for _ in range(60):
-        among = first <= last
-        place = (first + last) // 2
-        threshold = float(pairs[place]) if among else (lowest + highest) / 2
+        threshold = float(pairs[min(len(pairs) - 1, int(reached))])
+        if not lowest < threshold < highest:
+            threshold = (lowest + highest) / 2
         found = len(_lead(similarity, threshold, most + 1)[0])
         if count <= found <= most:
             return threshold
         if found < count:
-            lowest, first = max(lowest, threshold), place + 1
+            lowest, many = threshold, reached
         else:
-            highest, last = min(highest, threshold), place - 1
+            highest, few = threshold, reached
+        reached = math.sqrt(few * many) if few and many < math.inf else (reached / 2 if found < count else reached * 2)
     return highest
 
 

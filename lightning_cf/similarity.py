@@ -47,6 +47,7 @@ class Similarity:
         vectors: what is compared, one row a unit.
         biases: bias of each unit.
         bias_weight: weight of the bias term, dimensionless; the patent's regulariser. Not used with ``measure``.
+        precision: of the vectors' products; all else is in double precision.
         units: compares these rows of ``vectors`` and ``biases`` only, without a copy of them.
         measure: compares the units instead, one tile of them at a time.
     """
@@ -55,10 +56,11 @@ class Similarity:
     biases: Biases
     bias_weight: float = 1.0
     measure: PairMeasure | None = None
+    precision: torch.dtype = torch.float64
     units: Int64[Tensor, "some"] | None = None
 
     def __post_init__(self) -> None:
-        norms = torch.cat([self._vectors(block).norm(dim=1) for block in torch.arange(len(self)).split(1024)])
+        norms = torch.cat([self._vectors(block).double().norm(dim=1) for block in torch.arange(len(self)).split(1024)])
         if not bool(torch.isfinite(norms).all() & torch.isfinite(self._biases(slice(None))).all()):
             raise ContinualError("similarity: the weights are not all finite; the training diverged before.")
         object.__setattr__(self, "norms", norms)
@@ -72,8 +74,8 @@ class Similarity:
     def __len__(self) -> int:
         return len(self.vectors) if self.units is None else len(self.units)
 
-    def _vectors(self, rows: slice | Tensor) -> Float64[Tensor, "some inputs"]:
-        return self.vectors[rows if self.units is None else self.units[rows]].cpu().double()
+    def _vectors(self, rows: slice | Tensor) -> Float[Tensor, "some inputs"]:
+        return self.vectors[rows if self.units is None else self.units[rows]].cpu().to(self.precision)
 
     def _biases(self, rows: slice | Tensor) -> Float64[Tensor, "some"]:
         return self.biases[rows if self.units is None else self.units[rows]].cpu().double()
@@ -93,7 +95,7 @@ class Similarity:
             return self.matrix[rows][:, columns]
         if self.measure is not None:
             return self._measured(self.measure, rows, columns)
-        products = self._vectors(rows) @ self._vectors(columns).T
+        products = (self._vectors(rows) @ self._vectors(columns).T).double()
         scale = self.norms[rows][:, None] * self.norms[columns][None, :]
         cosine = torch.where(scale > 0, products / scale.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
         both_zero = (self.norms[rows] == 0)[:, None] & (self.norms[columns] == 0)[None, :]
@@ -121,8 +123,8 @@ class Similarity:
     def _measured(
         self, measure: PairMeasure, rows: slice | Tensor, columns: slice | Tensor
     ) -> Float64[Tensor, "rows columns"]:
-        a, biases_a = self._vectors(rows), self._biases(rows)
-        b, biases_b = self._vectors(columns), self._biases(columns)
+        a, biases_a = self._vectors(rows).double(), self._biases(rows)
+        b, biases_b = self._vectors(columns).double(), self._biases(columns)
         try:
             tile = measure(a, biases_a, b, biases_b)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
