@@ -8,7 +8,7 @@ ARGS ?=
 demo: $(VENV)/installed
 	$(VENV)/bin/lightning-cf $(ARGS)
 
-test: $(VENV)/installed
+test: $(VENV)/installed $(VENV)/zoo
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -18,6 +18,11 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Networks of timm, to be checked for exactness. Without its dependencies: none of them is needed to make a network.
+$(VENV)/zoo: requirements-zoo.lock $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-zoo.lock
 	touch $@
 
 # Writes requirements.lock anew from the floors in pyproject.toml.

@@ -117,8 +117,8 @@ def main() -> None:
         return
     size = ["--units", str(options.units), "--inputs", str(options.inputs)]
     lines = [
-        f"A layer of {options.units:,} units x {options.inputs:,} inputs ({options.units * options.inputs * 4 / MIB:.0f}"
-        f" MiB of weights), {torch.get_num_threads()} threads.",
+        f"A layer of {options.units:,} units x {options.inputs:,} inputs, whose weights take"
+        f" {options.units * options.inputs * 4 / MIB:.0f} MiB; {torch.get_num_threads()} threads.",
         "",
         "| | seconds | memory beyond the weights, MiB |",
         "| --- | --- | --- |",

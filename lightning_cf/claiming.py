@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_cf.activations import unit_outputs
 from lightning_cf.claim_folding import Passes, consumer_moments, cut_claimed, fold_claimed
 from lightning_cf.errors import ContinualError
-from lightning_cf.freezing import FrozenEntries
 from lightning_cf.folding import Moments, Sample
+from lightning_cf.freezing import FrozenEntries
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.options import PartitionOptions

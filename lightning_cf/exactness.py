@@ -48,8 +48,8 @@ def check_exact(
             raise StructureError(
                 f"isolation='exact' cannot hold: module '{found.module or 'forward'}' reads values of units of"
                 f" {_names(layers)} into Python ('{found.operation}': .item(), float() or an if), where nothing can"
-                f" tell what they change. Take that out, use isolation='perturb', or exclude={layers}, which leaves these"
-                " layers to the first task."
+                f" tell what they change. Take that out, use isolation='perturb', or exclude={layers}, which leaves"
+                " these layers to the first task."
             )
     for draw in range(DRAWS):
         layer = _leak(module, structure, ledger, example, forward, draw)

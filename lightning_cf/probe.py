@@ -57,8 +57,11 @@ def first_leak(
     with eval_mode(module):
         before = _owned_outputs(module, structure, owner, run)
         for draw in range(2):
-            with _shaken(module, structure, owner, draw):
-                after = _owned_outputs(module, structure, owner, run)
+            for size in (1.0, 0.1, 0.01):
+                with _shaken(module, structure, owner, draw, size):
+                    after = _owned_outputs(module, structure, owner, run)
+                if all(bool(values.isfinite().all()) for values in after.values()):
+                    break  # else activations overflowed, and zero times infinity is a number no more
             for (layer, group), values in before.items():
                 if not _same(values, after[layer, group]):
                     return layer
@@ -89,8 +92,8 @@ def replaced(tensor: Tensor, mask: Bool[Tensor, "..."], values: Tensor | float) 
 
 
 @contextmanager
-def _shaken(module: nn.Module, structure: Structure, owner: Tensor, draw: int) -> Iterator[None]:
-    """Random numbers in the entries that belong to free units at all of their uses, meanwhile."""
+def _shaken(module: nn.Module, structure: Structure, owner: Tensor, draw: int, size: float) -> Iterator[None]:
+    """Random numbers, as large as the tensor's own, in what belongs to free units at all uses, meanwhile."""
     generator = keyed_generator("probe", draw)
     tensors = named_tensors(module)
     with ExitStack() as stack:
@@ -106,8 +109,10 @@ def _shaken(module: nn.Module, structure: Structure, owner: Tensor, draw: int) -
                 rows = torch.rand(len(tensor), generator=generator) < SHAKEN / tensor.numel()
                 mask = mask & rows.reshape(-1, *[1] * (tensor.ndim - 1))
             noise = torch.randn(int(mask.sum()), generator=generator)
-            if uses[0].role == "statistic":
-                noise = noise.abs() + 0.5  # a variance
+            if any(use.role in ("scale", "statistic") for use in uses):
+                noise = noise.abs() + 0.5  # of which some are variances
+            else:
+                noise *= size * max(float(tensor.detach().float().std(correction=0)), 0.01)
             stack.enter_context(replaced(tensor, mask, noise))
         yield
 

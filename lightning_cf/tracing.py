@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torch.utils.module_tracker import ModuleTracker
 
 from lightning_cf.assembly import Found, Use, assemble
 from lightning_cf.errors import StructureError
@@ -56,7 +56,7 @@ def trace(module: nn.Module, example: Any, forward: Forward = call, *, apart: bo
         if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
             forward(module, example)
         tracer = _Tracer(module, tree_leaves(example), apart)
-        with tracer.modules, _FunctionRules(tracer), tracer:
+        with tracer.following(module), _FunctionRules(tracer), tracer:
             outputs = forward(module, example)
     return tracer.structure([x for x in tree_leaves(outputs) if isinstance(x, Tensor)])
 
@@ -111,7 +111,8 @@ class _Tracer(TorchDispatchMode):
         self.mixings: list[Found] = []
         self.reads: list[Found] = []
         self.touched: set[str] = set()
-        self.modules = ModuleTracker()
+        self.running = [""]
+        """Paths of the modules that run, the innermost last."""
         self.shadows = Shadows(self.tensors, [x for x in inputs if isinstance(x, Tensor)])
         self.entry_labels: dict[str, Tensor] = {}
 
@@ -133,13 +134,28 @@ class _Tracer(TorchDispatchMode):
             rule(self, this)
         return out
 
+    @contextmanager
+    def following(self, module: nn.Module) -> Iterator[None]:
+        """Keeps ``running`` up to date, meanwhile."""
+
+        def enter(path: str, *_: Any) -> None:
+            self.running.append(path)
+
+        def leave(*_: Any) -> None:
+            self.running.pop()
+
+        with ExitStack() as stack:
+            for path, child in module.named_modules():
+                stack.callback(child.register_forward_pre_hook(partial(enter, path), prepend=True).remove)
+                stack.callback(child.register_forward_hook(leave, always_call=True).remove)
+            yield
+
     # What the rules use
 
     @property
     def path(self) -> str:
         """Path of the innermost module that runs now."""
-        paths = self.modules.parents - {"Global"}
-        return max(paths, key=lambda path: path.count("."), default="").partition(".")[2]
+        return self.running[-1]
 
     def labels(self, x: Tensor) -> Tensor:
         """Unit labels of an activation, 0 where no unit computed it; entries of a parameter are units of their own."""

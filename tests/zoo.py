@@ -17,7 +17,7 @@ from torch import nn
 class _StandIn(types.ModuleType):
     """A module that has a class of every name."""
 
-    __path__ = []
+    __path__ = ()
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -35,7 +35,7 @@ def _stand_in_for_torchvision():
         if parent:
             setattr(sys.modules[parent], child, module)
     modes = enum.Enum(
-        "InterpolationMode", {m.upper(): m for m in "nearest bilinear bicubic box hamming lanczos".split()}
+        "InterpolationMode", {m.upper(): m for m in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")}
     )
     for name in ("torchvision.transforms", "torchvision.transforms.functional"):
         sys.modules[name].InterpolationMode = modes
@@ -85,8 +85,8 @@ def configs():
         Config("resmlp_12_224", 64, {"img_size": 64}),
         Config("gmlp_ti16_224", 64, {"img_size": 64}),
         Config("gcresnet33ts", 64),
-        Config(64),
-        Config(64),
+        Config("lambda_resnet26t", 64),
+        Config("cspresnet50", 64),
         Config(
             "swin_tiny_patch4_window7_224",
             32,
@@ -123,7 +123,15 @@ REFUSED = {
     "nf_resnet26", "nfnet_l0", "eca_nfnet_l0", "resnetv2_50x1_bit",  # weights are standardised
     "repvit_m0_9", "deit_tiny_distilled_patch16_224",  # outputs are means over two heads
 }  # fmt: skip
-SLOW: set[str] = set()
+SLOW = {
+    "vgg11", "vgg11_bn", "gcresnet33ts", "rdnet_tiny", "focalnet_tiny_srf", "davit_tiny", "caformer_s18",
+    "resmlp_12_224", "mobilevit_xxs", "mobileone_s0", "ghostnetv2_100", "efficientvit_m0", "wide_resnet50_2",
+    "mixer_s32_224", "mobilevitv2_050", "eca_nfnet_l0", "edgenext_xx_small", "gmlp_ti16_224", "hrnet_w18_small",
+    "xception41", "nf_resnet26", "nfnet_l0", "resnetv2_50x1_bit", "darknet17", "mambaout_femto", "coatnet_pico_rw_224",
+    "poolformer_s12", "rexnet_100", "selecsls42", "tresnet_m", "ghostnet_050", "efficientnet_b0",
+    "tf_efficientnetv2_b0", "fastvit_t8", "resnest14d", "repvgg_a0", "spnasnet_100", "gernet_s", "inception_v3",
+    "resnetv2_50", "dpn48b", "vovnet39a", "lambda_resnet26t", "cspresnet50", "fbnetc_100", "shvit_s1",
+}  # fmt: skip
 
 RESNETS = (
     "resnet18", "resnet50", "resnet50d", "resnext50_32x4d", "wide_resnet50_2", "seresnet18", "ecaresnet50t",
@@ -131,7 +139,8 @@ RESNETS = (
 )  # fmt: skip
 VITS = (
     "vit_tiny_patch16_224", "deit_tiny_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224",
-    "vit_relpos_small_patch16_224", "vit_base_patch16_rpn_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
+    "vit_relpos_small_patch16_224", "vit_base_patch16_rpn_224", "deit_tiny_distilled_patch16_224",
+    "deit3_small_patch16_224",
 )  # fmt: skip
 PLAIN = (
     "vgg11", "vgg11_bn", "xception41", "mobilenetv2_035", "mobilenetv3_small_050",
