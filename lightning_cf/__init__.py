@@ -2,7 +2,7 @@
 
 from lightning_cf.affine import Rotation, Scaling, Shear, Translation
 from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback
-from lightning_cf.errors import CapacityError, ContinualError, LeakError, StructureError
+from lightning_cf.errors import CapacityError, ContinualError, LeakError, StructureError, StructureWarning
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.models import Classifier
 from lightning_cf.module import ContinualModule
@@ -10,6 +10,7 @@ from lightning_cf.perturbation import Ablate, Affine, Compose, InSubspace, Mixtu
 from lightning_cf.records import PartitionRecord
 from lightning_cf.result import Result
 from lightning_cf.runner import SequentialTaskRunner
+from lightning_cf.state import keep_ledger
 from lightning_cf.subspace import GivenSubspace, LearnedSubspace, RandomSubspace
 from lightning_cf.tasks import Task
 
@@ -40,6 +41,8 @@ __all__ = [
     "SequentialTaskRunner",
     "Shear",
     "StructureError",
+    "StructureWarning",
     "Task",
     "Translation",
+    "keep_ledger",
 ]

@@ -77,7 +77,7 @@ def _leak(
         stack.callback(make_owner_aware, module, ledger.norm_owners())
         for name, uses in structure.entries.items():
             if name in parameters:
-                stack.enter_context(replaced(parameters[name], trial.cut(structure, uses), 0.0))
+                stack.enter_context(replaced(parameters[name], trial.cut(structure, uses), torch.zeros))
         make_owner_aware(module, trial.norm_owners())
         return first_leak(module, structure, trial, example, forward)
 

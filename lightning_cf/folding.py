@@ -135,17 +135,25 @@ class Sample:
     """Some of a layer's inputs themselves, a constant one behind each, where their moments would be too many.
 
     Attributes:
-        rows: the inputs, evenly many from each batch.
+        room: where the inputs are put, evenly many from each batch.
+        count: how many there are.
     """
 
-    rows: Float[Tensor, "samples inputs"]
+    room: Float[Tensor, "room inputs"]
+    count: int = 0
+
+    @property
+    def rows(self) -> Float[Tensor, "samples inputs"]:
+        """The inputs so far."""
+        return self.room[: self.count]
 
     def update(self, features: Features) -> None:
-        """Takes in some of more samples, as long as there are fewer than ``SAMPLED``."""
-        wanted = min(SAMPLED // 8, SAMPLED - len(self.rows))
-        chosen = features[torch.linspace(0, len(features) - 1, min(wanted, len(features))).long()] if wanted else None
-        if chosen is not None:
-            self.rows = torch.cat([self.rows, torch.cat([chosen, chosen.new_ones(len(chosen), 1)], dim=1)])
+        """Takes in some of more samples, while there is room."""
+        wanted = min(len(self.room) // 8, len(self.room) - self.count, len(features))
+        chosen = torch.linspace(0, len(features) - 1, wanted).long()
+        self.room[self.count : self.count + wanted, :-1] = features[chosen.to(features.device)]
+        self.room[self.count : self.count + wanted, -1] = 1
+        self.count += wanted
 
 
 WIDE = 12_288
@@ -169,7 +177,7 @@ def input_moments(weights: Mapping[str, Tensor], passes: Iterable[Callable[[], A
         if name not in moments:
             wide = size > WIDE
             moments[name] = (
-                Sample(patches.new_zeros(0, size))
+                Sample(patches.new_empty(SAMPLED, size))
                 if wide
                 else Moments(torch.zeros(size, size, dtype=torch.float64, device=patches.device))
             )

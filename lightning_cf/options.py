@@ -39,8 +39,8 @@ class PartitionOptions:
             one (paragraphs 16 and 49).
         fold: whether the claimed units take over by regression what the redundant ones contributed.
         reinitialise: whether free units get fresh weights before the next task (``exact`` only).
-        layers: the only layers to partition, by name; default all.
-        exclude: layers that are not partitioned: the first task claims them whole.
+        layers: the only layers to partition, by the name of a layer or of a module around several; default all.
+        exclude: layers or modules that are not partitioned: the first task claims them whole.
     """
 
     measure: Measure = "weight"
@@ -104,7 +104,7 @@ class PartitionOptions:
         known = {layer for group in structure.groups for layer in group.layers}
         for name, wanted in (("layers", self.layers or ()), ("exclude", self.exclude)):
             for layer in wanted:
-                if layer not in known:
+                if not any(_inside(other, (layer,)) for other in known):
                     raise ContinualError(
                         f"partition: {name} names '{layer}', but the network has no such layer of hidden units;"
                         f" it has {', '.join(sorted(known))}."
@@ -112,8 +112,8 @@ class PartitionOptions:
         chosen = [
             group
             for group in structure.groups
-            if (self.layers is None or set(group.layers) & set(self.layers))
-            and not set(group.layers) & set(self.exclude)
+            if (self.layers is None or any(_inside(layer, self.layers) for layer in group.layers))
+            and not any(_inside(layer, self.exclude) for layer in group.layers)
             and group.size > 1  # a single unit cannot be split: the first task owns it
         ]
         if not chosen:
@@ -134,6 +134,11 @@ class PartitionOptions:
         if self.max_claim is None:
             return max(1, free // max(tasks_left, self.reserve_tasks))
         return max(1, min(math.floor(self.max_claim * size + 1e-9), free - (tasks_left - 1)))
+
+
+def _inside(layer: str, names: Sequence[str]) -> bool:
+    """Whether a layer is one of those named, or within a module of that name."""
+    return any(layer == name or layer.startswith(f"{name}.") for name in names)
 
 
 def _name(measure: Callable[..., Any]) -> str:

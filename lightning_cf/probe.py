@@ -74,21 +74,34 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def replaced(tensor: Tensor, mask: Bool[Tensor, "..."], values: Tensor | float) -> Iterator[None]:
+def replaced(tensor: Tensor, mask: Bool[Tensor, "..."], values: Callable[[torch.Size], Tensor]) -> Iterator[None]:
     """Some entries of a tensor with other values, meanwhile.
 
     Args:
         tensor: in place.
-        mask: which entries; broadcasts to the tensor.
-        values: theirs, in the order of ``tensor[mask]``, or one number.
+        mask: which entries; broadcasts to the tensor. One that varies along a single axis costs no more memory than
+            the entries themselves.
+        values: gives new ones of the shape of the old ones, however they are laid out.
     """
-    data, mask = tensor.detach(), mask.to(tensor.device).expand(tensor.shape)
-    before = data[mask]
-    data[mask] = values.to(data) if isinstance(values, Tensor) else values
+    data = tensor.detach()
+    mask = mask.reshape((1,) * (data.ndim - mask.ndim) + mask.shape).to(data.device)
+    wide = [axis for axis, size in enumerate(mask.shape) if size > 1]
+    if data.ndim and len(wide) <= 1:
+        axis = wide[0] if wide else 0
+        where = mask.flatten().expand(data.shape[axis]).nonzero().flatten()
+        before = data.index_select(axis, where)
+        data.index_copy_(axis, where, values(before.shape).to(data))
+    else:
+        mask = mask.expand(data.shape)
+        before = data[mask]
+        data[mask] = values(before.shape).to(data)
     try:
         yield
     finally:
-        data[mask] = before
+        if data.ndim and len(wide) <= 1:
+            data.index_copy_(axis, where, before)
+        else:
+            data[mask] = before
 
 
 @contextmanager
@@ -104,15 +117,16 @@ def _shaken(module: nn.Module, structure: Structure, owner: Tensor, draw: int, s
             mask = torch.ones((), dtype=torch.bool)
             for use in uses:
                 mask = mask & (lookup(use.target, owner, none=0) == FREE)
-            mask = mask.expand(tensor.shape)
             if tensor.numel() > SHAKEN:
                 rows = torch.rand(len(tensor), generator=generator) < SHAKEN / tensor.numel()
                 mask = mask & rows.reshape(-1, *[1] * (tensor.ndim - 1))
-            noise = torch.randn(int(mask.sum()), generator=generator)
-            if any(use.role in ("scale", "statistic") for use in uses):
-                noise = noise.abs() + 0.5  # of which some are variances
-            else:
-                noise *= size * max(float(tensor.detach().float().std(correction=0)), 0.01)
+            positive = any(use.role in ("scale", "statistic") for use in uses)  # of which some are variances
+            spread = size * max(float(tensor.detach().float().std(correction=0)), 0.01)
+
+            def noise(shape: torch.Size, positive: bool = positive, spread: float = spread) -> Tensor:
+                drawn = torch.randn(shape, generator=generator)
+                return drawn.abs() + 0.5 if positive else drawn * spread
+
             stack.enter_context(replaced(tensor, mask, noise))
         yield
 

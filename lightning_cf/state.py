@@ -139,7 +139,11 @@ def ledger_of(module: nn.Module) -> NeuronLedger | None:
 
 
 def keep_ledger(module: nn.Module, ledger: NeuronLedger) -> None:
-    """Makes a ledger the module's own, such as one that ``NeuronLedger.from_checkpoint`` read."""
+    """Makes a ledger the module's own, such as one that ``NeuronLedger.from_checkpoint`` read.
+
+    A network with norms that mix units needs it to compute what it computed when the checkpoint was written: under
+    ``exact`` these norms go by owners (see ``normalisation.py``). Loading a ContinualModule does it by itself.
+    """
     state = state_of(module)
     if state is None:
         object.__setattr__(module, _PENDING, ledger)

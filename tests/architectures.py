@@ -634,7 +634,7 @@ ARCHITECTURES = [
         ),
         twice,
     ),
-    Architecture("backbone that the first task keeps (exclude=)", backbone, exclude=("0.0.0", "0.1.0")),
+    Architecture("backbone that the first task keeps (exclude=)", backbone, exclude=("0",)),
     Architecture(
         "gated linear units",
         functional(lambda net, x: net.head(F.glu(net.first(x))), first=linear(64, 96), head=head(48)),

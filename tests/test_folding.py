@@ -224,7 +224,7 @@ def test_a_sample_of_inputs_folds_like_their_moments():
     weight, bias = torch.randn(5, 30, generator=generator), torch.randn(5, generator=generator)
     moments = Moments(torch.zeros(31, 31, dtype=torch.float64))
     moments.update(x)
-    sample = Sample(torch.cat([x, torch.ones(20, 1)], dim=1))
+    sample = Sample(torch.cat([x, torch.ones(20, 1)], dim=1), 20)
     kept = torch.rand(30, generator=generator) < 0.5
     for found, wanted in zip(fold(weight, bias, sample, kept), fold(weight, bias, moments, kept), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)

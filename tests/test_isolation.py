@@ -5,6 +5,7 @@ import torch
 from learning import classifier, fit, own_logits, score, tasks, three
 from torch import nn
 
+from lightning_cf import Classifier, ContinualModule, NeuronLedger, keep_ledger
 from lightning_cf.callbacks import MaskedGradientCallback
 from lightning_cf.freezing import Freezer
 from lightning_cf.ledger import FREE
@@ -82,3 +83,25 @@ def test_owned_norm_channels_are_normalised_alike_in_training_and_inference(netw
                 assert not torch.equal(trained[:, ~owned], inferred[:, ~owned])
                 seen += int(owned.sum())
     assert seen > 0
+
+
+def test_norms_by_owners_come_back_with_the_ledger(tmp_path):
+    def network():
+        hidden = nn.Linear(64, 48), nn.LayerNorm(48), nn.ReLU()
+        return Classifier(nn.Sequential(nn.Flatten(), *hidden, nn.Linear(48, 10)), optimizer=torch.optim.Adam)
+
+    module, (task, *_), path = network(), tasks(), tmp_path / "task.ckpt"
+    trainer = fit(module, task, three())
+    trainer.save_checkpoint(path)
+    x = next(iter(task.test_dataloader()))[0]
+    wanted = module.eval()(x)
+    loaded = network().eval()
+    loaded.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    assert not torch.equal(loaded(x), wanted)
+    keep_ledger(loaded, NeuronLedger.from_checkpoint(path))
+    assert torch.equal(loaded(x), wanted)
+    wrapped = ContinualModule(network()).eval()
+    checkpoint = torch.load(path, weights_only=True)
+    wrapped.on_load_checkpoint(checkpoint)
+    wrapped.load_state_dict(checkpoint["state_dict"])
+    assert torch.equal(wrapped(x), wanted)

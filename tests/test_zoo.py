@@ -2,6 +2,7 @@
 
 import zlib
 
+import architecture_table
 import pytest
 import torch
 import zoo
@@ -102,3 +103,14 @@ TIMM = zoo.configs() if zoo.available() else []
 def test_what_is_owned_stays_bitwise_on_networks_of_timm(name):
     config = next(c for c in TIMM if c.name == name)
     check(name, *zoo.build(config), name in zoo.REFUSED)
+
+
+def test_the_documentation_counts_them():
+    text = " ".join(architecture_table.PATH.read_text().split())
+    refused = sum(1 for a in ARCHITECTURES if a.refused and "no layer to partition" not in a.refused)
+    count = len(ARCHITECTURES)
+    assert f"Of {count} networks of this table {count - refused} are bitwise exact and {refused} are refused" in text
+    if zoo.available():
+        count, refused = len(TIMM), len(zoo.REFUSED)
+        assert f"of {count} networks of the timm library" in text
+        assert f"{count - refused} are bitwise exact and {refused} are refused" in text
