@@ -257,9 +257,10 @@ def _distance(a, bias_a, b, bias_b, power):
 
 
 def test_a_module_stands_for_the_layers_in_it():
-    network = nn.Sequential(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6)), nn.Linear(6, 7), nn.Linear(7, 2))
+    first = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6))
+    network = nn.Sequential(first, nn.Linear(6, 7), nn.Linear(7, 2))
     structure = trace(network, torch.ones(2, 4))
     assert [group.name for group in PartitionOptions(exclude=["0"]).partitioned(structure)] == ["1"]
     assert [group.name for group in PartitionOptions(layers=["0"]).partitioned(structure)] == ["0.0", "0.2"]
-    with pytest.raises(ContinualError, match="exclude names '0.1', but the network has no such layer"):
+    with pytest.raises(ContinualError, match=r"exclude names '0\.1', but the network has no such layer"):
         PartitionOptions(exclude=["0.1"]).partitioned(structure)
