@@ -25,7 +25,9 @@ from lightning_cf.assembly import Found, Use, assemble
 from lightning_cf.errors import StructureError
 from lightning_cf.labels import NONE, Units, sole_along
 from lightning_cf.normalisation import make_owner_aware, owner_aware_norms
-from lightning_cf.operations import Call, normalise, rule_of
+from lightning_cf.operations import rule_of
+from lightning_cf.rules.call import Call
+from lightning_cf.rules.norms import normalise
 from lightning_cf.shadows import Origin, Shadow, Shadows, laid_out_like
 from lightning_cf.structure import Forward, Role, Structure, call, eval_mode, named_tensors, samples
 

@@ -1,0 +1,1 @@
+"""What each kind of tensor operation does to units."""

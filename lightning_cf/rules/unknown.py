@@ -1,0 +1,60 @@
+"""Operations of which nothing is known, and numbers that leave the tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_cf.labels import NONE
+from lightning_cf.rules.call import Call, Tracer
+from lightning_cf.rules.elementwise import constant
+from lightning_cf.shadows import Shadow, laid_out_like
+
+
+def unite(tracer: Tracer, call: Call) -> None:
+    """Nothing is known of the operation: whatever it meets shares one fate."""
+    if all(tracer.is_constant(x) for x in call.tensors):
+        return constant(tracer, call)
+    weights = [x for x in call.tensors if tracer.is_weight(x)]
+    others = [x for x in call.tensors if not tracer.is_weight(x)]
+    if weights and call.results and not any(tracer.shadows[x].live for x in others):
+        one = torch.zeros((), dtype=torch.int64)
+        if not tracer.apart:
+            one = tracer.units.new(1)[0]  # couples all that it will scale
+            for x in weights:
+                tracer.use(x, "scale", one.expand(x.shape))
+            for x in others:
+                tracer.units.unite(one, tracer.shadows[x].labels)
+        for result in call.results:
+            tracer.shadows[result] = Shadow(result, laid_out_like(result, one))
+        return None
+    if not call.results:
+        for x in call.tensors:
+            tracer.read(x, call.name)
+        return None
+    one = torch.zeros((), dtype=torch.int64)
+    for x in others:
+        if x.numel():
+            found = tracer.mix(x, range(x.ndim), call.name, unknown=True).reshape(())
+            one = one if tracer.apart else tracer.units.unite(one, found)
+    if one == NONE and weights:
+        one = tracer.units.new(1)[0]
+    for x in weights:
+        tracer.use(x, "scale", one.expand(x.shape))
+    written = [x for x, a in zip(call.args, call.func._schema.arguments, strict=False) if _is_written(a)]
+    live = any(tracer.shadows[x].live for x in call.tensors)
+    for result in [*call.results, *(x for x in written if isinstance(x, Tensor))]:
+        tracer.write(result, one.expand(result.shape), live=live)
+    return None
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def read(tracer: Tracer, call: Call) -> None:
+    """A number leaves the tensors, and what is done with it cannot be seen."""
+    for x in call.tensors:
+        tracer.read(x, call.name)
