@@ -92,3 +92,9 @@ def test_an_operation_without_a_rule_is_warned_of():
     network = Wired(wire, first=nn.Linear(6, 8), head=nn.Linear(9, 3))
     with pytest.warns(StructureWarning, match=r"'aten\._cdist_forward' .* cannot be followed: 2 units of 'first'"):
         check(network, networks.flat())
+
+
+def test_a_network_that_draws_random_numbers_is_no_leak():
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    network[1].register_forward_hook(lambda layer, inputs, output: nn.functional.dropout(output, 0.5, True))
+    check(network, networks.flat())
