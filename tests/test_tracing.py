@@ -416,6 +416,15 @@ def test_outputs_that_several_layers_compute_together_are_refused():
         trace(network, torch.randn(2, 6))
 
 
+@pytest.mark.parametrize("reduce", [torch.mean, torch.sum, torch.amax])
+def test_outputs_reduced_over_several_heads_are_refused(reduce):
+    network = Wired(
+        lambda net, x: reduce(torch.stack([net.one(x), net.two(x)]), 0), one=nn.Linear(6, 3), two=nn.Linear(6, 3)
+    )
+    with pytest.raises(StructureError, match=r"mix the columns of 'one', 'two'"):
+        trace(network, torch.randn(2, 6))
+
+
 @pytest.mark.parametrize("join", [tuple, lambda outputs: torch.cat(outputs, dim=1)], ids=["apart", "joined"])
 def test_several_heads_are_one_group_of_outputs(join):
     network = Wired(lambda net, x: join([net.one(x), net.two(x)]), one=nn.Linear(6, 3), two=nn.Linear(6, 2))

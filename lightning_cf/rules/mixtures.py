@@ -38,7 +38,9 @@ def along(argument: str = "dim", *, keeps: bool = False) -> Rule:
         elif keeps:
             pass
         else:
-            labels = tracer.mix(x, dims, call.name) if tracer.apart else labels
+            # A number made from several units is none of them, not even at the end of the network.
+            now = tracer.apart or any(result.is_floating_point() for result in call.results)
+            labels = tracer.mix(x, dims, call.name) if now else labels
             for dim in dims:
                 labels = labels.amax(dim, keepdim=True)
         for result in call.results:
