@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,8 @@ def assemble(
     norms: Mapping[str, Tensor],
     mixings: Sequence[Found],
     reads: Sequence[Found],
+    computed: Mapping[str, str],
+    ended_by: str,
 ) -> Structure:
     """Numbers the units, group after group, the outputs last.
 
@@ -75,11 +77,14 @@ def assemble(
         norms: labels of the elements that a module normalises together.
         mixings: where labels were united.
         reads: where values were read.
+        computed: of parameters that are changed before they are used, by what.
+        ended_by: the operation that gave the outputs.
     """
     _unite_shared_layers(units, uses)
     placed = _place(units, uses)
     producers = _Producers(placed, tensors)
-    head = _head([units.resolve(labels) for labels, _ in outputs], producers)
+    read = {int(label) for uses in placed.values() for use in uses for label in use.source.unique() if label > NONE}
+    head = _head([units.resolve(labels) for labels, _ in outputs], producers, read, ended_by)
     members = [*producers.groups(without=head), head]
 
     numbers = torch.full((len(units),), NO_UNIT)
@@ -110,6 +115,7 @@ def assemble(
         norms={path: numbered(labels) for path, labels in norms.items()},
         mixings=tuple(_mixing(found, numbered, groups[:-1], tensors) for found in mixings),
         reads=tuple(_mixing(found, numbered, groups[:-1], tensors) for found in reads),
+        computed=dict(computed),
     )
 
 
@@ -178,10 +184,15 @@ class _Producers:
 
     def __init__(self, placed: Mapping[str, Sequence[_Placed]], tensors: Mapping[str, Tensor]) -> None:
         self.sites: dict[int, dict[str, tuple[tuple[int, ...], int, int]]] = {}
+        self.united: set[str] = set()
+        """Weights of which several rows or columns share one unit."""
         for name, uses in placed.items():
             for use in uses:
                 if use.role == "weight":
-                    self._add(name, compress(use.target))
+                    target = compress(use.target)
+                    self._add(name, target)
+                    if target.numel() not in tensors[name].shape[:2]:
+                        self.united.add(name)
 
     def _add(self, name: str, target: Tensor) -> None:
         flat = target.flatten()
@@ -204,22 +215,30 @@ class _Producers:
         return list(signatures.values())
 
 
-def _head(outputs: Sequence[Tensor], producers: _Producers) -> list[int]:
-    """Labels of the output columns, in the order of the rows of the layers that compute them."""
+def _head(outputs: Sequence[Tensor], producers: _Producers, read: Set[int], ended_by: str) -> list[int]:
+    """Labels of the output columns, in the order of the rows of the layers that compute them.
+
+    What other layers read is hidden, though the network may return it too, as long as it returns something else.
+    """
     columns = {label: None for x in outputs for label in x.flatten().tolist() if label}
     made = [label for label in columns if label in producers.sites]
+    made = [label for label in made if label not in read] or made
     if not made:
-        raise StructureError("The network cannot be traced: no layer with weights computes its output.")
+        raise StructureError(
+            f"The network cannot be traced: no layer with weights computes its output, which {ended_by} gives."
+        )
     layers: dict[str, None] = {}
     for label in made:
         found = dict.fromkeys(layer_of(name) for name in producers.sites[label])
         rows = max(count for _, count, _ in producers.sites[label].values())
-        if len(found) > 1 or rows > 1:
+        united = not producers.united.isdisjoint(producers.sites[label])
+        if rows > 1 or united or (len(found) > 1 and label in read):
             names = ", ".join(f"'{name}'" for name in sorted({*found, *layers}))
             raise StructureError(
-                f"The network cannot be traced: its outputs mix the columns of {names}."
+                f"The network cannot be traced: its outputs mix the columns of {names}; {ended_by} gives them."
                 " Let the forward pass end in layers that compute one column an output each, and return their outputs"
-                " or the outputs joined."
+                " or the outputs joined. Without that neither isolation='perturb' nor exclude= can tell tasks'"
+                " outputs apart."
             )
         layers |= found
     order = list(layers)

@@ -14,7 +14,7 @@ from lightning_cf.ledger import FREE, NeuronLedger, TaskEntry
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.probe import first_leak, replaced
 from lightning_cf.randomness import keyed_generator
-from lightning_cf.structure import Forward, Structure, call
+from lightning_cf.structure import Forward, Structure, call, layer_of
 
 DRAWS = 2
 """How many random claims are tried."""
@@ -57,8 +57,8 @@ def check_exact(
             hidden = f"'{layer}'" if layer in partitioned else "..."
             raise StructureError(
                 f"isolation='exact' cannot hold: {_where(module, layer)} change when only free weights change, though"
-                f" the weights from free into claimed units are zero. Use isolation='perturb', or exclude=[{hidden}],"
-                " which leaves the layers there to the first task."
+                f" the weights from free into claimed units are zero{_why(structure, layer)}. Use"
+                f" isolation='perturb', or exclude=[{hidden}], which leaves the layers there to the first task."
             )
 
 
@@ -86,6 +86,12 @@ def _where(module: nn.Module, layer: str) -> str:
     if layer not in dict(module.named_modules()):
         return "claimed outputs of the network"
     return f"claimed units of layer '{layer}' ({type(module.get_submodule(layer)).__name__})"
+
+
+def _why(structure: Structure, layer: str) -> str:
+    """The operation that changes the layer's weights before they are used, where there is one."""
+    found = [f", until {by} changes '{name}'" for name, by in structure.computed.items() if layer_of(name) == layer]
+    return found[0] if found else ""
 
 
 def _names(layers: list[str]) -> str:

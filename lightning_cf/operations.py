@@ -230,5 +230,10 @@ def rule_of(func: Any) -> tuple[Rule, bool]:
     return unite, False
 
 
+def is_movement(func: Any) -> bool:
+    """Whether an operator puts elements in other places and changes none."""
+    return rule_of(func)[0].__module__ == move.__module__
+
+
 _BINARY = {aten.max.other, aten.min.other}
 _TRANSPARENT = {aten._to_copy, aten._unsafe_view, aten.clone, aten.flip, aten.roll}

@@ -117,9 +117,11 @@ class PartitionOptions:
             and group.size > 1  # a single unit cannot be split: the first task owns it
         ]
         if not chosen:
+            united = " ".join(dict.fromkeys(found.message() for found in structure.mixings if found.collapsed))
             raise ContinualError(
                 "partition: layers and exclude leave no layer to partition; a layer whose units all share one fate"
                 " counts as excluded. isolation='perturb' keeps units apart that isolation='exact' has to unite."
+                + (f" {united}" if united else "")
             )
         return chosen
 

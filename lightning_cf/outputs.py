@@ -74,7 +74,8 @@ class OutputView:
     ) -> Float[Tensor, "..."]:
         """One of several heads keeps its columns and shows those of the task."""
         columns = self._columns(output)[:, own.to(output.device)]
-        return output.masked_fill(_along(head, columns == MASKED, output), torch.finfo(output.dtype).min)
+        lowest = torch.finfo(output.dtype).min / len(self.heads)  # the heads' outputs may be added up
+        return output.masked_fill(_along(head, columns == MASKED, output), lowest)
 
     def _hook(self, head: nn.Module, args: object, output: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         columns = _along(head, self._columns(output), output)

@@ -115,6 +115,19 @@ class Origin:
         return placed.reshape(self.shape)
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A union of units that waits until something reads the result of an operation that mixes them.
+
+    Attributes:
+        settle: makes it.
+        final: whether to make it also where the network returns the result.
+    """
+
+    settle: Callable[[], None]
+    final: bool
+
+
 @dataclass
 class Shadow:
     """What travels beside a tensor.
@@ -123,7 +136,7 @@ class Shadow:
         tensor: kept alive, so that its identity is not used again.
         labels: the unit of each element, 0 where none computed it; of a weight, the units with whom it is coupled.
         origins: for what is made from parameters or buffers alone, entry by entry.
-        live: whether it depends on the network's input.
+        live: whether it is an activation: it depends on the network's input, or units compute it from parameters alone.
         pending: unions to make when a later operation reads it.
     """
 
@@ -131,7 +144,7 @@ class Shadow:
     labels: Tensor
     origins: dict[str, Origin] = field(default_factory=dict)
     live: bool = False
-    pending: list[Callable[[], None]] = field(default_factory=list)
+    pending: list[Pending] = field(default_factory=list)
 
     @property
     def weight(self) -> bool:

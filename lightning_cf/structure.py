@@ -179,6 +179,7 @@ class Structure:
             network's input.
         mixings: where units were united because an operation mixes them.
         reads: where values of units became numbers in Python.
+        computed: for parameters that an operation changes before they are used, that operation and its module.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -188,6 +189,7 @@ class Structure:
     norms: Mapping[str, Int64[Tensor, "..."]] = field(default_factory=dict)
     mixings: tuple[Mixing, ...] = ()
     reads: tuple[Mixing, ...] = ()
+    computed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def n_units(self) -> int:

@@ -25,10 +25,10 @@ from lightning_cf.assembly import Found, Use, assemble
 from lightning_cf.errors import StructureError
 from lightning_cf.labels import NONE, Units, sole_along
 from lightning_cf.normalisation import make_owner_aware, owner_aware_norms
-from lightning_cf.operations import rule_of
+from lightning_cf.operations import is_movement, rule_of
 from lightning_cf.rules.call import Call
 from lightning_cf.rules.norms import normalise
-from lightning_cf.shadows import Origin, Shadow, Shadows, laid_out_like
+from lightning_cf.shadows import Origin, Pending, Shadow, Shadows, laid_out_like
 from lightning_cf.structure import Forward, Role, Structure, call, eval_mode, named_tensors, samples
 
 
@@ -112,6 +112,8 @@ class _Tracer(TorchDispatchMode):
         self.norms: dict[str, Tensor] = {}
         self.mixings: list[Found] = []
         self.reads: list[Found] = []
+        self.computed: dict[str, str] = {}
+        self.made_by: dict[int, str] = {}
         self.touched: set[str] = set()
         self.running = [""]
         """Paths of the modules that run, the innermost last."""
@@ -126,6 +128,8 @@ class _Tracer(TorchDispatchMode):
         this = Call.of(func, args, kwargs, out)
         self.touched.update(name for x in this.tensors for name in self.shadows[x].origins)
         rule, transparent = rule_of(func)
+        here = f"'{this.name}' in module '{self.path or 'forward'}'"
+        self.made_by |= {id(x): here for x in this.results}
         pending = [mixing for x in this.tensors for mixing in self.shadows[x].pending]
         if transparent and len({id(x) for x in this.tensors}) == 1:
             rule(self, this)
@@ -134,6 +138,9 @@ class _Tracer(TorchDispatchMode):
         else:
             self.settle(this.tensors)
             rule(self, this)
+        if not is_movement(func):
+            trained = [(n, o) for x in this.results if self.is_weight(x) for n, o in self.shadows[x].origins.items()]
+            self.computed |= {name: here for name, origin in trained if origin.trained}
         return out
 
     @contextmanager
@@ -247,8 +254,12 @@ class _Tracer(TorchDispatchMode):
         self._note(labels, dims, operation, unknown, self.path)
         return self.units.unite_along(labels, dims)
 
-    def mix_later(self, x: Tensor, result: Tensor, dims: Sequence[int], operation: str) -> None:
-        """As :meth:`mix`, when a later operation reads ``result``: at the end of a network nothing does."""
+    def mix_later(self, x: Tensor, result: Tensor, dims: Sequence[int], operation: str, *, final: bool = False) -> None:
+        """As :meth:`mix`, once a later operation reads ``result``; with ``final`` also where the network returns it.
+
+        So that what nobody reads, such as the mean over heads that ``nn.MultiheadAttention`` returns beside its
+        outputs, unites nothing.
+        """
         path = self.path
         if self.apart:
             return
@@ -258,14 +269,14 @@ class _Tracer(TorchDispatchMode):
             self._note(labels, dims, operation, False, path)
             self.units.unite_along(labels, dims)
 
-        self.shadows[result].pending = [*self.shadows[result].pending, settle]
+        self.shadows[result].pending = [*self.shadows[result].pending, Pending(settle, final)]
 
     def settle(self, tensors: Sequence[Tensor]) -> None:
         """Does what :meth:`mix_later` put off."""
         for x in tensors:
             pending, self.shadows[x].pending = self.shadows[x].pending, []
             for mixing in pending:
-                mixing()
+                mixing.settle()
 
     # Parts
 
@@ -309,10 +320,21 @@ class _Tracer(TorchDispatchMode):
         """Numbers the units and gathers them in groups."""
         labels = []
         for x in outputs:
-            found = self.labels(x)
-            labels.append((found, bool(self.shadows[x].pending)))
+            for mixing in self.shadows[x].pending:
+                if mixing.final:
+                    mixing.settle()
+            labels.append((self.labels(x), any(not mixing.final for mixing in self.shadows[x].pending)))
         return assemble(
-            self.tensors, self.units, self._all_uses(), labels, self.batch, self.norms, self.mixings, self.reads
+            self.tensors,
+            self.units,
+            self._all_uses(),
+            labels,
+            self.batch,
+            self.norms,
+            self.mixings,
+            self.reads,
+            self.computed,
+            " and ".join(dict.fromkeys(self.made_by[id(x)] for x in outputs if id(x) in self.made_by)) or "nothing",
         )
 
 

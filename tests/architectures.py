@@ -397,7 +397,7 @@ def multihead(net, x):
 
 
 class Decoder(nn.Module):
-    """Predicts from the last token; its second embedding reads with the weights of the first."""
+    """Predicts from the mean over tokens; its second embedding reads with the weights of the first."""
 
     def __init__(self):
         super().__init__()
@@ -408,6 +408,88 @@ class Decoder(nn.Module):
     def forward(self, x):
         x = self.norm(self.blocks(self.words(x) + self.position)).mean(1)
         return self.head(F.relu(F.linear(x, self.words.weight)))
+
+
+class GPT(nn.Module):
+    """Predicts from the last token."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places = nn.Embedding(256, WIDTH), nn.Embedding(16, WIDTH)
+        self.blocks = nn.Sequential(block(WIDTH, causal=True), block(WIDTH, causal=True))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10)
+
+    def forward(self, x):
+        x = self.words(x) + self.places(torch.arange(x.shape[1]))
+        return self.head(self.norm(self.blocks(x))[:, -1])
+
+
+class Llama(nn.Module):
+    """Rotary positions, fewer keys than queries, gated feed-forward layers, RMSNorm; predicts from the mean."""
+
+    def __init__(self, width=WIDTH, heads=8):
+        super().__init__()
+        self.words, self.heads = nn.Embedding(256, width), heads
+        self.q, self.kv, self.o = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.gate, self.up, self.down = nn.Linear(width, 48), nn.Linear(width, 48), nn.Linear(48, width)
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(3))
+        self.head = nn.Linear(width, 10)
+
+    def rotated(self, x):
+        half = x.shape[-1] // 2
+        angles = torch.arange(x.shape[-2])[:, None] * 100.0 ** (-torch.arange(half) / half)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], dim=-1)
+
+    def forward(self, x):
+        x = self.words(x)
+        y = self.norms[0](x)
+        q = self.q(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(y).unflatten(-1, (2, self.heads // 2, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(self.rotated(q), self.rotated(k), v, is_causal=True, enable_gqa=True)
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        y = self.norms[1](x)
+        x = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return self.head(self.norms[2](x).mean(1))
+
+
+def encoder_decoder(net, x):
+    x = net.embed(x)
+    return net.head(net.transformer(x, net.query.expand(len(x), -1, -1)).flatten(1))
+
+
+def cells(net, x):
+    h = c = x.new_zeros(len(x), WIDTH)
+    for token in x.unbind(1):
+        h, c = net.cell(token, (h, c))
+    return net.head(h)
+
+
+def wavenet(net, x):
+    x, skip = net.first(x), 0
+    for at, (value, gate) in enumerate(zip(net.values, net.gates, strict=True)):
+        y = F.pad(x, (2 * 2**at, 0))
+        y = value(y).tanh() * gate(y).sigmoid()
+        x, skip = x + net.mixers[at](y), skip + net.skips[at](y)
+    return net.head(F.adaptive_max_pool1d(F.relu(skip), 4).flatten(1))
+
+
+def modules(count, make):
+    return lambda: nn.ModuleList(make(at) for at in range(count))
+
+
+def pyramid(net, x):
+    a = F.relu(net.first(x))
+    b = F.relu(net.second(a))
+    low = net.low(b)
+    high = net.high(a) + F.interpolate(low, size=a.shape[2:], mode="nearest")
+    return net.head(torch.cat([F.relu(y).amax((2, 3)) for y in (low, high)], dim=1))
+
+
+def graph(net, x):
+    """Rows of an image as nodes, each beside its neighbours."""
+    near = torch.eye(8) + torch.eye(8).roll(1, 0) + torch.eye(8).roll(-1, 0)
+    return net.head(F.relu(near @ net.second(F.relu(near @ net.first(x)))).flatten(1) / 8)
 
 
 def query_pooling(net, x):
@@ -508,11 +590,24 @@ ARCHITECTURES = [
     Architecture("MLP with LayerNorm", lambda: mlp(nn.LayerNorm), flat),
     Architecture("MLP with RMSNorm", lambda: mlp(nn.RMSNorm), flat),
     Architecture("MLP with dropout", lambda: mlp(lambda width: nn.Dropout(0.2), width=48), flat),
-    Architecture("MLP with PReLU", lambda: mlp(lambda width: nn.PReLU(), nn.PReLU), flat),
+    Architecture(
+        "MLP with PReLU, one slope and a slope a unit",
+        lambda: nn.Sequential(
+            *(nn.Linear(64, WIDTH), nn.PReLU(), nn.Linear(WIDTH, WIDTH), nn.PReLU(WIDTH), nn.Linear(WIDTH, 10))
+        ),
+        flat,
+    ),
     Architecture(
         "lazy layers",
         lambda: nn.Sequential(nn.LazyLinear(48), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(10)),
         flat,
+    ),
+    Architecture(
+        "lazy convolutions",
+        lambda: nn.Sequential(
+            *(nn.LazyConv2d(24, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.LazyConv2d(WIDTH, 3, 2), nn.ReLU()),
+            *(nn.Flatten(), nn.LazyLinear(10)),
+        ),
     ),
     Architecture(
         "VGG", lambda: classify(conv(1, 24), conv(24, 24), nn.MaxPool2d(2), conv(24, WIDTH), nn.Dropout2d(0.1))
@@ -582,6 +677,19 @@ ARCHITECTURES = [
         rows,
     ),
     Architecture("Transformer decoder, tied embedding", Decoder, words),
+    Architecture("causal Transformer, last token (GPT)", GPT, words, epochs=24),
+    Architecture("rotary, grouped-query, SwiGLU, RMSNorm (LLaMA)", Llama, words, epochs=16),
+    Architecture(
+        "nn.Transformer with a learned query",
+        functional(
+            encoder_decoder,
+            embed=lambda: nn.Sequential(nn.Linear(8, WIDTH), Position(8, WIDTH)),
+            transformer=lambda: nn.Transformer(WIDTH, 4, 1, 1, 48, 0.0, batch_first=True),
+            query=parameter(1, 4, WIDTH),
+            head=head(4 * WIDTH),
+        ),
+        rows,
+    ),
     Architecture(
         "attention pooling by a learned query",
         functional(
@@ -604,6 +712,43 @@ ARCHITECTURES = [
     Architecture("LSTM", recurrent(nn.LSTM), rows),
     Architecture("GRU", recurrent(nn.GRU), rows),
     Architecture(
+        "bidirectional LSTM of two layers",
+        functional(
+            lambda net, x: net.head(net.layer(x)[0].flatten(1)),
+            layer=lambda: nn.LSTM(8, 24, 2, batch_first=True, bidirectional=True),
+            head=head(8 * 48),
+        ),
+        rows,
+    ),
+    Architecture(
+        "LSTMCell in a loop", functional(cells, cell=lambda: nn.LSTMCell(8, WIDTH), head=head()), rows, epochs=24
+    ),
+    Architecture(
+        "gated dilated convolutions (WaveNet)",
+        functional(
+            wavenet,
+            first=lambda: nn.Conv1d(8, WIDTH, 1),
+            values=modules(2, lambda at: nn.Conv1d(WIDTH, 24, 3, dilation=2**at)),
+            gates=modules(2, lambda at: nn.Conv1d(WIDTH, 24, 3, dilation=2**at)),
+            mixers=modules(2, lambda at: nn.Conv1d(24, WIDTH, 1)),
+            skips=modules(2, lambda at: nn.Conv1d(24, 40, 1)),
+            head=head(160),
+        ),
+        rows,
+    ),
+    Architecture(
+        "feature pyramid",
+        functional(
+            pyramid,
+            first=lambda: nn.Conv2d(1, 24, 3),
+            second=lambda: nn.Conv2d(24, WIDTH, 3, 2),
+            low=lambda: nn.Conv2d(WIDTH, 48, 1),
+            high=lambda: nn.Conv2d(24, 48, 1),
+            head=head(96),
+        ),
+    ),
+    Architecture("graph convolutions", functional(graph, first=linear(8), second=linear(), head=head(8 * WIDTH)), rows),
+    Architecture(
         "weight_norm (parametrized)",
         lambda: nn.Sequential(
             *(weight_norm(nn.Conv2d)(1, 24, 3), nn.ReLU(), nn.Flatten()),
@@ -624,6 +769,16 @@ ARCHITECTURES = [
         "weights tied to their transpose", functional(tied_autoencoder, layer=linear(64, 48), head=head(112)), flat
     ),
     Architecture("several heads (ModuleDict)", Heads, flat),
+    Architecture(
+        "two heads, their outputs added up",
+        functional(
+            lambda net, x: net.wide(F.relu(net.hidden(x))) + net.deep(x),
+            hidden=linear(64, 48),
+            wide=head(48),
+            deep=linear(64, 10),
+        ),
+        flat,
+    ),
     Architecture(
         "several inputs",
         functional(

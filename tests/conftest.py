@@ -1,5 +1,7 @@
 """Checks the package's annotations, shapes included, while the tests run."""
 
+import os
+
 import jaxtyping
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import settings
 
 jaxtyping.install_import_hook("lightning_cf", "typechecking.checked")  # before anything imports the package
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of notebooks and commands: test processes side by side share the cores
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tests")
 

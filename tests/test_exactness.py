@@ -38,7 +38,10 @@ def standardised_network():
 
 
 def test_weights_that_refill_their_zeros_are_refused():
-    message = r"claimed units of layer '2' \(StandardisedConv\) change .* isolation='perturb', or exclude=\['2'\]"
+    message = (
+        r"claimed units of layer '2' \(StandardisedConv\) change .* until 'aten\.div' in module '2' changes"
+        r" '2\.weight'\. Use isolation='perturb', or exclude=\['2'\]"
+    )
     with pytest.raises(StructureError, match=message):
         check(standardised_network(), networks.image())
 

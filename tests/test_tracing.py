@@ -410,19 +410,71 @@ def test_a_forward_pass_that_writes_into_a_parameter_is_refused():
         trace(layers(wire), torch.randn(2, 6))
 
 
-def test_outputs_that_several_layers_compute_together_are_refused():
-    network = Wired(lambda net, x: net.one(x) + net.two(x), one=nn.Linear(6, 3), two=nn.Linear(6, 3))
-    with pytest.raises(StructureError, match=r"mix the columns of 'one', 'two'\. Let the forward pass end"):
+def test_heads_whose_outputs_are_added_up_are_one_head():
+    network = Wired(
+        lambda net, x: (net.one(x) + net.two(x.relu())) / 2, one=nn.Linear(6, 3), two=nn.Linear(6, 3, bias=False)
+    )
+    head = trace(network, torch.randn(2, 6)).head
+    assert (head.size, head.layers) == (3, ("one", "two"))
+    assert [(rows.tensor, rows.index.tolist()) for rows in head.rows] == [
+        (name, [[0], [1], [2]]) for name in ("one.weight", "one.bias", "two.weight")
+    ]
+
+
+def test_a_head_that_another_head_reads_is_refused():
+    network = Wired(lambda net, x: net.one(x) + net.two(net.one(x)), one=nn.Linear(6, 3), two=nn.Linear(3, 3))
+    message = r"mix the columns of 'one', 'two'; 'aten\.add' in module 'forward' gives them\. Let the forward pass end"
+    with pytest.raises(StructureError, match=message):
         trace(network, torch.randn(2, 6))
+
+
+def test_features_that_are_returned_beside_the_outputs_are_hidden():
+    network = Wired(
+        lambda net, x: {"features": net.hidden(x), "logits": net.head(net.hidden(x).relu())},
+        hidden=nn.Linear(6, 5),
+        head=nn.Linear(5, 3),
+    )
+    structure = trace(network, torch.randn(2, 6))
+    assert ([group.name for group in structure.groups], structure.head.name) == (["hidden"], "head")
+
+
+def test_a_mean_over_attention_heads_that_nobody_reads_unites_none():
+    network = Wired(
+        lambda net, x: net.head(net.attention(x, x, x)[0].relu()),
+        attention=nn.MultiheadAttention(8, 4, batch_first=True),
+        head=nn.Linear(8, 3),
+    )
+    assert [group.size for group in trace(network, torch.randn(2, 5, 8)).groups] == [4, 8]
+    both = Wired(
+        lambda net, x: (lambda y, shares: (net.head(y.relu()), shares))(*net.attention(x, x, x)),
+        attention=nn.MultiheadAttention(8, 4, batch_first=True),
+        head=nn.Linear(8, 3),
+    )
+    assert [group.size for group in trace(both, torch.randn(2, 5, 8)).groups] == [1, 8]
+
+
+def test_what_units_compute_from_parameters_alone_is_an_activation():
+    network = Wired(
+        lambda net, x: net.head(net.attention(net.query.expand(len(x), -1, -1), x, x)[0].relu()),
+        query=nn.Parameter(torch.randn(1, 3, 8)),
+        attention=nn.MultiheadAttention(8, 4, batch_first=True),
+        head=nn.Linear(8, 3),
+    )
+    assert [group.size for group in trace(network, torch.randn(2, 5, 8)).groups] == [4, 8]
 
 
 @pytest.mark.parametrize("reduce", [torch.mean, torch.sum, torch.amax])
-def test_outputs_reduced_over_several_heads_are_refused(reduce):
-    network = Wired(
-        lambda net, x: reduce(torch.stack([net.one(x), net.two(x)]), 0), one=nn.Linear(6, 3), two=nn.Linear(6, 3)
-    )
-    with pytest.raises(StructureError, match=r"mix the columns of 'one', 'two'"):
-        trace(network, torch.randn(2, 6))
+def test_outputs_reduced_over_several_heads_are_one_head_and_over_columns_refused(reduce):
+    def network(dim):
+        return Wired(
+            lambda net, x: reduce(torch.stack([net.one(x), net.two(x)]), dim), one=nn.Linear(6, 3), two=nn.Linear(6, 3)
+        )
+
+    structure = trace(network(0), torch.randn(2, 6))
+    assert (structure.head.size, structure.head.layers) == (3, ("one", "two"))
+    assert structure.output_units[0].tolist() == [[0, 1, 2]]
+    with pytest.raises(StructureError, match=r"mix the columns of 'one'; 'aten\.\w+' in module 'forward' gives them"):
+        trace(network(2), torch.randn(2, 6))
 
 
 @pytest.mark.parametrize("join", [tuple, lambda outputs: torch.cat(outputs, dim=1)], ids=["apart", "joined"])

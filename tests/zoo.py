@@ -69,7 +69,7 @@ class Config:
     @property
     def quick(self):
         """Whether it is checked in every run of the tests."""
-        return self.name not in SLOW
+        return self.name in QUICK
 
 
 def configs():
@@ -119,18 +119,11 @@ def configs():
     ]
 
 
-REFUSED = {
-    "nf_resnet26", "nfnet_l0", "eca_nfnet_l0", "resnetv2_50x1_bit",  # weights are standardised
-    "repvit_m0_9", "deit_tiny_distilled_patch16_224",  # outputs are means over two heads
-}  # fmt: skip
-SLOW = {
-    "vgg11", "vgg11_bn", "gcresnet33ts", "rdnet_tiny", "focalnet_tiny_srf", "davit_tiny", "caformer_s18",
-    "resmlp_12_224", "mobilevit_xxs", "mobileone_s0", "ghostnetv2_100", "efficientvit_m0", "wide_resnet50_2",
-    "mixer_s32_224", "mobilevitv2_050", "eca_nfnet_l0", "edgenext_xx_small", "gmlp_ti16_224", "hrnet_w18_small",
-    "xception41", "nf_resnet26", "nfnet_l0", "resnetv2_50x1_bit", "darknet17", "mambaout_femto", "coatnet_pico_rw_224",
-    "poolformer_s12", "rexnet_100", "selecsls42", "tresnet_m", "ghostnet_050", "efficientnet_b0",
-    "tf_efficientnetv2_b0", "fastvit_t8", "resnest14d", "repvgg_a0", "spnasnet_100", "gernet_s", "inception_v3",
-    "resnetv2_50", "dpn48b", "vovnet39a", "lambda_resnet26t", "cspresnet50", "fbnetc_100", "shvit_s1",
+REFUSED = {"nf_resnet26", "nfnet_l0", "eca_nfnet_l0", "resnetv2_50x1_bit"}  # weights are standardised
+QUICK = {
+    "resnet18", "res2net50_26w_4s", "skresnet18", "mobilenetv3_small_050", "regnety_002", "convnextv2_atto",
+    "densenet121", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224",
+    "nf_resnet26", "sequencer2d_s", "xcit_nano_12_p8_224",
 }  # fmt: skip
 
 RESNETS = (

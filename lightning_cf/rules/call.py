@@ -106,8 +106,8 @@ class Tracer(Protocol):
         """Unites the units of ``x`` along dims."""
         ...
 
-    def mix_later(self, x: Tensor, result: Tensor, dims: Sequence[int], operation: str) -> None:
-        """Unites them when a later operation reads ``result``."""
+    def mix_later(self, x: Tensor, result: Tensor, dims: Sequence[int], operation: str, *, final: bool = False) -> None:
+        """Unites them when a later operation reads ``result``; with ``final`` also where the network returns it."""
         ...
 
     def own(self, x: Tensor) -> None:

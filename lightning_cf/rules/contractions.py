@@ -27,7 +27,7 @@ def contract(first: str, second: str, bias: str | None = None) -> Rule:
             tracer.use(added, "bias", labels)
         elif added is not None:
             labels = tracer.units.unite(labels, tracer.labels(added))
-        tracer.write(out, labels, live=any(tracer.shadows[x].live for x in call.tensors))
+        tracer.write(out, labels)
         return None
 
     return rule

@@ -35,18 +35,15 @@ def along(argument: str = "dim", *, keeps: bool = False) -> Rule:
         if not mixes:  # positions, or one unit
             for dim in dims:
                 labels = labels.amax(dim, keepdim=True) if labels.shape[dim] else labels
-        elif keeps:
-            pass
-        else:
-            # A number made from several units is none of them, not even at the end of the network.
-            now = tracer.apart or any(result.is_floating_point() for result in call.results)
-            labels = tracer.mix(x, dims, call.name) if now else labels
+        elif not keeps:
+            labels = tracer.mix(x, dims, call.name) if tracer.apart else labels
             for dim in dims:
                 labels = labels.amax(dim, keepdim=True)
         for result in call.results:
             tracer.write(result, labels.expand(result.shape) if result.ndim == x.ndim else labels.reshape(result.shape))
             if mixes:
-                tracer.mix_later(x, result, dims, call.name)
+                # A number made from several units is none of them, not even at the end of the network.
+                tracer.mix_later(x, result, dims, call.name, final=not keeps and result.is_floating_point())
         return None
 
     return rule
