@@ -2,7 +2,14 @@
 
 from lightning_cf.affine import Rotation, Scaling, Shear, Translation
 from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback
-from lightning_cf.errors import CapacityError, ContinualError, LeakError, StructureError, StructureWarning
+from lightning_cf.errors import (
+    CapacityError,
+    ContinualError,
+    FrozenWarning,
+    LeakError,
+    StructureError,
+    StructureWarning,
+)
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.models import Classifier
 from lightning_cf.module import ContinualModule
@@ -22,6 +29,7 @@ __all__ = [
     "Compose",
     "ContinualError",
     "ContinualModule",
+    "FrozenWarning",
     "GivenSubspace",
     "InSubspace",
     "InvarianceCallback",

@@ -13,6 +13,10 @@ class StructureWarning(UserWarning):
     """A network that works, but in which more units share one fate than its layers suggest."""
 
 
+class FrozenWarning(UserWarning):
+    """Something changed what belongs to earlier tasks; it was put back."""
+
+
 class CapacityError(ContinualError):
     """No free unit is left where a new task needs one."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,17 +13,39 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.structure import eval_mode
+from lightning_cf.structure import eval_mode, in_precision_of
 from lightning_cf.tasks import Batches, Task
 
 
 def on_device(module: LightningModule, task: Task, batch: Any) -> Any:
-    """A batch as a training step would get it: through the data's or else the module's transfer hooks."""
+    """A batch as a training step would get it: in the network's precision, through the data's or module's hooks."""
+    batch = in_precision_of(module, batch)
     for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
         owner: Any = task if hook in task.__dict__ else module
         between = (module.device,) if hook == "transfer_batch_to_device" else ()
         batch = getattr(owner, hook)(batch, *between, 0)
     return batch
+
+
+@contextmanager
+def forward_context(module: LightningModule) -> Iterator[None]:
+    """What the Trainer's precision puts around a forward pass, such as autocast; nothing without a Trainer."""
+    trainer = getattr(module, "_trainer", None)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    with ExitStack() as stack:
+        if trainer is not None:
+            with trainer.precision_plugin.forward_context():
+                converted = torch.get_default_dtype() == dtype
+            if converted:  # else the Trainer has not yet given the module its precision
+                stack.enter_context(trainer.precision_plugin.forward_context())
+        yield
+
+
+def predict(module: LightningModule, task: Task, batch: Any) -> tuple[Tensor, Tensor]:
+    """The task's predictions and targets for a batch, computed in the Trainer's precision, with numbers of 4 bytes."""
+    with forward_context(module):
+        predictions, target = task.evaluate(module, on_device(module, task, batch))
+    return predictions.float() if predictions.dtype in (torch.float16, torch.bfloat16) else predictions, target
 
 
 def metric_for(task: Task, predictions: Tensor) -> Metric:
@@ -53,7 +76,7 @@ def evaluate(module: LightningModule, task: Task, batches: Batches) -> float:
     metric: Metric | None = None
     with eval_mode(module):
         for batch in batches:
-            predictions, target = task.evaluate(module, on_device(module, task, batch))
+            predictions, target = predict(module, task, batch)
             metric = metric or metric_for(task, predictions)
             metric.update(predictions, target)
     if metric is None:
@@ -78,7 +101,7 @@ def constant_predictor(
     metrics: dict[int, Metric] = {}
     with eval_mode(module), shown:
         for batch in batches:
-            predictions, target = task.evaluate(module, on_device(module, task, batch))
+            predictions, target = predict(module, task, batch)
             for label in task.classes:
                 metric = metrics.setdefault(label, metric_for(task, predictions))
                 constant = torch.zeros_like(predictions)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 
@@ -19,10 +20,10 @@ class Freezer:
 
     Two hooks do it. A post-accumulate-grad hook fills the frozen entries of each gradient with zero, so that clipping
     and gradient scaling see only live gradients; filling, not multiplying, since 0 times inf is NaN. A step hook
-    copies the frozen entries back after each optimiser step, since weight decay, momentum and second-order methods
-    move entries whose gradient is zero. Frozen BatchNorm channels are normalised by their running statistics in train
-    mode too, and these do not move. Buffers that a forward pass changes, such as the vectors of spectral_norm, are put
-    back with each step.
+    copies the frozen entries back after each step of any optimiser, since weight decay, momentum and second-order
+    methods move entries whose gradient is zero; it is there for optimisers too that nobody told of. Frozen BatchNorm
+    channels are normalised by their running statistics in train mode too, and these do not move. Buffers that a
+    forward pass changes, such as the vectors of spectral_norm, are put back with each step.
 
     >>> layer = nn.Linear(2, 2)
     >>> before = layer.weight.detach().clone()
@@ -65,10 +66,8 @@ class Freezer:
         self.optimizers = list(optimizers)
         self.save()
         for entries in self.entries:
-            if entries.parameter.requires_grad:
-                self.handles.append(entries.parameter.register_post_accumulate_grad_hook(entries.zero_gradient))
-        for optimizer in self.optimizers:
-            self.handles.append(optimizer.register_step_post_hook(self._after_step))
+            self.handles.append(_hook_gradient(entries))
+        self.handles.append(register_optimizer_step_post_hook(self._after_step))
         for norm in self.norms:
             if bool(norm.channels.any()):
                 norm.save()
@@ -79,6 +78,11 @@ class Freezer:
         """Remembers the frozen entries of parameters and buffers as they are now."""
         for entries in (*self.entries, *self.buffers):
             entries.save()
+
+    def restore(self) -> None:
+        """Puts the frozen entries of parameters and buffers back."""
+        for entries in (*self.entries, *self.buffers):
+            entries.restore()
 
     def detach(self) -> None:
         """Removes every hook; buffers that a forward pass changed since the last step are put back."""
@@ -108,8 +112,17 @@ class Freezer:
                         entries.fill_zero(value)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for entries in (*self.entries, *self.buffers):
-            entries.restore()
+        self.restore()
+
+
+def _hook_gradient(entries: FrozenEntries) -> RemovableHandle:
+    """Hooks into a parameter's gradient, also of one that needs none yet: it may be unfrozen during the fit."""
+    parameter = entries.parameter
+    needed = parameter.requires_grad
+    parameter.requires_grad_(True)
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(entries.zero_gradient)
+    parameter.requires_grad_(needed)
+    return handle
 
 
 class FrozenEntries:
@@ -123,6 +136,7 @@ class FrozenEntries:
         self.index: Tensor | None = None
         self.mask: Tensor | None = None
         mask = mask.reshape((1,) * (parameter.ndim - mask.ndim) + mask.shape)
+        self.broadcast = mask
         wide = [axis for axis, size in enumerate(mask.shape) if size > 1]
         if not bool(mask.all()):
             if len(wide) == 1:
@@ -141,13 +155,27 @@ class FrozenEntries:
 
     def zero_gradient(self, parameter: Tensor) -> None:
         """Fills the frozen entries of the gradient with zero."""
-        if parameter.grad is not None:
+        if parameter.grad is None:
+            return
+        if parameter.grad.is_sparse:
+            gradient = parameter.grad.coalesce()
+            there = self.broadcast.to(gradient.device).expand(parameter.shape)[tuple(gradient.indices())]
+            gradient.values().masked_fill_(there, 0)
+            parameter.grad = gradient
+        else:
             self.fill_zero(parameter.grad)
 
     def save(self) -> None:
         """Remembers the frozen entries as they are now."""
         data = self.parameter.detach()
         self.saved = data.clone() if self.index is None else data.index_select(self.axis, self.index)
+
+    def moved(self) -> bool:
+        """Whether some of them are not what they were, bit for bit."""
+        data = self.parameter.detach()
+        if self.mask is not None:
+            return not _same_bits(data[self.mask], self.saved[self.mask])
+        return not _same_bits(data if self.index is None else data.index_select(self.axis, self.index), self.saved)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -158,6 +186,12 @@ class FrozenEntries:
             self.parameter.copy_(torch.where(self.mask, self.saved, self.parameter))
         else:
             self.parameter.copy_(self.saved)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if torch.equal(a, b):
+        return True
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 class _FrozenStatistics:

@@ -257,6 +257,17 @@ class NeuronLedger:
                     masks[name] = masks[name] | self.cut(structure, uses)
         return masks
 
+    def sealed(self, structure: Structure, tensors: Mapping[str, Tensor]) -> dict[str, Bool[Tensor, "..."]]:
+        """For each tensor, the entries of earlier tasks, which no phase moves; each mask broadcasts to its tensor."""
+        owner = self.owner_of_units(structure)
+        current = len(self.tasks) - (self.current is not None)
+        free = torch.cat([(owner < 0) | (owner >= current), torch.tensor([current == 0])])
+        return {
+            name: _any(~free[use.target] for use in structure.entries[name])
+            for name in tensors
+            if name in structure.entries
+        }
+
     def cut(self, structure: Structure, uses: Iterable[Entries]) -> Bool[Tensor, "..."]:
         """Entries that must be zero under exact isolation: from a free or later unit into an owned one.
 
@@ -323,7 +334,7 @@ class NeuronLedger:
 
 
 def _any(masks: Iterable[Bool[Tensor, "..."]]) -> Bool[Tensor, "..."]:
-    first, *others = masks
+    first, *others = [*masks] or [torch.zeros((), dtype=torch.bool)]
     for mask in others:
         first = first | mask
     return first

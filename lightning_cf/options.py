@@ -116,7 +116,7 @@ class PartitionOptions:
             and not any(_inside(layer, self.exclude) for layer in group.layers)
             and group.size > 1  # a single unit cannot be split: the first task owns it
         ]
-        if not chosen:
+        if not chosen and structure.groups:
             united = " ".join(dict.fromkeys(found.message() for found in structure.mixings if found.collapsed))
             raise ContinualError(
                 "partition: layers and exclude leave no layer to partition; a layer whose units all share one fate"

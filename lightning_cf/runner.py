@@ -235,6 +235,8 @@ class SequentialTaskRunner:
         if strategy.launcher is not None:
             strategy.launcher.launch(strategy.setup_environment, trainer=self._host)
         check_strategy(self._host)
+        self.module.trainer = self._host
+        self._host.precision_plugin.convert_module(self.module)
         with seeded(self.seed, "outputs"):
             self.state = self.prepare_module()
         self.progress = self.store.open(self.module, self.state, self.settings())

@@ -21,7 +21,7 @@ from lightning_cf.outcome import Outcome
 from lightning_cf.outputs import OutputView, head_of, heads_of
 from lightning_cf.structure import Forward, Structure, call
 from lightning_cf.subspace import GivenSubspace, Subspace
-from lightning_cf.tasks import Task
+from lightning_cf.tasks import Task, required_arguments, supervised
 from lightning_cf.tracing import trace
 
 _ATTRIBUTE = "_continual_state"
@@ -154,15 +154,18 @@ def keep_ledger(module: nn.Module, ledger: NeuronLedger) -> None:
 
 
 def _example(module: LightningModule, task: Task) -> tuple[Any, Forward]:
-    """An input and how to run it: ``example_input_array``, else the first batch."""
+    """An input and how to run it: ``example_input_array``, else the first batch, by ``task.evaluate`` if need be."""
     batch = task.check_data()
-    if not is_overridden("forward", module, parent=LightningModule):
-        return on_device(module, task, batch), lambda net, batch: task.evaluate(net, batch)[0]
-    if module.example_input_array is not None:
+    plain = is_overridden("forward", module, parent=LightningModule)
+    if plain and module.example_input_array is not None:
         return module.example_input_array, call
-    if not (isinstance(batch, (tuple, list)) and isinstance(batch[0], Tensor)):
+    pair = isinstance(batch, (tuple, list)) and len(batch) > 0 and isinstance(batch[0], Tensor)
+    if plain and pair and required_arguments(module.forward) == 1:
+        return on_device(module, task, batch)[0], call
+    if task.evaluate is supervised and not (pair and len(batch) == 2):
         raise ContinualError(
             f"Task '{task.name}': its batches are no (input, target) pairs, so there is no example to trace"
-            f" {type(module).__name__} with. Set example_input_array in the module."
+            f" {type(module).__name__} with, and no telling how to score it. Give the task"
+            " evaluate=lambda module, batch: (predictions, target), or set example_input_array in the module."
         )
-    return on_device(module, task, batch)[0], call
+    return on_device(module, task, batch), lambda net, batch: task.evaluate(net, batch)[0]

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.claim_folding import cut_claimed
 from lightning_cf.claiming import Claimer
 from lightning_cf.errors import ContinualError
-from lightning_cf.evaluation import evaluate, on_device
+from lightning_cf.evaluation import evaluate, predict
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.options import PartitionOptions
 from lightning_cf.probe import probe
@@ -190,8 +190,7 @@ def _passes(module: LightningModule, task: Task) -> Iterator[Callable[[], Any]]:
     """Forward passes over the task's training data, up to ``FOLD_SAMPLES`` inputs."""
     seen = 0
     for batch in task.train_dataloader():
-        batch = on_device(module, task, batch)
-        yield partial(task.evaluate, module, batch)
+        yield partial(predict, module, task, batch)
         seen += max((len(x) for x in tree_leaves(batch) if isinstance(x, torch.Tensor) and x.ndim), default=1)
         if seen >= FOLD_SAMPLES:
             return

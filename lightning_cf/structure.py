@@ -220,11 +220,15 @@ def layer_of(tensor: str) -> str:
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Puts a module into eval mode, and afterwards every submodule back into its own mode."""
+    """Puts a module into eval mode, and afterwards every submodule back into its own mode.
+
+    Meanwhile nothing runs compiled: compiled code does not look whether hooks came or went.
+    """
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for child, training in modes.items():
             child.training = training
@@ -235,9 +239,20 @@ def call(module: nn.Module, example: Any) -> Any:
     return module(*example) if isinstance(example, tuple) else module(example)
 
 
+def in_precision_of(module: nn.Module, batch: Any) -> Any:
+    """A batch with its floating-point tensors in the precision of the module's parameters."""
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+    def convert(x: Tensor) -> Tensor:
+        return x.to(dtype) if dtype is not None and x.is_floating_point() else x
+
+    return tree_map_only(Tensor, convert, batch)
+
+
 def samples(module: nn.Module, example: Any, count: int) -> Any:
     """The first samples of a batch, on the module's device; tensors of another length than the first stay whole."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    example = in_precision_of(module, example)
     batch = next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim), None)
 
     def cut(x: Tensor) -> Tensor:

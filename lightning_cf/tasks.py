@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ class Task(LightningDataModule):
         outputs: the head's columns that the task owns, one a class. Default: equal to its classes; in a
             ``ContinualModule``, columns of its own where an earlier task has those already.
         metric: any torchmetrics metric; default the accuracy over the task's own outputs.
-        evaluate: gives predictions and targets of a batch; default ``x, y = batch; return module(x), y``.
+        evaluate: gives predictions and targets of a batch; default ``x, y = batch; return module(x), y``, or
+            ``module(x, y), y`` where the module's forward pass needs two arguments.
         holdout: share of the training data that is kept for judging partitions where the data has no validation set.
     """
 
@@ -75,7 +77,7 @@ class Task(LightningDataModule):
                 f" {self.outputs}; give one output a class."
             )
         self.metric = metric
-        self.evaluate = evaluate or _supervised
+        self.evaluate = evaluate or supervised
         self.holdout = check_share(f"Task '{name}'", "holdout", holdout)
         if holdout == 1:
             raise ContinualError(f"Task '{name}': holdout=1 leaves nothing to train on; keep it below 1.")
@@ -85,7 +87,17 @@ class Task(LightningDataModule):
             if is_overridden(hook, self.data, parent=LightningDataModule):
                 setattr(self, hook, getattr(self.data, hook))
 
+    def __getattr__(self, name: str) -> Any:
+        """What the task does not have is the data's: its batch size, its number of classes."""
+        if name.startswith("__") or "data" not in self.__dict__:
+            raise AttributeError(f"Task has no attribute '{name}'.")
+        return getattr(self.data, name)
+
     def __setattr__(self, name: str, value: Any) -> None:
+        own = "data" not in self.__dict__ or name in self.__dict__ or hasattr(type(self), name)
+        if not own and hasattr(self.data, name):
+            setattr(self.data, name, value)
+            return
         super().__setattr__(name, value)
         if name == "trainer" and "data" in self.__dict__:
             self.data.trainer = value
@@ -178,9 +190,17 @@ class _Constant:
         return self.value
 
 
-def _supervised(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+def supervised(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+    """Predictions and targets of a pair (input, target)."""
     x, y = batch
-    return module(x), y
+    return (module(x, y) if required_arguments(module.forward) == 2 else module(x)), y
+
+
+def required_arguments(function: Callable[..., Any]) -> int:
+    """How many positional arguments a function cannot do without."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
 
 
 def _subset(loader: DataLoader[Any], indices: list[int], *, shuffle: bool | None) -> DataLoader[Any]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from lightning_cf.freezing import Freezer
 
@@ -29,6 +30,13 @@ MASKS = {
     "entries": torch.arange(24).reshape(6, 4) % 5 < 2,
     "whole": torch.ones(1, 1, dtype=torch.bool),
 }
+
+
+@pytest.fixture(autouse=True)
+def _let_go():
+    """Some tests attach and leave; the hook on all optimisers would go on."""
+    yield
+    _global_optimizer_post_hooks.clear()
 
 
 class Weight(nn.Module):
@@ -161,6 +169,51 @@ def test_a_parameter_without_gradient_may_be_frozen():
     assert torch.equal(module[0].weight, before)
 
 
+def test_a_parameter_that_is_unfrozen_later_has_no_gradient_where_it_is_held():
+    module = nn.Linear(3, 3).requires_grad_(False)
+    with Freezer(module, {"weight": torch.tensor([[True], [False], [True]])}).attach([]):
+        module.requires_grad_(True)
+        module(torch.ones(1, 3)).sum().backward()
+    assert module.weight.grad.tolist() == [[0] * 3, [1] * 3, [0] * 3]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_sparse_gradients_are_zero_where_entries_are_held(mask):
+    table, plain = (nn.Embedding(6, 4, sparse=True) for _ in range(2))
+    before, frozen = table.weight.detach().clone(), MASKS[mask].expand(6, 4)
+    plain.load_state_dict(table.state_dict())
+    optimizers = [torch.optim.SparseAdam(list(t.parameters()), lr=0.1) for t in (table, plain)]
+    with Freezer(table, {"weight": MASKS[mask]}).attach(optimizers[:1]):
+        for t, optimizer in zip((table, plain), optimizers, strict=True):
+            t(torch.tensor([[1, 1, 4], [0, 1, 3]])).square().sum().backward()
+            optimizer.step()
+        assert (table.weight.grad.to_dense()[frozen] == 0).all()
+    assert torch.equal(table.weight[frozen], before[frozen])
+    assert torch.equal(table.weight[~frozen], plain.weight[~frozen])
+
+
+def test_optimisers_that_nobody_told_of_are_held_too():
+    module = Weight(values())
+    with Freezer(module, {"weight": MASKS["rows"]}).attach([]):
+        train(module, torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.5))
+    assert (module.weight == values()).all(dim=1).tolist() == MASKS["rows"].flatten().tolist()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_entries_that_moved_are_told_and_put_back(mask):
+    module, frozen = Weight(values()), MASKS[mask].expand(6, 4)
+    (entries,) = Freezer(module, {"weight": MASKS[mask]}).entries
+    entries.save()
+    module.weight.data[~frozen] += 1
+    assert not entries.moved()
+    row, column = frozen.nonzero()[0]
+    module.weight.data[row, column] = float("nan")
+    assert entries.moved()
+    entries.restore()
+    assert not entries.moved()
+    assert torch.equal(module.weight[frozen], values()[frozen])
+
+
 # BatchNorm
 
 
@@ -259,7 +312,8 @@ def test_a_norm_without_a_mask_is_free():
 
 def hooks(module, optimizer):
     parameters = [parameter._post_accumulate_grad_hooks or {} for parameter in module.parameters()]
-    return [*parameters, *[child._forward_hooks for child in module.modules()], optimizer._optimizer_step_post_hooks]
+    steps = [optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks]
+    return [*parameters, *[child._forward_hooks for child in module.modules()], *steps]
 
 
 @pytest.mark.parametrize("leave", ["detach", "with", "exception"])
@@ -285,8 +339,8 @@ def test_an_empty_mask_hooks_nothing_but_the_optimizer():
     module = nn.Sequential(nn.Conv2d(3, 4, 1), norm())
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     masks = {name: torch.zeros((1,) * tensor.ndim, dtype=torch.bool) for name, tensor in module.state_dict().items()}
-    Freezer(module, masks).attach([optimizer])
-    assert sum(map(len, hooks(module, optimizer))) == 1
+    with Freezer(module, masks).attach([optimizer]):
+        assert sum(map(len, hooks(module, optimizer))) == 1
 
 
 def test_attaching_again_remembers_the_values_of_now():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
+from itertools import zip_longest
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_cf.averaging import exact_averages
 from lightning_cf.callbacks.session import ContinualCallback, task_of, without_address
-from lightning_cf.errors import ContinualError
-from lightning_cf.freezing import Freezer
+from lightning_cf.errors import ContinualError, FrozenWarning
+from lightning_cf.freezing import Freezer, FrozenEntries
 from lightning_cf.ledger import FREE
 from lightning_cf.projection import Projection
 from lightning_cf.state import ContinualState, state_for, state_of
@@ -40,6 +44,7 @@ class MaskedGradientCallback(ContinualCallback):
         self._freezer: Freezer | None = None
         self._projection: Projection | None = None
         self._revision = -1
+        self._sealed: dict[str, FrozenEntries] = {}
         self._shown = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -55,12 +60,22 @@ class MaskedGradientCallback(ContinualCallback):
         state = state_for(pl_module, task_of(trainer, type(self).__name__))
         state.mask_outputs = self.mask_outputs
         self._show(pl_module, state, trainer)
+        tensors = {n: t for n, t in named_tensors(pl_module).items() if t.is_floating_point()}
+        sealed = state.ledger.sealed(state.structure, tensors)
+        self._sealed = {n: FrozenEntries(tensors[n], mask) for n, mask in sealed.items() if bool(mask.any())}
+        for entries in self._sealed.values():
+            entries.save()
+        self._shown.enter_context(exact_averages(trainer, sealed))
         self._hold(trainer, pl_module, state)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Takes up masks that changed within the fit."""
+        """Takes up masks, or optimisers, that changed within the fit."""
         state = state_of(pl_module)
-        if state is not None and state.ledger.revision != self._revision:
+        if state is None or self._freezer is None:
+            return
+        if any(a is not b for a, b in zip_longest(self._freezer.optimizers, trainer.optimizers)):
+            self._hold(trainer, pl_module, state)
+        if state.ledger.revision != self._revision:
             self._hold(trainer, pl_module, state)
             assert self._freezer is not None
             self._freezer.zero_optimizer_state()
@@ -76,17 +91,36 @@ class MaskedGradientCallback(ContinualCallback):
         if trainer.world_size > 1 and self._freezer is not None:
             self._freezer.zero_gradients()
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Under manual optimisation weights may move without an optimiser's step: puts frozen entries back."""
+        state = state_of(pl_module)
+        if pl_module.automatic_optimization or self._freezer is None or state is None:
+            return
+        if state.ledger.isolation == "exact" and state.ledger.revision == self._revision:
+            self._freezer.restore()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets go."""
+        """Lets go; what callbacks behind our back did to units of earlier tasks is undone, with a warning."""
         self._release()
+        state = state_of(pl_module)
+        if state is not None:
+            self._put_back(pl_module, state)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets go."""
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lets go; teardown does not run after an exception."""
+        """Lets go; teardown does not run after an exception, which may have come in the middle of a step."""
+        state = state_of(pl_module)
+        if self._freezer is not None and state is not None and state.ledger.isolation == "exact":
+            self._freezer.restore()
+        for entries in self._sealed.values():
+            entries.restore()
         self._release()
+        self._sealed = {}
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
@@ -103,6 +137,7 @@ class MaskedGradientCallback(ContinualCallback):
         read = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) or n in state.structure.entries}
         self._freezer = Freezer(module, state.ledger.frozen(state.structure, read)).attach(trainer.optimizers)
         self._revision = state.ledger.revision
+        torch.compiler.reset()  # code that was compiled before does not see new hooks
 
     def _held(self, state: ContinualState, tensors: dict[str, Tensor]) -> list[tuple[UnitGroup, Tensor, Tensor]]:
         """The free units of a later task, with the basis that holds them."""
@@ -121,6 +156,29 @@ class MaskedGradientCallback(ContinualCallback):
             if group.name in bases
         ]
 
+    def _put_back(self, module: LightningModule, state: ContinualState) -> None:
+        """Checks at a fit's end that units of earlier tasks are what they were, and what was cut is zero."""
+        moved = [name for name, entries in self._sealed.items() if entries.moved()]
+        for name in moved:
+            self._sealed[name].restore()
+        self._sealed = {}
+        if state.ledger.isolation == "exact":
+            for name, parameter in module.named_parameters():
+                cut = state.ledger.cut(state.structure, state.structure.entries.get(name, ()))
+                if bool(cut.any()):
+                    cut = cut.to(parameter.device)
+                    if bool((parameter.detach() * cut).any()):
+                        parameter.detach().masked_fill_(cut, 0)
+                        moved.append(name)
+        if moved:
+            warnings.warn(
+                f"Something else than an optimiser's step changed entries of {', '.join(map(repr, moved))} that belong"
+                " to earlier tasks, or are zero for good: they were put back. Look for a callback or hook that writes"
+                " weights at the end of a fit (Lightning's WeightAveraging and its kin are known and taken care of).",
+                FrozenWarning,
+                stacklevel=2,
+            )
+
     def _let_go(self) -> None:
         for holder in (self._projection, self._freezer):
             if holder is not None:
@@ -128,5 +186,7 @@ class MaskedGradientCallback(ContinualCallback):
         self._projection = self._freezer = None
 
     def _release(self) -> None:
+        if self._freezer is not None:
+            torch.compiler.reset()
         self._let_go()
         self._shown.close()

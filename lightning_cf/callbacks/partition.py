@@ -10,6 +10,7 @@ from typing import Any, Unpack
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_cf.averaging import restart_averages, take_averages
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_share
@@ -38,7 +39,8 @@ class PartitionCallback(ContinualCallback):
     ``threshold="auto"`` only as long as the metric stays within ``tolerance`` of what it was before the first.
 
     Args:
-        after: share of the fit's epochs after which to partition, in [0, 1].
+        after: share of the fit's epochs after which to partition, in [0, 1]; of its steps where the Trainer has
+            ``max_steps`` and no ``max_epochs``.
         every_n_steps: instead, partition after every so many optimiser steps.
         every_n_epochs: instead, partition after every so many epochs.
         when_below: wait with the first partition until a logged value is below this bound; checked as often as
@@ -124,7 +126,7 @@ class PartitionCallback(ContinualCallback):
         state.set_isolation(pl_module, self.isolation)
         self.select(pl_module, state)
         self._partitioned_at, self._ended = None, False
-        if current is not None and current.phase == "learn" and 0 < self.after < 1:
+        if current is not None and current.phase == "learn" and 0 < self.after < 1 and not _counts_steps(trainer):
             self._due_epoch(trainer)
         if self._start is not None or (current is not None and current.phase == "learn"):
             self.remember_start(pl_module, state)
@@ -194,11 +196,13 @@ class PartitionCallback(ContinualCallback):
             return done % self.every_n_epochs == 0
         if self.during_training:
             return self.every_n_steps is None
-        return 0 < self.after < 1 and done >= self._due_epoch(trainer)
+        return 0 < self.after < 1 and not _counts_steps(trainer) and done >= self._due_epoch(trainer)
 
     def _due_by_steps(self, trainer: Trainer) -> bool:
-        """Whether this batch's steps completed another ``every_n_steps``."""
+        """Whether this batch's steps completed another ``every_n_steps``, or that share of a fit of ``max_steps``."""
         n = self.every_n_steps
+        if 0 < self.after < 1 and _counts_steps(trainer):
+            return self._step < math.ceil(self.after * trainer.max_steps - 1e-9) <= trainer.global_step
         return n is not None and trainer.global_step // n > self._step // n
 
     def settings(self) -> dict[str, Any]:
@@ -209,6 +213,7 @@ class PartitionCallback(ContinualCallback):
     def partition_task(self, trainer: Trainer, module: LightningModule, task: Task) -> None:
         """Partitions now: on the first process, which tells the others."""
         self._partitioned_at = trainer.global_step
+        take_averages(trainer, module)
         decide_together(
             trainer,
             module,
@@ -216,6 +221,7 @@ class PartitionCallback(ContinualCallback):
                 module, task, self.options, tasks_left=self.tasks_left, seed=self.seed, folders=self.folders
             ),
         )
+        restart_averages(trainer, module)
 
     def _partition_if_due(self, trainer: Trainer, module: LightningModule, *, epochs: int) -> None:
         """The first partition waits for the monitored value; later ones come only where they were asked for."""
@@ -247,8 +253,8 @@ class PartitionCallback(ContinualCallback):
     def _due_epoch(self, trainer: Trainer) -> int:
         if trainer.max_epochs is None or trainer.max_epochs < 1:
             raise ContinualError(
-                f"partition: after={self.after} is a share of the fit's epochs, but the Trainer has"
-                " no max_epochs; set it."
+                f"partition: after={self.after} is a share of the fit's epochs or steps, but the Trainer has"
+                " neither max_epochs nor max_steps; set one."
             )
         return max(1, math.ceil(self.after * trainer.max_epochs - 1e-9))
 
@@ -269,11 +275,13 @@ class PartitionCallback(ContinualCallback):
         if phase == "invariance" and self._partitioned_at == trainer.global_step:
             return  # the fit was stopped right after the partition: a second fit is its INVARIANCE
         if phase == "invariance":
+            take_averages(trainer, module)
             decide_together(
                 trainer,
                 module,
                 lambda: seal_task(module, task, self.options, seed=self.seed, folders=self.folders),
             )
+            restart_averages(trainer, module)
         elif self._due_at_end(trainer):
             self.partition_task(trainer, module, task)
         else:
@@ -291,6 +299,11 @@ class PartitionCallback(ContinualCallback):
         if self.every_n_steps is not None:
             return self._due_by_steps(trainer) and self._is_below(trainer, trainer.current_epoch + 1)
         return self.should_partition(trainer) and self._is_below(trainer, trainer.current_epoch + 1)
+
+
+def _counts_steps(trainer: Trainer) -> bool:
+    """Whether the fit's length is given in steps alone."""
+    return (trainer.max_epochs is None or trainer.max_epochs < 1) and trainer.max_steps > 0
 
 
 def _over(trainer: Trainer) -> bool:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_cf.averaging import check_averaging
 from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
@@ -31,6 +33,8 @@ class ContinualCallback(Callback):
         if stage != "fit":
             return
         check_strategy(trainer)
+        check_averaging(trainer, pl_module)
+        check_callbacks(trainer)
         task = task_of(trainer, type(self).__name__)
         if not is_overridden("configure_model", pl_module, parent=LightningModule):
             reserve_outputs(pl_module, task)
@@ -118,6 +122,16 @@ def check_strategy(trainer: Trainer) -> None:
             f"The Trainer expects {trainer.world_size} processes, but {processes} are running: it would train on part"
             " of the data. Start each distributed job in a fresh process (unset LOCAL_RANK and WORLD_SIZE)."
         )
+
+
+def check_callbacks(trainer: Trainer) -> None:
+    """Raises ContinualError for callbacks of Lightning's that change what the ledger guards."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelPruning):
+            raise ContinualError(
+                f"{type(callback).__name__} sets weights to zero, those of owned units too, and renames parameters."
+                " Take it out; what no task needs is free: NeuronLedger.capacity() says how much."
+            )
 
 
 def without_address(value: object) -> str:

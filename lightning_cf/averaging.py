@@ -1,0 +1,106 @@
+"""Averages of weights that other callbacks keep, brought in line with what a partition or a seal does to the weights.
+
+Lightning's ``WeightAveraging``, ``EMAWeightAveraging`` and ``StochasticWeightAveraging`` put an average over training
+steps in the network's place at the end of a fit. An average over steps before and after a partition would bring back
+weights that the partition cut; so the average becomes the network before a partition or a seal, and starts anew from
+what that leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from jaxtyping import Bool
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_cf.errors import ContinualError
+from lightning_cf.freezing import FrozenEntries
+from lightning_cf.structure import named_tensors
+
+
+def check_averaging(trainer: Trainer, module: LightningModule) -> None:
+    """Raises ContinualError for an average that cannot leave owned units alone."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging) and any(isinstance(m, _BatchNorm) for m in module.modules()):
+            raise ContinualError(
+                "StochasticWeightAveraging computes all BatchNorm statistics anew in an epoch of its own, those of"
+                " owned channels too. Use EMAWeightAveraging or WeightAveraging, which average the statistics."
+            )
+
+
+@contextmanager
+def exact_averages(trainer: Trainer, sealed: Mapping[str, Bool[Tensor, "..."]]) -> Iterator[None]:
+    """Keeps the entries of earlier tasks in averages what they are, meanwhile.
+
+    A weighted mean of a number with itself differs from it in the last bit now and then.
+
+    Args:
+        trainer: whose callbacks average.
+        sealed: these entries, for each tensor by name.
+    """
+    averages = [
+        callback._average_model
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None
+    ]
+    for average in averages:
+        tensors = named_tensors(average.module)
+        held = [FrozenEntries(tensors[name], mask) for name, mask in sealed.items() if bool(mask.any())]
+        for entries in held:
+            entries.save()
+        average.__dict__["update_parameters"] = partial(_update, average.update_parameters, held)
+    try:
+        yield
+    finally:
+        for average in averages:
+            del average.__dict__["update_parameters"]
+
+
+def _update(update: Callable[[nn.Module], None], held: Sequence[FrozenEntries], module: nn.Module) -> None:
+    update(module)
+    for entries in held:
+        entries.restore()
+
+
+@torch.no_grad()
+def take_averages(trainer: Trainer, module: LightningModule) -> None:
+    """Puts the average in the network's place, where one was begun."""
+    for average, _ in _averages(trainer):
+        for mine, theirs in _pairs(module, average):
+            mine.detach().copy_(theirs.detach())
+
+
+@torch.no_grad()
+def restart_averages(trainer: Trainer, module: LightningModule) -> None:
+    """Starts averages anew from the network as it is."""
+    for average, count in _averages(trainer, begun=False):
+        for mine, theirs in _pairs(module, average):
+            theirs.detach().copy_(mine.detach())
+        if count is not None:
+            count.zero_()
+
+
+def _averages(trainer: Trainer, *, begun: bool = True) -> Iterator[tuple[nn.Module, Tensor | None]]:
+    """Every average with the count of what it holds; with ``begun`` only those that hold something."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average: nn.Module | None = getattr(callback, "_average_model", None)
+        if average is None:
+            continue
+        if isinstance(callback, WeightAveraging):
+            count = average.n_averaged
+            assert isinstance(count, Tensor) and isinstance(average.module, nn.Module)
+            if int(count) or not begun:
+                yield average.module, count
+        elif isinstance(callback, StochasticWeightAveraging) and (not begun or int(callback.n_averaged or 0)):
+            yield average, callback.n_averaged
+
+
+def _pairs(module: nn.Module, average: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(module.parameters(), average.parameters(), strict=True)
+    yield from zip(module.buffers(), average.buffers(), strict=True)
