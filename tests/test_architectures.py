@@ -26,10 +26,11 @@ CONSTANT = 0.5
 
 WORKING = {a.name: a for a in ARCHITECTURES if a.refused is None}
 SLOW = {
-    "Inception", "DenseNet", "pre-activation ResNet with bottlenecks", "squeeze-and-excite", "U-Net, bilinear upsampling",
-    "grouped convolutions, channels shuffled", "padding by reflection, replication, wrapping", "ConvNeXt",
+    "Inception", "DenseNet", "pre-activation ResNet with bottlenecks", "squeeze-and-excite", "ConvNeXt",
+    "grouped convolutions, channels shuffled", "padding by reflection, replication, wrapping",
+    "U-Net, bilinear upsampling", "Transformer decoder, tied embedding",
     "pixel shuffle and unshuffle", "max unpooling", "Transformer encoder, norm last", "ViT", "Swin", "MLP-Mixer",
-    "causal Transformer, last token (GPT)", "nn.Transformer with a learned query", "Transformer decoder, tied embedding",
+    "causal Transformer, last token (GPT)", "nn.Transformer with a learned query",
     "attention pooling by a learned query", "bidirectional LSTM of two layers", "LSTMCell in a loop",
     "gated dilated convolutions (WaveNet)", "feature pyramid", "graph convolutions", "local response normalisation",
     "CNN with InstanceNorm, running statistics", "global response normalisation", "MLP with RMSNorm",
