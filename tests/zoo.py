@@ -78,7 +78,7 @@ def configs():
     return [
         *(Config(name, 32, {"layers": [1, 1, 1, 1]}) for name in RESNETS),
         *(Config(name, 64) for name in PLAIN),
-        *(Config(name, 32, small) for name in ("convnext_atto", "convnext_pico", "convnextv2_atto")),
+        *(Config(name, 32, small) for name in ("convnext_atto", "convnextv2_atto")),
         *(Config(name, 32, vit) for name in VITS),
         Config("densenet121", 64, {"growth_rate": 8, "block_config": (2, 2, 2, 2)}),
         Config("mixer_s32_224", 64, {"img_size": 64}),
@@ -131,7 +131,7 @@ RESNETS = (
     "resnetaa50", "resnest14d", "res2net50_26w_4s", "skresnet18",
 )  # fmt: skip
 VITS = (
-    "vit_tiny_patch16_224", "deit_tiny_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224",
+    "vit_tiny_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224",
     "vit_relpos_small_patch16_224", "vit_base_patch16_rpn_224", "deit_tiny_distilled_patch16_224",
     "deit3_small_patch16_224",
 )  # fmt: skip
