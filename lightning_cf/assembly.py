@@ -112,11 +112,18 @@ def assemble(
         groups[-1],
         tuple(_of_one_sample(numbered(labels), batch, mixed) for labels, mixed in outputs),
         entries,
+        returned=tuple(_columns(numbered(labels), groups[-1]) for labels, _ in outputs),
         norms={path: numbered(labels) for path, labels in norms.items()},
         mixings=tuple(_mixing(found, numbered, groups[:-1], tensors) for found in mixings),
         reads=tuple(_mixing(found, numbered, groups[:-1], tensors) for found in reads),
         computed=dict(computed),
     )
+
+
+def _columns(numbers: Tensor, head: UnitGroup) -> Tensor:
+    """Which of the network's output columns a tensor holds."""
+    found: Tensor = numbers.unique()
+    return found[found >= head.first] - head.first
 
 
 def _of_one_sample(numbers: Tensor, batch: int, mixed: bool) -> Tensor:

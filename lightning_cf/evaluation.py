@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
@@ -59,6 +60,31 @@ def metric_for(task: Task, predictions: Tensor) -> Metric:
     metric.reset()
     metric.distributed_available_fn = lambda: False
     return metric.to(predictions.device)
+
+
+@torch.no_grad()
+def check_scoring(module: LightningModule, task: Task) -> None:
+    """Scores the first batch that judges partitions.
+
+    Raises:
+        ContinualError: if that does not work: better now than after training.
+    """
+    with eval_mode(module), isolate_rng():
+        for batch in task.judging_batches():
+            shapes = ""
+            try:
+                predictions, target = predict(module, task, batch)
+                shapes = f" of predictions {list(predictions.shape)} and targets {list(target.shape)}"
+                metric_for(task, predictions).update(predictions, target)
+            except Exception as error:  # whatever a user's evaluate or metric raises
+                raise ContinualError(
+                    f"Task '{task.name}' cannot be scored: {error} That is what its metric says{shapes}. Give the task"
+                    " evaluate=lambda module, batch: (predictions, target) and metric=... that fit each other."
+                    if shapes
+                    else f"Task '{task.name}' cannot be scored: its evaluate says: {error} Give the task"
+                    " evaluate=lambda module, batch: (predictions, target)."
+                ) from error
+            return
 
 
 @torch.no_grad()

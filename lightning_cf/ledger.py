@@ -53,6 +53,7 @@ class NeuronLedger:
         width: how many classes the module shows: columns of the head as the user built it.
         head: path of the layer whose columns the outputs are.
         reserved: output columns of each task by name, begun or still to come.
+        positions: of tasks without classes whose columns stand elsewhere: at which positions the module shows them.
         tasks: the tasks so far, in the order in which they were learned.
         isolation: "exact" or "perturb".
         whole: groups that are not partitioned: the first task owns them whole.
@@ -67,6 +68,7 @@ class NeuronLedger:
     width: int
     head: str
     reserved: dict[str, list[int]] = field(default_factory=dict)
+    positions: dict[str, list[int]] = field(default_factory=dict)
     tasks: list[TaskEntry] = field(default_factory=list)
     isolation: Isolation = "exact"
     whole: list[str] = field(default_factory=list)
@@ -86,6 +88,30 @@ class NeuronLedger:
         """Takes over the units of a network traced anew, before any is owned."""
         fresh = NeuronLedger.for_structure(structure)
         self.owners, self.norms = fresh.owners, fresh.norms
+        self.revision += 1
+
+    def extend_to(self, structure: Structure) -> None:
+        """Takes over units that a further task's way through the network met: layers and outputs of its own, free.
+
+        Raises:
+            ContinualError: if units that are known are others now.
+        """
+        fresh = NeuronLedger.for_structure(structure)
+        known = {name: len(owner) for name, owner in self.owners.items()}
+        if not bool((torch.cat([*self.owners.values(), self.outputs]) >= 0).any()):
+            self.owners, self.outputs = fresh.owners, fresh.outputs
+        elif known == {name: len(fresh.owners.get(name, ())) for name in known} and len(fresh.outputs) >= len(
+            self.outputs
+        ):
+            self.owners = {name: self.owners.get(name, owner) for name, owner in fresh.owners.items()}
+            self.outputs = torch.cat([self.outputs, fresh.outputs[len(self.outputs) :]])
+        else:
+            found = {name: len(owner) for name, owner in fresh.owners.items()}
+            raise ContinualError(
+                f"A task uses the network in a way that joins units which earlier tasks keep apart: {known} units were"
+                f" known, {found} are found. Give all tasks one way through the layers that they share."
+            )
+        self.width, self.norms = structure.head.size, fresh.norms
         self.revision += 1
 
     # Tasks
@@ -292,6 +318,7 @@ class NeuronLedger:
             "width": self.width,
             "head": self.head,
             "reserved": {name: list(outputs) for name, outputs in self.reserved.items()},
+            "positions": {name: list(positions) for name, positions in self.positions.items()},
             "tasks": [asdict(task) for task in self.tasks],
             "isolation": self.isolation,
             "whole": list(self.whole),
@@ -309,6 +336,7 @@ class NeuronLedger:
             width=state["width"],
             head=state["head"],
             reserved={name: list(outputs) for name, outputs in state["reserved"].items()},
+            positions={name: list(positions) for name, positions in state.get("positions", {}).items()},
             tasks=[TaskEntry(**task) for task in state["tasks"]],
             isolation=state["isolation"],
             whole=list(state["whole"]),

@@ -74,9 +74,12 @@ class ContinualModule(LightningModule):
         """
         state = state_for(self, task)
         if task.name not in state.ledger.reserved:
-            outputs = state.outputs_of(task)
+            outputs = state.columns_for(self, task)
             taken = {output for others in state.ledger.reserved.values() for output in others}
-            if task.outputs is None and taken & set(outputs) and max(outputs) < state.ledger.width:
+            returns = task.outputs is None and taken & set(outputs) and max(outputs) < state.ledger.width
+            if task.outputs is task.classes is None and (returns or len(outputs) == state.ledger.width):
+                state.ledger.positions[task.name] = outputs  # where it sees its columns, wherever they stand
+            if returns:
                 grow_head(head_of(self, state.structure), len(state.ledger.outputs) + len(outputs))
                 outputs = state.ledger.add_outputs(len(outputs))
                 state.retrace(self)

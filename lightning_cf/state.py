@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError
@@ -19,7 +21,7 @@ from lightning_cf.ledger import Isolation, NeuronLedger
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.outcome import Outcome
 from lightning_cf.outputs import OutputView, head_of, heads_of
-from lightning_cf.structure import Forward, Structure, call
+from lightning_cf.structure import Forward, Structure, call, eval_mode, samples
 from lightning_cf.subspace import GivenSubspace, Subspace
 from lightning_cf.tasks import Task, required_arguments, supervised
 from lightning_cf.tracing import trace
@@ -91,13 +93,49 @@ class ContinualState:
         """The head's columns that a task owns."""
         return self.ledger.reserved.get(task.name) or task.outputs or task.classes or []
 
+    def columns_for(self, module: LightningModule, task: Task) -> list[int]:
+        """The head's columns that a new task is to own; its way through the network may be one of its own.
+
+        Raises:
+            ContinualError: if the task does not say, and cannot be told from what its ``evaluate`` returns.
+        """
+        structure = self.structure if task.evaluate is supervised else self._take_up(module, task)
+        if task.outputs or task.classes:
+            return task.outputs or task.classes or []
+        columns: list[int] = structure.returned[-1].tolist()
+        if not columns:
+            raise ContinualError(
+                f"Task '{task.name}': its evaluate returns no columns of a layer, so it must say which outputs it owns:"
+                " outputs=[...]."
+            )
+        return columns
+
+    def _take_up(self, module: LightningModule, task: Task) -> Structure:
+        """Traces the network as the task runs it, behind the ways known so far; kept if it meets other layers."""
+        example, forward = _way(module, task)
+        known = self.example, self.forward
+        count = min(_batch(known[0]), _batch(example))
+        both = samples(module, known[0], count), samples(module, example, count)
+
+        def one_after_another(net: nn.Module, examples: Any) -> Any:
+            return known[1](net, examples[0]), forward(net, examples[1])
+
+        structure = _traced(module, task, both, one_after_another, apart=self.ledger.isolation == "perturb")
+        if structure.entries.keys() != self.structure.entries.keys():
+            self.ledger.extend_to(structure)
+            self.structure, self.example, self.forward = structure, both, one_after_another
+        return structure
+
     @contextmanager
     def showing(self, module: nn.Module, tasks: Sequence[Task]) -> Iterator[OutputView | None]:
         """Shows the outputs of one task, or of several sample by sample (see ``OutputView.view_of_sample``)."""
-        if self.shown is not None or not self.mask_outputs or any(task.classes is None for task in tasks):
+        positions = [task.classes or self.ledger.positions.get(task.name) for task in tasks]
+        if self.shown is not None or not self.mask_outputs or None in positions:
             yield self.shown
             return
-        views = [list(zip(task.classes or [], self.outputs_of(task), strict=True)) for task in tasks]
+        views = [
+            list(zip(at or [], self.outputs_of(task), strict=True)) for at, task in zip(positions, tasks, strict=True)
+        ]
         several = len(self.structure.head.layers) > 1
         head = heads_of(module, self.structure) if several else head_of(module, self.structure)
         with OutputView(head, width=self.ledger.width, views=views) as view:
@@ -106,6 +144,11 @@ class ContinualState:
                 yield view
             finally:
                 self.shown = None
+
+
+def _batch(example: Any) -> int:
+    """How many samples an example has."""
+    return next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim), 1)
 
 
 def state_of(module: nn.Module) -> ContinualState | None:
@@ -123,9 +166,10 @@ def state_for(module: LightningModule, task: Task) -> ContinualState:
     """
     state = state_of(module)
     if state is None:
-        example, forward = _example(module, task)
+        example, forward = _way(module, task)
         ledger = getattr(module, _PENDING, None)
-        structure = trace(module, example, forward, apart=ledger is not None and ledger.isolation == "perturb")
+        apart = ledger is not None and ledger.isolation == "perturb"
+        structure = _traced(module, task, example, forward, apart=apart)
         ledger = ledger or NeuronLedger.for_structure(structure)
         state = ContinualState(structure, ledger, example, forward)
         object.__setattr__(module, _ATTRIBUTE, state)
@@ -153,19 +197,54 @@ def keep_ledger(module: nn.Module, ledger: NeuronLedger) -> None:
     make_owner_aware(module, ledger.norm_owners())
 
 
-def _example(module: LightningModule, task: Task) -> tuple[Any, Forward]:
-    """An input and how to run it: ``example_input_array``, else the first batch, by ``task.evaluate`` if need be."""
+def _way(module: LightningModule, task: Task) -> tuple[Any, Forward]:
+    """An example, and how the task runs the network on it: all outputs, and those that it is scored on."""
     batch = task.check_data()
-    plain = is_overridden("forward", module, parent=LightningModule)
-    if plain and module.example_input_array is not None:
-        return module.example_input_array, call
-    pair = isinstance(batch, (tuple, list)) and len(batch) > 0 and isinstance(batch[0], Tensor)
-    if plain and pair and required_arguments(module.forward) == 1:
-        return on_device(module, task, batch)[0], call
-    if task.evaluate is supervised and not (pair and len(batch) == 2):
+    inputs = _inputs(module, task, batch)
+    if task.evaluate is supervised and inputs is not None and required_arguments(module.forward) == 1:
+        return inputs, call
+    if task.evaluate is supervised and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise ContinualError(
             f"Task '{task.name}': its batches are no (input, target) pairs, so there is no example to trace"
             f" {type(module).__name__} with, and no telling how to score it. Give the task"
             " evaluate=lambda module, batch: (predictions, target), or set example_input_array in the module."
         )
-    return on_device(module, task, batch), lambda net, batch: task.evaluate(net, batch)[0]
+    batch = on_device(module, task, batch)
+    if inputs is None or not _runs(module, inputs):
+        return batch, lambda net, batch: task.evaluate(net, batch)[0]
+    return (inputs, batch), lambda net, example: (call(net, example[0]), task.evaluate(net, example[1])[0])
+
+
+def _inputs(module: LightningModule, task: Task, batch: Any) -> Any:
+    """What the module's forward pass takes, as far as one can tell."""
+    if not is_overridden("forward", module, parent=LightningModule):
+        return None
+    if module.example_input_array is not None:
+        return module.example_input_array
+    first = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+    if not isinstance(first, Tensor):
+        return None
+    moved = on_device(module, task, batch)
+    return moved if first is batch else moved[0]
+
+
+def _runs(module: LightningModule, inputs: Any) -> bool:
+    """Whether the module's forward pass takes these inputs."""
+    try:
+        with torch.no_grad(), eval_mode(module):
+            call(module, samples(module, inputs, 2))
+    except Exception:  # whatever a user's forward pass raises
+        return False
+    return True
+
+
+def _traced(module: LightningModule, task: Task, example: Any, forward: Forward, *, apart: bool) -> Structure:
+    try:
+        return trace(module, example, forward, apart=apart)
+    except ContinualError:
+        raise
+    except Exception as error:
+        raise ContinualError(
+            f"Task '{task.name}': {type(module).__name__} cannot run on its first batch: {error} Give the task"
+            " evaluate=lambda module, batch: (predictions, target), or set example_input_array in the module."
+        ) from error

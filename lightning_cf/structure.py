@@ -174,6 +174,7 @@ class Structure:
         groups: groups of hidden units, in the order of the forward pass.
         head: the group of the network's outputs: its unit ``c`` is output column ``c``.
         output_units: for each tensor that the network returns, the unit of each element, for one sample.
+        returned: for each tensor that the network returns, the output columns that it holds, in ascending order.
         entries: for each parameter and buffer that the forward pass uses, where it does.
         norms: for each module that normalises several units together, the unit of each element; ``NO_UNIT`` for the
             network's input.
@@ -186,6 +187,7 @@ class Structure:
     head: UnitGroup
     output_units: tuple[Int64[Tensor, "..."], ...]
     entries: Mapping[str, tuple[Entries, ...]]
+    returned: tuple[Int64[Tensor, "_"], ...] = ()
     norms: Mapping[str, Int64[Tensor, "..."]] = field(default_factory=dict)
     mixings: tuple[Mixing, ...] = ()
     reads: tuple[Mixing, ...] = ()

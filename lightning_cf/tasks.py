@@ -47,7 +47,8 @@ class Task(LightningDataModule):
         data: a datamodule, or loaders by stage: ``{"train": ..., "val": ..., "test": ...}``.
         classes: the labels in the data.
         outputs: the head's columns that the task owns, one a class. Default: equal to its classes; in a
-            ``ContinualModule``, columns of its own where an earlier task has those already.
+            ``ContinualModule``, columns of its own where an earlier task has those already. Without classes: those that
+            ``evaluate`` returns, such as all of a head of the task's own.
         metric: any torchmetrics metric; default the accuracy over the task's own outputs.
         evaluate: gives predictions and targets of a batch; default ``x, y = batch; return module(x), y``, or
             ``module(x, y), y`` where the module's forward pass needs two arguments.
@@ -69,8 +70,11 @@ class Task(LightningDataModule):
         self.name: str = _checked_name(name)
         self.classes = None if classes is None else _checked_columns(name, "classes", classes)
         self.outputs = None if outputs is None else _checked_columns(name, "outputs", outputs)
-        if self.classes is None and self.outputs is None:
-            raise ContinualError(f"Task '{name}' needs classes=[...] or outputs=[...]: what of the head is its own?")
+        if self.classes is None and self.outputs is None and evaluate is None:
+            raise ContinualError(
+                f"Task '{name}' needs classes=[...] or outputs=[...]: what of the head is its own? Or evaluate=...,"
+                " which returns the task's own outputs."
+            )
         if self.classes and self.outputs and len(self.classes) != len(self.outputs):
             raise ContinualError(
                 f"Task '{name}' has {len(self.classes)} classes {self.classes} but {len(self.outputs)} outputs"
@@ -191,9 +195,16 @@ class _Constant:
 
 
 def supervised(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
-    """Predictions and targets of a pair (input, target)."""
+    """Predictions and targets of a pair (input, target), tokens one by one."""
     x, y = batch
-    return (module(x, y) if required_arguments(module.forward) == 2 else module(x)), y
+    predictions = module(x, y) if required_arguments(module.forward) == 2 else module(x)
+    if not isinstance(predictions, Tensor) or not isinstance(y, Tensor) or y.is_floating_point():
+        return predictions, y
+    if predictions.shape[:1] + predictions.shape[2:] == y.shape:
+        return predictions, y
+    if predictions.shape[:-1] == y.shape or (predictions.ndim == 2 and len(predictions) == y.numel()):
+        return predictions.flatten(0, -2), y.flatten()
+    return predictions, y
 
 
 def required_arguments(function: Callable[..., Any]) -> int:

@@ -14,6 +14,7 @@ from lightning_cf.averaging import restart_averages, take_averages
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_share
+from lightning_cf.evaluation import check_scoring
 from lightning_cf.exactness import check_exact
 from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.options import PartitionKeywords, PartitionOptions
@@ -125,6 +126,8 @@ class PartitionCallback(ContinualCallback):
             )
         state.set_isolation(pl_module, self.isolation)
         self.select(pl_module, state)
+        with state.showing(pl_module, [task_of(trainer, type(self).__name__)]):
+            check_scoring(pl_module, task_of(trainer, type(self).__name__))
         self._partitioned_at, self._ended = None, False
         if current is not None and current.phase == "learn" and 0 < self.after < 1 and not _counts_steps(trainer):
             self._due_epoch(trainer)

@@ -101,7 +101,7 @@ def reserve_outputs(module: LightningModule, task: Task) -> ContinualState:
         if isinstance(module, ContinualModule):
             module.add_task(task)
         else:
-            state.ledger.reserve(task.name, state.outputs_of(task))
+            state.ledger.reserve(task.name, state.columns_for(module, task))
     return state
 
 
