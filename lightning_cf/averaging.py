@@ -35,14 +35,17 @@ def check_averaging(trainer: Trainer, module: LightningModule) -> None:
 
 
 @contextmanager
-def exact_averages(trainer: Trainer, sealed: Mapping[str, Bool[Tensor, "..."]]) -> Iterator[None]:
-    """Keeps the entries of earlier tasks in averages what they are, meanwhile.
+def exact_averages(
+    trainer: Trainer, frozen: Mapping[str, Bool[Tensor, "..."]], valid: Callable[[], bool]
+) -> Iterator[None]:
+    """Keeps frozen entries in averages what they are, meanwhile.
 
     A weighted mean of a number with itself differs from it in the last bit now and then.
 
     Args:
         trainer: whose callbacks average.
-        sealed: these entries, for each tensor by name.
+        frozen: these entries, for each tensor by name.
+        valid: whether these entries are still frozen: a partition changes that.
     """
     averages = [
         callback._average_model
@@ -51,10 +54,14 @@ def exact_averages(trainer: Trainer, sealed: Mapping[str, Bool[Tensor, "..."]]) 
     ]
     for average in averages:
         tensors = named_tensors(average.module)
-        held = [FrozenEntries(tensors[name], mask) for name, mask in sealed.items() if bool(mask.any())]
+        held = [
+            FrozenEntries(tensors[name], mask)
+            for name, mask in frozen.items()
+            if bool(mask.any()) and tensors[name].is_floating_point()
+        ]
         for entries in held:
             entries.save()
-        average.__dict__["update_parameters"] = partial(_update, average.update_parameters, held)
+        average.__dict__["update_parameters"] = partial(_update, average.update_parameters, held, valid)
     try:
         yield
     finally:
@@ -62,10 +69,13 @@ def exact_averages(trainer: Trainer, sealed: Mapping[str, Bool[Tensor, "..."]]) 
             del average.__dict__["update_parameters"]
 
 
-def _update(update: Callable[[nn.Module], None], held: Sequence[FrozenEntries], module: nn.Module) -> None:
+def _update(
+    update: Callable[[nn.Module], None], held: Sequence[FrozenEntries], valid: Callable[[], bool], module: nn.Module
+) -> None:
     update(module)
-    for entries in held:
-        entries.restore()
+    if valid():
+        for entries in held:
+            entries.restore()
 
 
 @torch.no_grad()

@@ -26,19 +26,26 @@ def pytest_addoption(parser):
     parser.addoption("--write-tables", action="store_true", help="write the tables in docs/ that tests check")
 
 
-ROWS: dict[str, list[str]] = {}
-"""What tests found, by the test: rows of ``docs/architectures.md``."""
+ROWS: dict[str, dict[str, list[str]]] = {"architecture": {}, "setting": {}}
+"""What tests found: rows of ``docs/architectures.md`` and ``docs/your-project.md`` by what they are about."""
 
 
 def pytest_runtest_logreport(report):
     for name, value in report.user_properties:
-        if name == "architecture":
-            ROWS[value[0]] = value
+        if name in ROWS:
+            ROWS[name][value[0 if name == "architecture" else 1]] = value
 
 
 def pytest_sessionfinish(session):
     if session.config.getoption("--write-tables") and not hasattr(session.config, "workerinput"):
         import architecture_table
+        import setting_table
         from architectures import ARCHITECTURES
+        from settings import SETTINGS
 
-        architecture_table.write([ROWS[a.name] for a in ARCHITECTURES if a.name in ROWS])
+        for kind, table, known in (
+            ("architecture", architecture_table, ARCHITECTURES),
+            ("setting", setting_table, SETTINGS),
+        ):
+            if ROWS[kind]:
+                table.write([ROWS[kind][a.name] for a in known if a.name in ROWS[kind]])

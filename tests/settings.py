@@ -404,6 +404,12 @@ SETTINGS = [
     Setting(name="manual optimisation without an optimiser", group="loop", module=ByHand),
     Setting(name="training_step that returns None", group="loop", module=Skipping),
     Setting(name="optimizer_step and its kin overridden", group="loop", module=Overriding),
+    Setting(
+        name="ddp, one process",
+        group="loop",
+        trainer=lambda: {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 1},
+        note="works, with several processes too",
+    ),
     # precision
     trainer("bf16-mixed", "precision", precision="bf16-mixed"),
     Setting(name="16-mixed with a scaler", group="precision", trainer=scaled),
@@ -484,12 +490,5 @@ SETTINGS = [
     Setting(name="on_after_backward changes gradients", group="module", module=Noisy),
     Setting(name="BatchNorm", group="module", module=partial(Net, norm=nn.BatchNorm1d)),
     Setting(name="LayerNorm", group="module", module=partial(Net, norm=nn.LayerNorm), tolerance=1e-5),
-    # strategies
-    Setting(
-        name="ddp, one process",
-        group="loop",
-        trainer=lambda: {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 1},
-        note="works, with several processes too",
-    ),
 ]
 """Every setting; several processes are in tests/test_cli.py."""

@@ -46,6 +46,7 @@ class MaskedGradientCallback(ContinualCallback):
         self._revision = -1
         self._sealed: dict[str, FrozenEntries] = {}
         self._shown = ExitStack()
+        self._averages = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Also shows a known task's outputs when it is validated or tested outside a fit."""
@@ -65,7 +66,6 @@ class MaskedGradientCallback(ContinualCallback):
         self._sealed = {n: FrozenEntries(tensors[n], mask) for n, mask in sealed.items() if bool(mask.any())}
         for entries in self._sealed.values():
             entries.save()
-        self._shown.enter_context(exact_averages(trainer, sealed))
         self._hold(trainer, pl_module, state)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -135,8 +135,10 @@ class MaskedGradientCallback(ContinualCallback):
         # Before the freezer, whose hook then runs later and has the last word.
         self._projection = Projection(tensors, self._held(state, tensors)).attach(trainer.optimizers)
         read = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) or n in state.structure.entries}
-        self._freezer = Freezer(module, state.ledger.frozen(state.structure, read)).attach(trainer.optimizers)
-        self._revision = state.ledger.revision
+        frozen = state.ledger.frozen(state.structure, read)
+        self._freezer = Freezer(module, frozen).attach(trainer.optimizers)
+        self._revision = revision = state.ledger.revision
+        self._averages.enter_context(exact_averages(trainer, frozen, lambda: state.ledger.revision == revision))
         torch.compiler.reset()  # code that was compiled before does not see new hooks
 
     def _held(self, state: ContinualState, tensors: dict[str, Tensor]) -> list[tuple[UnitGroup, Tensor, Tensor]]:
@@ -180,6 +182,7 @@ class MaskedGradientCallback(ContinualCallback):
             )
 
     def _let_go(self) -> None:
+        self._averages.close()
         for holder in (self._projection, self._freezer):
             if holder is not None:
                 holder.detach()
