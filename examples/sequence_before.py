@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+OPTIONS = {"gradient_clip_val": 1, "logger": False, "enable_checkpointing": False}
 KINDS = ["sine", "square", "sawtooth", "pulse"]
-LENGTH = 32
+LENGTH, PATCH = 32, 4
 
 
 def waves(kinds, count, seed):
@@ -25,20 +26,21 @@ def waves(kinds, count, seed):
         ]
     )
     clean = shapes[labels, torch.arange(count)]
-    return (clean + 0.2 * torch.randn(count, LENGTH, generator=generator))[:, :, None], labels
+    return clean + 0.2 * torch.randn(count, LENGTH, generator=generator), labels
 
 
 class Waves(LightningModule):
     def __init__(self, width=48):
         super().__init__()
-        self.embed = nn.Linear(1, width)
-        self.position = nn.Parameter(0.1 * torch.randn(LENGTH, width))
+        self.embed = nn.Linear(PATCH, width)
+        self.position = nn.Parameter(0.1 * torch.randn(LENGTH // PATCH, width))
         layer = nn.TransformerEncoderLayer(width, 6, 96, dropout=0.0, batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(width, len(KINDS))
 
     def forward(self, x):
-        return self.head(self.encoder(self.embed(x) + self.position).mean(1))
+        tokens = self.embed(x.unflatten(1, (-1, PATCH)))
+        return self.head(self.encoder(tokens + self.position).mean(1))
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -61,7 +63,7 @@ def main(epochs=10):
     tasks = {"smooth": [0, 1], "sharp": [2, 3]}
     for name, kinds in tasks.items():
         train = DataLoader(TensorDataset(*waves(kinds, 960, seed=0)), batch_size=32, shuffle=True)
-        trainer = Trainer(max_epochs=epochs, gradient_clip_val=1, logger=False, enable_checkpointing=False)
+        trainer = Trainer(max_epochs=epochs, **OPTIONS)
         trainer.fit(model.train(), train)
         scores.append({task: accuracy(model, tasks[task]) for task in tasks})
         print(f"after {name}:", scores[-1])

@@ -1,8 +1,8 @@
-"""Tasks of different kinds in one network: classes, numbers, pixels; each with a loss and a metric of its own."""
+"""Tasks of different kinds in one network: classes, numbers, pixels, text; each with a loss and metric of its own."""
 
 import pytest
 import torch
-from learning import images, quiet_trainer
+from learning import classifier, fit, images, quiet_trainer, three
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
@@ -10,8 +10,17 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import JaccardIndex, MeanSquaredError
 from torchmetrics.classification import MultilabelF1Score
 
-from lightning_cf import MaskedGradientCallback, PartitionCallback, SequentialTaskRunner, Task
+from lightning_cf import (
+    ContinualError,
+    ContinualModule,
+    MaskedGradientCallback,
+    PartitionCallback,
+    SequentialTaskRunner,
+    Task,
+)
+from lightning_cf.evaluation import evaluate
 from lightning_cf.state import state_of
+from lightning_cf.structure import eval_mode
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
 
@@ -159,3 +168,230 @@ def test_segmentation_with_classes_of_its_own_for_each_task(tmp_path):
     assert result.accuracy.forgetting == 0.0
     assert float(result.accuracy.matrix[-1].min()) > 0.9
     assert max(result.constant_predictor) < 0.85
+
+
+# Text
+
+
+TEXTS = [
+    "the cat sat on the mat and the dog sat on the log while the rain fell on the roof of the old red house " * 6,
+    "ONE FINE DAY FIVE WIDE GEESE WALKED ALONG A LANE, AND NOBODY KNEW WHICH WAY THEY HAD COME OR WOULD GO. " * 6,
+]
+CHARACTERS = [sorted(set(text)) for text in TEXTS]
+LENGTH = 16
+
+
+class Writer(LightningModule):
+    """A causal Transformer that predicts the next character."""
+
+    def __init__(self, vocabulary, width=48):
+        super().__init__()
+        self.embed, self.position = nn.Embedding(vocabulary, width), nn.Parameter(0.1 * torch.randn(LENGTH, width))
+        layer = nn.TransformerEncoderLayer(width, 6, 96, 0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(width, vocabulary)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(LENGTH), persistent=False)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.embed(x) + self.position, mask=self.mask, is_causal=True))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x).flatten(0, 1), y.flatten())
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.005)
+
+
+def characters(number):
+    """Windows of a text, each with what follows; the two languages share no number, not even for the space."""
+    first = sum(map(len, CHARACTERS[:number]))
+    codes = torch.tensor([first + CHARACTERS[number].index(character) for character in TEXTS[number]])
+    windows = codes.unfold(0, LENGTH + 1, 1)
+    data = TensorDataset(windows[:, :-1], windows[:, 1:])
+    loader = {"train": DataLoader(data, 32, shuffle=True), "val": DataLoader(data, 64)}
+    return Task(f"language {number}", loader, classes=list(range(first, first + len(CHARACTERS[number]))))
+
+
+def test_next_token_prediction_on_two_languages():
+    torch.manual_seed(0)
+    module, sequence = Writer(sum(map(len, CHARACTERS))), [characters(0), characters(1)]
+    scores, logits = [], []
+    for task in sequence:
+        fit(module, task, three(max_claim=0.5), epochs=8)
+        scores.append(score_on_validation(module, task))
+        logits.append(logits_of(module, task))
+    assert torch.equal(logits_of(module, sequence[0]), logits[0])
+    assert score_on_validation(module, sequence[0]) == scores[0]
+    most = max(TEXTS[0].count(c) / len(TEXTS[0]) for c in CHARACTERS[0])
+    assert min(scores) > 0.85 > 0.3 > most
+
+
+@torch.no_grad()
+def logits_of(module, task):
+    with eval_mode(module), state_of(module).showing(module, [task]):
+        return torch.cat([task.evaluate(module, batch)[0] for batch in task.judging_batches()])
+
+
+def score_on_validation(module, task):
+    with state_of(module).showing(module, [task]):
+        return evaluate(module, task, task.judging_batches())
+
+
+# A head and a loss for each task
+
+
+class Heads(LightningModule):
+    """A body and heads by the task's name, each with a loss of its own; forward gives the body's features."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU())
+        self.heads = nn.ModuleDict({"digit": nn.Linear(48, 3), "ink": nn.Linear(48, 2), "size": nn.Linear(48, 1)})
+
+    def forward(self, x):
+        return self.body(x)
+
+    def predict_as(self, name, x):
+        return self.heads[name](self(x))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        name = self.trainer.datamodule.name
+        out = self.predict_as(name, x)
+        if name == "digit":
+            return F.cross_entropy(out, y)
+        return F.binary_cross_entropy_with_logits(out, y) if name == "ink" else F.mse_loss(out, y)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.003)
+
+
+def own_head(name, change=lambda outputs: outputs):
+    return lambda module, batch: (change(module.predict_as(name, batch[0])), batch[1])
+
+
+def heads():
+    thirds = loaders(lambda x, y: y, (0, 1, 2))
+    ink = loaders(lambda x, y: torch.stack([x[:, 0, :4].mean((1, 2)) > 0.32, x.mean((1, 2, 3)) > 0.31], 1).float())
+    return [
+        Task("digit", thirds, evaluate=own_head("digit")),
+        Task("ink", ink, evaluate=own_head("ink", torch.sigmoid), metric=MultilabelF1Score(2)),
+        Task(
+            "size",
+            loaders(lambda x, y: x.mean((1, 2, 3))[:, None]),
+            evaluate=own_head("size"),
+            metric=MeanSquaredError(),
+        ),
+    ]
+
+
+@pytest.mark.parametrize("wrap", [lambda module: module, ContinualModule], ids=["plain", "wrapped"])
+def test_heads_of_their_own_are_met_as_the_tasks_come(wrap):
+    torch.manual_seed(0)
+    module, sequence = wrap(Heads()), heads()
+    scores, outputs = [], []
+    for task in sequence:
+        fit(module, task, three(tolerance=0.02), epochs=12)
+        scores.append(score_on_validation(module, task))
+        outputs.append(logits_of(module, task))
+    ledger = state_of(module).ledger
+    assert ledger.reserved == {"digit": [0, 1, 2], "ink": [3, 4], "size": [5]}
+    assert set(ledger.owners) == {"body.1", "body.3"}
+    for task, score, before in zip(sequence, scores, outputs, strict=True):
+        assert torch.equal(logits_of(module, task), before)
+        assert score_on_validation(module, task) == score
+    spread = torch.cat([y for _, y in sequence[2].judging_batches()]).var()
+    assert scores[0] > 0.95
+    assert scores[1] > 0.85
+    assert scores[2] < 0.3 * float(spread)
+
+
+def test_a_runner_knows_all_heads_from_the_start(tmp_path):
+    torch.manual_seed(0)
+    module = Heads()
+    result = SequentialTaskRunner(
+        module,
+        heads(),
+        trainer=quiet_trainer,
+        epochs=6,
+        invariance_epochs=4,
+        partition=PartitionCallback(tolerance=0.02),
+        root=tmp_path,
+    ).run()
+    assert result.accuracy.forgetting == 0.0
+    assert state_of(module).ledger.reserved == {"digit": [0, 1, 2], "ink": [3, 4], "size": [5]}
+
+
+# The same numbers in another domain
+
+
+class Autoencoder(LightningModule):
+    """As in many a tutorial: forward is the encoder, the loss compares all pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 24))
+        self.decoder = nn.Sequential(nn.ReLU(), nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 64))
+
+    def forward(self, x):
+        return self.encoder(x)
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].flatten(1)
+        return F.mse_loss(self.decoder(self.encoder(x)), x)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.003)
+
+
+def rebuilt(module, batch):
+    x = batch[0].flatten(1)
+    return module.decoder(module.encoder(x)), x
+
+
+def domain(name, classes):
+    return Task(name, loaders(lambda x, y: y, classes), evaluate=rebuilt, metric=MeanSquaredError())
+
+
+def test_outputs_of_the_same_numbers_in_another_domain_are_added():
+    torch.manual_seed(0)
+    module, sequence = ContinualModule(Autoencoder()), [domain("low", (0, 1, 2)), domain("high", (7, 8, 9))]
+    scores = []
+    for task in sequence:
+        fit(module, task, three(tolerance=0.002, max_claim=0.5), epochs=24)
+        scores.append(score_on_validation(module, task))
+    assert module.decoder[-1].out_features == 128
+    assert score_on_validation(module, sequence[0]) == pytest.approx(scores[0], rel=1e-5)
+    for task, score in zip(sequence, scores, strict=True):
+        pixels = torch.cat([x.flatten(1) for x, _ in task.judging_batches()])
+        assert score < 0.6 * float(pixels.var(dim=0).mean())
+
+
+def test_without_the_wrapper_the_way_out_is_named():
+    module = Autoencoder()
+    fit(module, domain("low", (0, 1, 2)), three(), epochs=2)
+    with pytest.raises(ContinualError, match=r"both have output 0\. .* ContinualModule"):
+        fit(module, domain("high", (7, 8, 9)), three(), epochs=2)
+
+
+# What cannot be scored is known before training
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        (lambda module, batch: (module(batch[0]), batch[1][:3]), r"predictions \[\d+, 10\] and targets \[3\]"),
+        (
+            lambda module, batch: module.nothing(batch),
+            "cannot run on its first batch: 'Classifier' object has no attribute 'nothing'",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_scored_is_refused_before_training(evaluate, message):
+    module = classifier()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    task = Task("odd", loaders(lambda x, y: y, (0, 1)), classes=[0, 1], evaluate=evaluate)
+    with pytest.raises(ContinualError, match=message):
+        fit(module, task, three(), epochs=2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())

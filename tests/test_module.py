@@ -6,7 +6,15 @@ from learning import classifier, fit, images, own_logits, quiet_trainer, score, 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_cf import Classifier, ContinualError, ContinualModule, PartitionCallback, Task
+from lightning_cf import (
+    Classifier,
+    ContinualError,
+    ContinualModule,
+    NeuronLedger,
+    PartitionCallback,
+    Task,
+    keep_ledger,
+)
 from lightning_cf.data import permuted_tasks
 from lightning_cf.models import MLP
 from lightning_cf.state import state_of
@@ -130,3 +138,74 @@ def test_testing_a_task_shows_its_outputs():
     (found,) = quiet_trainer(callbacks=callbacks).test(module, datamodule=task, verbose=False)
     assert found["seen"] == 2
     assert module(torch.zeros(1, 1, 8, 8)).min() > -1e30
+
+
+class Busy(Classifier):
+    """A user's module: manual optimisation, hooks, logging, hyperparameters."""
+
+    def __init__(self, hidden=48, lr=0.01):
+        super().__init__(MLP(shape=(1, 8, 8), classes=10, hidden=(hidden,)))
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.calls = []
+
+    def on_fit_start(self):
+        self.calls.append("on_fit_start")
+
+    def on_train_epoch_end(self):
+        self.calls.append("on_train_epoch_end")
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.manual_backward(loss)
+        optimizer.step()
+        self.log("mine", loss, on_epoch=True)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+
+
+def test_hooks_logging_hyperparameters_and_manual_optimisation_go_on_in_a_wrapped_module():
+    results = []
+    for wrap in (lambda module: module, ContinualModule):
+        torch.manual_seed(0)
+        module = wrap(Busy(lr=0.02))
+        for task in tasks(2):
+            torch.manual_seed(3)
+            trainer = fit(module, task, three(), epochs=4)
+        assert module.calls == 2 * ["on_fit_start", *4 * ["on_train_epoch_end"]]
+        assert float(trainer.callback_metrics["mine"]) < 1
+        assert dict(module.hparams) == {"hidden": 48, "lr": 0.02}
+        results.append(weights(module))
+    assert all(torch.equal(results[0][name], tensor) for name, tensor in results[1].items())
+
+
+def saved(module, path):
+    """The checkpoint of a module's fit on its first task."""
+    task, *_ = tasks()
+    keep = ModelCheckpoint(dirpath=path, filename="task")
+    fit(module, task, [*three(), keep], epochs=4, enable_checkpointing=True)
+    return path / "task.ckpt"
+
+
+@pytest.mark.parametrize("written", ["plain", "wrapped"])
+@pytest.mark.parametrize("read", ["plain", "wrapped"])
+def test_checkpoints_go_both_ways_with_hyperparameters_and_ledger(written, read, tmp_path):
+    torch.manual_seed(0)
+    module = Busy(hidden=40, lr=0.02)
+    module = ContinualModule(module) if written == "wrapped" else module
+    path = saved(module, tmp_path)
+    kind = Busy if read == "plain" else type(ContinualModule(Busy()))
+    other = kind.load_from_checkpoint(path, weights_only=True)
+    assert isinstance(other, ContinualModule) == (read == "wrapped")
+    assert dict(other.hparams) == {"hidden": 40, "lr": 0.02}
+    assert all(torch.equal(weights(other)[name], tensor) for name, tensor in weights(module).items())
+    if read == "plain":
+        keep_ledger(other, NeuronLedger.from_checkpoint(path))
+    first, second, _ = tasks()
+    logits = own_logits(module, first)
+    fit(other, second, three(), epochs=4)
+    assert torch.equal(own_logits(other, first), logits)
+    assert [entry.name for entry in state_of(other).ledger.tasks] == ["0-1", "2-3"]

@@ -224,11 +224,24 @@ def test_a_trainer_that_counts_steps_needs_no_number_of_epochs(options):
     assert state_of(module).ledger.tasks[-1].phase == ("sealed" if options else "invariance")
 
 
-def test_a_share_of_no_number_of_epochs_is_refused_before_training():
-    with pytest.raises(
-        ContinualError, match=r"after=0.5 is a share of the fit's epochs, but the Trainer has no max_ep"
-    ):
-        fit(classifier(), tasks()[0], three(after=0.5), epochs=-1, max_steps=20)
+def test_a_share_of_nothing_is_refused_before_training():
+    message = r"after=0.5 is a share of the fit's epochs or steps, but the Trainer has neither max_epochs nor max_steps"
+    with pytest.raises(ContinualError, match=message):
+        fit(classifier(), tasks()[0], three(after=0.5), epochs=-1, max_time={"seconds": 5})
+
+
+@pytest.mark.parametrize(("after", "step"), [(0.5, 10), (0.3, 6), (0.98, 20)])
+def test_a_share_of_steps_where_their_number_is_all_that_is_given(after, step):
+    class Noting(PartitionCallback):
+        def partition_task(self, trainer, module, task):
+            super().partition_task(trainer, module, task)
+            steps.append(trainer.global_step)
+
+    steps, module = [], classifier()
+    ours = [Noting(after=after), InvarianceCallback(), MaskedGradientCallback()]
+    fit(module, tasks()[0], ours, epochs=-1, max_steps=20)
+    assert steps == [step]
+    assert state_of(module).ledger.tasks[-1].phase == ("sealed" if step < 20 else "invariance")
 
 
 @pytest.mark.parametrize("options", [{}, {"every_n_steps": 4}])

@@ -236,18 +236,20 @@ def test_the_second_task_trains_as_the_reference_and_moves_nothing_else(
     module = setting.module()
     module.configure_model()
     clean = census(module)
-    learn(setting, module, task(*FIRST))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learn(setting, module, task(*FIRST))
     logits = own_logits(module, FIRST)
     assert {k: v[0] for k, v in census(module).items()} == {k: v[0] for k, v in clean.items()}
     before, rows = snapshot(module), owned_rows(module, SECOND[1])
     reference = reference_of(setting, module, SECOND[1], rows)
     assert all(0 < int(r.sum()) < len(r) for r in rows.values())
     here = census(module)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as more:
         warnings.simplefilter("always")
         fit(setting, module, task(*SECOND), [*setting.callbacks(), MaskedGradientCallback()])
     assert census(module) == here
-    found = [str(w.message) for w in caught if issubclass(w.category, FrozenWarning)]
+    found = [str(w.message) for w in [*caught, *more] if issubclass(w.category, FrozenWarning)]
     assert bool(found) == (setting.warns is not None)
     assert all(setting.warns in message for message in found)
     assert_frozen(module, before, rows)
@@ -379,7 +381,7 @@ def interrupted(setting, module, callbacks):
 
 
 @pytest.mark.parametrize("exception", [RuntimeError("mine"), KeyboardInterrupt()], ids=["exception", "Ctrl-C"])
-@pytest.mark.parametrize("isolation", ["exact", "perturb"])
+@pytest.mark.parametrize("isolation", ["exact", pytest.param("perturb", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "hook", ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_validation_batch_start"]
 )

@@ -164,7 +164,9 @@ class MaskedGradientCallback(ContinualCallback):
         for name in moved:
             self._sealed[name].restore()
         self._sealed = {}
-        if state.ledger.isolation == "exact":
+        known = {record["task"] for record in state.ledger.records}
+        partitioned = all(task.name in known for task in state.ledger.tasks if task.phase != "learn")
+        if state.ledger.isolation == "exact" and partitioned:
             for name, parameter in module.named_parameters():
                 cut = state.ledger.cut(state.structure, state.structure.entries.get(name, ()))
                 if bool(cut.any()):

@@ -1,0 +1,120 @@
+"""LightningModules of Lightning's own demos, as they stand: with the three callbacks they learn two tasks."""
+
+import pytest
+import torch
+from learning import fit, three
+from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel, RandomDataset
+from lightning.pytorch.demos.lstm import LightningLSTM
+from lightning.pytorch.demos.transformer import LightningTransformer
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanSquaredError
+
+from lightning_cf import Task
+from lightning_cf.evaluation import evaluate
+from lightning_cf.state import state_of
+from lightning_cf.structure import eval_mode
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+WORDS = 20
+
+
+def language(number):
+    """Sentences of ten words of its own, in which each word decides the next."""
+    generator = torch.Generator().manual_seed(number)
+    follower = torch.randperm(10, generator=generator)
+    sentence = [torch.randint(10, (400,), generator=generator)]
+    for _ in range(12):
+        sentence.append(follower[sentence[-1]])
+    sentences = torch.stack(sentence, dim=1) + 10 * number
+    return TensorDataset(sentences[:, :-1].contiguous(), sentences[:, 1:].contiguous())
+
+
+def languages(**options):
+    return [
+        Task(
+            f"language {number}",
+            {
+                "train": DataLoader(language(number), 20, shuffle=True, drop_last=True),
+                "val": DataLoader(language(number), 40),
+            },
+            classes=list(range(10 * number, 10 * number + 10)),
+            **options,
+        )
+        for number in (0, 1)
+    ]
+
+
+def by_states(module, batch):
+    """The LSTM demo hands its states on by itself while it trains; here each sentence starts anew."""
+    predictions, _ = module.model(batch[0], module.model.init_hidden(len(batch[0])))
+    return predictions, batch[1].flatten()
+
+
+def numbers():
+    def own(column):
+        return lambda module, batch: (module(batch)[:, [column]], torch.ones(len(batch), 1))
+
+    return [
+        Task(
+            f"number {column}",
+            {stage: DataLoader(RandomDataset(32, 64), 8) for stage in ("train", "val")},
+            outputs=[column],
+            evaluate=own(column),
+            metric=MeanSquaredError(),
+        )
+        for column in (0, 1)
+    ]
+
+
+@torch.no_grad()
+def predictions(module, task):
+    with eval_mode(module), state_of(module).showing(module, [task]):
+        return torch.cat([task.evaluate(module, batch)[0] for batch in task.judging_batches()])
+
+
+def score(module, task):
+    with state_of(module).showing(module, [task]):
+        return evaluate(module, task, task.judging_batches())
+
+
+@pytest.mark.parametrize(
+    ("make", "sequence", "epochs", "options", "good"),
+    [
+        pytest.param(
+            lambda: LightningTransformer(WORDS),
+            languages,
+            8,
+            {},
+            lambda s: s > 0.9,
+            id="LightningTransformer",
+            marks=[pytest.mark.slow],
+        ),
+        pytest.param(
+            lambda: LightningLSTM(WORDS),
+            lambda: languages(evaluate=by_states),
+            12,
+            {"gradient_clip_val": 0.25},
+            lambda s: s > 0.9,
+            id="LightningLSTM",
+            marks=[pytest.mark.slow],
+        ),
+        pytest.param(BoringModel, numbers, 4, {}, lambda s: s < 0.5, id="BoringModel"),
+        pytest.param(ManualOptimBoringModel, numbers, 4, {}, lambda s: s < 0.5, id="ManualOptimBoringModel"),
+    ],
+)
+def test_demos_learn_two_tasks_and_forget_nothing(make, sequence, epochs, options, good, monkeypatch):
+    for demo in (LightningTransformer, LightningLSTM):
+        monkeypatch.setattr(demo, "prepare_data", lambda self: None)  # it would download a text
+    torch.manual_seed(0)
+    module, tasks = make(), sequence()
+    scores, before = [], []
+    for task in tasks:
+        fit(module, task, three(), epochs=epochs, **options)
+        scores.append(score(module, task))
+        before.append(predictions(module, task))
+    assert all(map(good, scores)), scores
+    for task, learned, seen in zip(tasks, scores, before, strict=True):
+        assert score(module, task) == learned
+        assert torch.equal(predictions(module, task), seen)
+    assert [entry.phase for entry in state_of(module).ledger.tasks] == ["sealed", "sealed"]
