@@ -98,15 +98,15 @@ class NeuronLedger:
         """
         fresh = NeuronLedger.for_structure(structure)
         known = {name: len(owner) for name, owner in self.owners.items()}
+        found = {name: len(owner) for name, owner in fresh.owners.items()}
         if not bool((torch.cat([*self.owners.values(), self.outputs]) >= 0).any()):
             self.owners, self.outputs = fresh.owners, fresh.outputs
-        elif known == {name: len(fresh.owners.get(name, ())) for name in known} and len(fresh.outputs) >= len(
-            self.outputs
-        ):
+        elif found.items() >= known.items() and len(fresh.outputs) >= len(self.outputs):
             self.owners = {name: self.owners.get(name, owner) for name, owner in fresh.owners.items()}
             self.outputs = torch.cat([self.outputs, fresh.outputs[len(self.outputs) :]])
+        elif found.items() <= known.items() and len(fresh.outputs) <= len(self.outputs):
+            return  # read from a checkpoint, and not all of its tasks are met again yet
         else:
-            found = {name: len(owner) for name, owner in fresh.owners.items()}
             raise ContinualError(
                 f"A task uses the network in a way that joins units which earlier tasks keep apart: {known} units were"
                 f" known, {found} are found. Give all tasks one way through the layers that they share."
@@ -241,7 +241,8 @@ class NeuronLedger:
         if sizes != known or structure.head.size != len(self.outputs):
             raise ContinualError(
                 f"The ledger was made for another network: it knows units {known} and {len(self.outputs)} outputs,"
-                f" the network has {sizes} and {structure.head.size}."
+                f" the network has {sizes} and {structure.head.size}. Where earlier tasks have heads of their own, make"
+                " them known first: ContinualModule(module).add_task(task)."
             )
         return torch.cat([self.owners[group.name] for group in structure.groups] + [self.outputs])
 

@@ -73,8 +73,8 @@ class ContinualModule(LightningModule):
             the output column of each of the task's classes.
         """
         state = state_for(self, task)
+        outputs = state.meet(self, task)
         if task.name not in state.ledger.reserved:
-            outputs = state.columns_for(self, task)
             taken = {output for others in state.ledger.reserved.values() for output in others}
             returns = task.outputs is None and taken & set(outputs) and max(outputs) < state.ledger.width
             if task.outputs is task.classes is None and (returns or len(outputs) == state.ledger.width):
@@ -109,7 +109,7 @@ class ContinualModule(LightningModule):
             ledger = NeuronLedger.from_state_dict(state)
             keep_ledger(self, ledger)
             head = self.get_submodule(ledger.head)
-            if isinstance(head, Head):
+            if isinstance(head, Head) and len(ledger.outputs) > ledger.width:
                 grow_head(head, len(ledger.outputs))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

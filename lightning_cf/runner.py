@@ -17,7 +17,7 @@ from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, P
 from lightning_cf.callbacks.session import check_strategy
 from lightning_cf.contexts import on_device, seeded
 from lightning_cf.errors import ContinualError, check_choice, check_count
-from lightning_cf.evaluation import constant_predictor, evaluate
+from lightning_cf.evaluation import check_scoring, constant_predictor, evaluate
 from lightning_cf.joint import JointTask
 from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.module import ContinualModule
@@ -260,6 +260,8 @@ class SequentialTaskRunner:
             state.mask_outputs = self.masking.mask_outputs
         for task in self.tasks:
             self.module.add_task(task)
+            with state.showing(self.module, [task]):
+                check_scoring(self.module, task)
         if self.partitioning is not None:
             self.partitioning.select(self.module, state)
             if self.method == "partition":

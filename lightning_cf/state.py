@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class ContinualState:
         shown: the view through which the outputs are seen now, if any.
         outcome: what the current task's partitions found so far, if it had any.
         disturbance: what perturbs the redundant units now, if anything.
+        met: names of the tasks whose way through the network is known.
     """
 
     structure: Structure
@@ -55,6 +56,7 @@ class ContinualState:
     shown: OutputView | None = None
     outcome: Outcome | None = None
     disturbance: Disturbance | None = None
+    met: set[str] = field(default_factory=set)
 
     def undisturb(self) -> None:
         """Puts perturbed units back, if some are perturbed now."""
@@ -93,16 +95,19 @@ class ContinualState:
         """The head's columns that a task owns."""
         return self.ledger.reserved.get(task.name) or task.outputs or task.classes or []
 
-    def columns_for(self, module: LightningModule, task: Task) -> list[int]:
-        """The head's columns that a new task is to own; its way through the network may be one of its own.
+    def meet(self, module: LightningModule, task: Task) -> list[int]:
+        """Makes known how a task runs the network, which may be a way of its own; gives the columns that it is to own.
 
         Raises:
-            ContinualError: if the task does not say, and cannot be told from what its ``evaluate`` returns.
+            ContinualError: if the task does not say, and it cannot be told from what its ``evaluate`` returns.
         """
-        structure = self.structure if task.evaluate is supervised else self._take_up(module, task)
-        if task.outputs or task.classes:
-            return task.outputs or task.classes or []
-        columns: list[int] = structure.returned[-1].tolist()
+        structure = self.structure
+        if task.name not in self.met and self.met and task.evaluate is not supervised:
+            structure = self._take_up(module, task)
+        self.met.add(task.name)
+        columns = self.outputs_of(task)
+        if not columns:
+            columns = structure.returned[-1].tolist()
         if not columns:
             raise ContinualError(
                 f"Task '{task.name}': its evaluate returns no columns of a layer, so it must say which outputs it owns:"
@@ -171,6 +176,12 @@ def state_for(module: LightningModule, task: Task) -> ContinualState:
         apart = ledger is not None and ledger.isolation == "perturb"
         structure = _traced(module, task, example, forward, apart=apart)
         ledger = ledger or NeuronLedger.for_structure(structure)
+        if ledger.head != structure.head_layer:
+            raise ContinualError(
+                f"Task '{task.name}' leads to the output head '{structure.head_layer}', but the module's ledger knows"
+                f" '{ledger.head}' as the first one. Where earlier tasks have heads of their own, make them known"
+                " first: ContinualModule(module).add_task(task)."
+            )
         state = ContinualState(structure, ledger, example, forward)
         object.__setattr__(module, _ATTRIBUTE, state)
     return state

@@ -4,6 +4,7 @@ import pytest
 import torch
 from learning import classifier, fit, images, quiet_trainer, three
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -305,6 +306,25 @@ def test_heads_of_their_own_are_met_as_the_tasks_come(wrap):
     assert scores[0] > 0.95
     assert scores[1] > 0.85
     assert scores[2] < 0.3 * float(spread)
+
+
+def test_another_process_meets_the_earlier_heads_again(tmp_path):
+    torch.manual_seed(0)
+    module, (digit, ink, _) = ContinualModule(Heads()), heads()
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="two")
+    for task in (digit, ink):
+        fit(module, task, [*three(tolerance=0.02), keep], epochs=4, enable_checkpointing=True)
+    before = logits_of(module, digit)
+    path = max(tmp_path.glob("two*.ckpt"), key=lambda path: path.stat().st_mtime)
+    other = type(module).load_from_checkpoint(path, weights_only=True)
+    with pytest.raises(ContinualError, match=r"'heads\.size', but .* 'heads\.digit' as the first one\. .*add_task"):
+        fit(other, heads()[2], three(tolerance=0.02), epochs=2)
+    other = type(module).load_from_checkpoint(path, weights_only=True)
+    for task in heads()[:2]:
+        other.add_task(task)
+    fit(other, heads()[2], three(tolerance=0.02), epochs=4)
+    assert state_of(other).ledger.reserved == {"digit": [0, 1, 2], "ink": [3, 4], "size": [5]}
+    assert torch.equal(logits_of(other, digit), before)
 
 
 def test_a_runner_knows_all_heads_from_the_start(tmp_path):

@@ -115,7 +115,8 @@ class MaskedGradientCallback(ContinualCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lets go; teardown does not run after an exception, which may have come in the middle of a step."""
         state = state_of(pl_module)
-        if self._freezer is not None and state is not None and state.ledger.isolation == "exact":
+        current = state is not None and state.ledger.revision == self._revision
+        if self._freezer is not None and state is not None and current and state.ledger.isolation == "exact":
             self._freezer.restore()
         for entries in self._sealed.values():
             entries.restore()
@@ -171,7 +172,7 @@ class MaskedGradientCallback(ContinualCallback):
                 cut = state.ledger.cut(state.structure, state.structure.entries.get(name, ()))
                 if bool(cut.any()):
                     cut = cut.to(parameter.device)
-                    if bool((parameter.detach() * cut).any()):
+                    if bool(torch.where(cut, parameter.detach(), 0).any()):
                         parameter.detach().masked_fill_(cut, 0)
                         moved.append(name)
         if moved:

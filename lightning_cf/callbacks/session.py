@@ -97,11 +97,12 @@ def reserve_outputs(module: LightningModule, task: Task) -> ContinualState:
         ContinualError: for outputs that another task has, or that the head does not have.
     """
     state = state_for(module, task)
-    if task.name not in state.ledger.reserved:
-        if isinstance(module, ContinualModule):
-            module.add_task(task)
-        else:
-            state.ledger.reserve(task.name, state.columns_for(module, task))
+    if isinstance(module, ContinualModule):
+        module.add_task(task)
+    else:
+        columns = state.meet(module, task)
+        if task.name not in state.ledger.reserved:
+            state.ledger.reserve(task.name, columns)
     return state
 
 
