@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -81,36 +82,48 @@ def _update(
 @torch.no_grad()
 def take_averages(trainer: Trainer, module: LightningModule) -> None:
     """Puts the average in the network's place, where one was begun."""
-    for average, _ in _averages(trainer):
-        for mine, theirs in _pairs(module, average):
-            mine.detach().copy_(theirs.detach())
+    for average in _averages(trainer):
+        if average.count is not None and int(average.count):
+            for mine, theirs in average.pairs(module):
+                mine.detach().copy_(theirs.detach())
 
 
 @torch.no_grad()
 def restart_averages(trainer: Trainer, module: LightningModule) -> None:
     """Starts averages anew from the network as it is."""
-    for average, count in _averages(trainer, begun=False):
-        for mine, theirs in _pairs(module, average):
+    for average in _averages(trainer):
+        for mine, theirs in average.pairs(module):
             theirs.detach().copy_(mine.detach())
-        if count is not None:
-            count.zero_()
+        if average.count is not None:
+            average.count.zero_()
 
 
-def _averages(trainer: Trainer, *, begun: bool = True) -> Iterator[tuple[nn.Module, Tensor | None]]:
-    """Every average with the count of what it holds; with ``begun`` only those that hold something."""
+@dataclass(frozen=True)
+class _Average:
+    """What a callback keeps.
+
+    Attributes:
+        network: the average.
+        count: how many networks are in it; None before the first.
+        buffers: whether it holds buffers too; ``StochasticWeightAveraging`` leaves them as they were at the start.
+    """
+
+    network: nn.Module
+    count: Tensor | None
+    buffers: bool
+
+    def pairs(self, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each tensor of the module with its average."""
+        yield from zip(module.parameters(), self.network.parameters(), strict=True)
+        if self.buffers:
+            yield from zip(module.buffers(), self.network.buffers(), strict=True)
+
+
+def _averages(trainer: Trainer) -> Iterator[_Average]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average: nn.Module | None = getattr(callback, "_average_model", None)
-        if average is None:
-            continue
-        if isinstance(callback, WeightAveraging):
-            count = average.n_averaged
-            assert isinstance(count, Tensor) and isinstance(average.module, nn.Module)
-            if int(count) or not begun:
-                yield average.module, count
-        elif isinstance(callback, StochasticWeightAveraging) and (not begun or int(callback.n_averaged or 0)):
-            yield average, callback.n_averaged
-
-
-def _pairs(module: nn.Module, average: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(module.parameters(), average.parameters(), strict=True)
-    yield from zip(module.buffers(), average.buffers(), strict=True)
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            count, network = callback._average_model.n_averaged, callback._average_model.module
+            assert isinstance(count, Tensor) and isinstance(network, nn.Module)
+            yield _Average(network, count, buffers=True)
+        elif isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:
+            yield _Average(callback._average_model, callback.n_averaged, buffers=False)

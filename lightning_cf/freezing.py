@@ -66,7 +66,8 @@ class Freezer:
         self.optimizers = list(optimizers)
         self.save()
         for entries in self.entries:
-            self.handles.append(_hook_gradient(entries))
+            if entries.parameter.is_floating_point() or entries.parameter.is_complex():
+                self.handles.append(_hook_gradient(entries))
         self.handles.append(register_optimizer_step_post_hook(self._after_step))
         for norm in self.norms:
             if bool(norm.channels.any()):

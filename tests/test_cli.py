@@ -66,11 +66,14 @@ def test_the_default_command_compares_three_methods_and_leaves_results_and_pictu
         ["isolation=perturb"],
         ["partition.threshold=0.7", "partition.measure=weight"],
         ["tasks=permuted_digits", "tasks.count=3"],
-        ["tasks=rotated_digits", "tasks.count=3"],
+        pytest.param(["tasks=rotated_digits", "tasks.count=3"], marks=pytest.mark.slow),
         ["tasks.order=[9,7,5,3,1,8]", "tasks.classes_per_task=3", "method=joint"],
         ["model=cnn", "model.network.channels=[8,12]"],
-        ["model=resnet", "model.network.channels=[8,12]", "logger=csv", "trainer.log_every_n_steps=1"],
-        ["partition=literal", "invariance=noise", "isolation=perturb"],
+        pytest.param(
+            ["model=resnet", "model.network.channels=[8,12]", "logger=csv", "trainer.log_every_n_steps=1"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["partition=literal", "invariance=noise", "isolation=perturb"], marks=pytest.mark.slow),
         ["isolation=perturb", "invariance=composed", "subspace=random", "subspace.dimensions=0.25"],
         ["isolation=perturb", "invariance=mixture", "subspace=learned", "subspace.steps=5"],
         ["partition.every_n_epochs=1", "partition.clusters=components", "partition.representative=random"],
@@ -210,6 +213,7 @@ def test_a_sweep_gives_for_each_job_what_the_job_alone_gives(tmp_path):
     assert jobs[0]["weights_sha256"] != jobs[1]["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_a_search_gives_each_job_all_of_its_configuration(tmp_path):
     one = ["hydra.sweeper.params.invariance=shear", "hydra.sweeper.params.invariance_epochs=1"]
     small = [x for x in SMALL if not x.startswith(("invariance_epochs", "compare"))]
@@ -223,6 +227,7 @@ def test_a_search_gives_each_job_all_of_its_configuration(tmp_path):
     assert (tmp_path / "0" / "perturb").is_dir()
 
 
+@pytest.mark.slow
 def test_a_sweep_names_a_metric_that_results_do_not_have(tmp_path):
     done = command("-m", f"run={tmp_path}", *SMALL, "tasks.order=[0,1]", "optimized_metric=tasks", "seed=0")
     assert done.returncode == 1

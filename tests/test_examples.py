@@ -35,7 +35,7 @@ def test_ten_lines_differ_at_most(name):
     assert 0 < len(changed) <= 10, changed
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["image", "segmentation", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_afterwards_both_tasks_are_learned_and_nothing_is_forgotten(name, tmp_path, monkeypatch):
     first, second = run(f"{name}_after", tmp_path, monkeypatch)
     begun, later = first.keys()

@@ -287,7 +287,13 @@ def heads():
     ]
 
 
-@pytest.mark.parametrize("wrap", [lambda module: module, ContinualModule], ids=["plain", "wrapped"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(lambda module: module, id="plain"),
+        pytest.param(ContinualModule, id="wrapped", marks=pytest.mark.slow),
+    ],
+)
 def test_heads_of_their_own_are_met_as_the_tasks_come(wrap):
     torch.manual_seed(0)
     module, sequence = wrap(Heads()), heads()
