@@ -90,6 +90,8 @@ class Task(LightningDataModule):
         for hook in _HOOKS:
             if is_overridden(hook, self.data, parent=LightningDataModule):
                 setattr(self, hook, getattr(self.data, hook))
+        for option in ("prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"):
+            setattr(self, option, getattr(self.data, option))
 
     def __getattr__(self, name: str) -> Any:
         """What the task does not have is the data's: its batch size, its number of classes."""

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -274,3 +277,72 @@ def test_the_first_batch_is_returned_and_only_labels_are_checked(batch):
 
 def test_a_task_with_outputs_only_may_have_any_labels():
     Task("a", {"train": loader()}, outputs=[5]).check_data()
+
+
+# What the task does not have is its data's
+
+
+class Sized(Data):
+    def __init__(self):
+        super().__init__()
+        self.batch_size, self.prepare_data_per_node = 4, False
+        self.save_hyperparameters({"folder": "here"})
+
+    @property
+    def words(self):
+        return ["one", "two"]
+
+
+def test_attributes_of_the_data_are_read_and_written_through_the_task():
+    data = Sized()
+    task = Task("a", data, classes=[0, 1])
+    assert (task.batch_size, task.words, task.hparams["folder"]) == (4, ["one", "two"], "here")
+    task.batch_size = 8
+    task.note = "mine"
+    assert (data.batch_size, task.batch_size, task.note, hasattr(data, "note")) == (8, 8, "mine", False)
+    assert task.prepare_data_per_node is False
+    with pytest.raises(AttributeError, match="'Sized' object has no attribute 'nothing'"):
+        _ = task.nothing
+
+
+def test_what_both_have_is_the_tasks_own():
+    data = Sized()
+    data.name = "theirs"
+    task = Task("a", data, classes=[0, 1])
+    assert (task.name, data.name) == ("a", "theirs")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda task: pickle.loads(pickle.dumps(task))])
+def test_a_task_is_copied_with_its_data(copied):
+    task = Task("a", Sized(), classes=[0, 1])
+    other = copied(task)
+    assert (other.name, other.batch_size) == ("a", 4)
+    other.batch_size = 2
+    assert (other.data.batch_size, task.batch_size) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "target", "expected"),
+    [
+        ((6, 3), (6,), ((6, 3), (6,))),
+        ((2, 3, 4, 4), (2, 4, 4), ((2, 3, 4, 4), (2, 4, 4))),
+        ((2, 5, 7), (2, 5), ((10, 7), (10,))),
+        ((10, 7), (2, 5), ((10, 7), (10,))),
+        ((6, 3), (6, 3), ((6, 3), (6, 3))),
+    ],
+    ids=["classes", "pixels", "tokens", "tokens in a row", "labels"],
+)
+def test_predictions_and_targets_are_laid_out_as_metrics_take_them(predictions, target, expected):
+    module = Unused()
+    module.forward = lambda x: torch.zeros(predictions)
+    found = Task("a", Data(), classes=[0]).evaluate(module, (torch.zeros(1), torch.zeros(target, dtype=torch.long)))
+    assert tuple(tuple(x.shape) for x in found) == expected
+
+
+def test_a_forward_pass_of_two_arguments_gets_both():
+    module = Unused()
+    module.forward = lambda x, y: torch.stack([x, y])
+    x, y = torch.zeros(3), torch.ones(3)
+    predictions, target = Task("a", Data(), classes=[0]).evaluate(module, (x, y))
+    assert predictions.tolist() == [[0] * 3, [1] * 3]
+    assert target is y
