@@ -18,14 +18,16 @@ Passes = Callable[[], Iterator[Callable[[], Any]]]
 
 
 def consumers(module: nn.Module, structure: Structure) -> list[tuple[str, Entries]]:
-    """Weights used once, whose rows are units and whose columns read units; with their use."""
+    """Weights that train, used once, whose rows are units and whose columns read units; with their use."""
     found = []
     parameters = dict(module.named_parameters())
     for name, uses in structure.entries.items():
         use = uses[0]
-        rows_are_units = name in parameters and len(uses) == 1 and use.role == "weight"
+        rows_are_units = name in parameters and len(uses) == 1 and use.role == "weight" and use.target.ndim > 0
+        if not rows_are_units or not parameters[name].requires_grad:
+            continue
         along_rows = use.target.numel() == use.target.shape[0] and use.source.shape[0] == 1
-        if rows_are_units and along_rows and bool((use.source != NO_UNIT).any()):
+        if along_rows and bool((use.source != NO_UNIT).any()):
             found.append((name, use))
     return found
 

@@ -71,7 +71,7 @@ class Claimer:
         redundant into claimed units and outputs are zero afterwards. Under ``perturb`` the network's function stays as
         it was; a claim is judged by the score without the redundant units.
         """
-        self._groups = self.options.partitioned(self.structure)
+        self._groups = [g for g in self.options.partitioned(self.structure) if g.name not in self.ledger.whole]
         self._again = self.ledger.tasks[-1].phase == "invariance"
         exact = self.ledger.isolation == "exact"
         before = self._reference(self.score())

@@ -46,7 +46,8 @@ def predict(module: LightningModule, task: Task, batch: Any) -> tuple[Tensor, Te
     """The task's predictions and targets for a batch, computed in the Trainer's precision, with numbers of 4 bytes."""
     with forward_context(module):
         predictions, target = task.evaluate(module, on_device(module, task, batch))
-    return predictions.float() if predictions.dtype in (torch.float16, torch.bfloat16) else predictions, target
+    half = predictions.dtype in (torch.float16, torch.bfloat16)
+    return (predictions.float() if half else predictions).contiguous(), target.contiguous()
 
 
 def metric_for(task: Task, predictions: Tensor) -> Metric:

@@ -90,6 +90,9 @@ def sole(labels: Labels, shape: tuple[int, ...]) -> Labels:
 def sole_along(labels: Labels, dims: Iterable[int]) -> Labels:
     """The label that all positions along ``dims`` share, ``NONE`` where there are several; those dims keep size one."""
     for dim in dims:
+        if labels.shape[dim] == 0:
+            labels = labels.new_zeros([1 if d == dim % labels.ndim else n for d, n in enumerate(labels.shape)])
+            continue
         top = labels.amax(dim, keepdim=True)
         labels = top * (top == labels.amin(dim, keepdim=True))
     return labels

@@ -29,7 +29,8 @@ def reinitialise_free(module: nn.Module, structure: Structure, ledger: NeuronLed
         masks = {}
         for name in own:
             uses = structure.entries.get(f"{path}.{name}" if path else name, ())
-            if uses:
+            held = isinstance(own[name], nn.Parameter) and not own[name].requires_grad
+            if uses and not held:
                 masks[name] = torch.stack(
                     [lookup(use.target, free, none=False).expand(own[name].shape) for use in uses]
                 ).all(dim=0)

@@ -126,6 +126,17 @@ class ContinualState:
             return known[1](net, examples[0]), forward(net, examples[1])
 
         structure = _traced(module, task, both, one_after_another, apart=self.ledger.isolation == "perturb")
+        layers = self.structure.head.layers
+        if (
+            not structure.entries.keys() >= self.structure.entries.keys()
+            or structure.head.layers[: len(layers)] != layers
+        ):
+            raise ContinualError(
+                f"Task '{task.name}': the way in which earlier tasks run {type(module).__name__} is another one now. A"
+                " forward pass that chooses a head by something that changes cannot be followed: let forward give the"
+                " body's features, and evaluate= of each task name its head:"
+                " lambda module, batch: (module.heads['a'](module(batch[0])), batch[1])."
+            )
         if structure.entries.keys() != self.structure.entries.keys():
             self.ledger.extend_to(structure)
             self.structure, self.example, self.forward = structure, both, one_after_another

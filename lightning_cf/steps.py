@@ -23,7 +23,7 @@ from lightning_cf.probe import probe
 from lightning_cf.randomness import derive_seed
 from lightning_cf.recording import TaskFolders
 from lightning_cf.reinitialise import reinitialise_free
-from lightning_cf.state import keep_ledger, ledger_of, state_for
+from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for
 from lightning_cf.structure import eval_mode, named_tensors
 from lightning_cf.tasks import Task
 
@@ -56,6 +56,8 @@ def partition_task(
     state = state_for(module, task)
     state.undisturb()
     again = state.ledger.tasks[-1].phase == "invariance"
+    if len(state.ledger.tasks) == 1 and not again:
+        state.ledger.whole += held_by_the_user(module, state)
     lower_is_better = task.metric is not None and task.metric.higher_is_better is False
     with isolate_rng(), eval_mode(module), state.showing(module, [task]):
         torch.manual_seed(derive_seed("partition", task.name))
@@ -77,6 +79,19 @@ def partition_task(
         probe(module, state.structure, state.ledger, state.example, state.forward)
     if folders is not None:
         folders.write(state.ledger, options, state.outcome)
+
+
+def held_by_the_user(module: LightningModule, state: ContinualState) -> list[str]:
+    """Groups to be partitioned none of whose weights train (``requires_grad=False``), such as a pretrained backbone."""
+    parameters = dict(module.named_parameters())
+    return [
+        group.name
+        for group in state.structure.groups
+        if group.name not in state.ledger.whole
+        and not any(
+            parameters[r.tensor].requires_grad for r in group.rows if r.role == "weight" and r.tensor in parameters
+        )
+    ]
 
 
 def seal_task(

@@ -88,6 +88,8 @@ class _FunctionRules(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            self.tracer.read(args[0], f"Tensor.{func.__name__}")
         if func not in (torch.nn.functional.rms_norm, torch.rms_norm):
             return func(*args, **kwargs)
         names = ("input", "normalized_shape", "weight", "eps")
@@ -130,6 +132,9 @@ class _Tracer(TorchDispatchMode):
         rule, transparent = rule_of(func)
         here = f"'{this.name}' in module '{self.path or 'forward'}'"
         self.made_by |= {id(x): here for x in this.results}
+        if torch.Tag.dynamic_output_shape in func.tags:
+            for x in _shape_makers(this):
+                self.read(x, this.name)
         pending = [mixing for x in this.tensors for mixing in self.shadows[x].pending]
         if transparent and len({id(x) for x in this.tensors}) == 1:
             rule(self, this)
@@ -336,6 +341,14 @@ class _Tracer(TorchDispatchMode):
             self.computed,
             " and ".join(dict.fromkeys(self.made_by[id(x)] for x in outputs if id(x) in self.made_by)) or "nothing",
         )
+
+
+def _shape_makers(this: Call) -> list[Tensor]:
+    """The arguments whose values decide how large the result of an operation is."""
+    if this.func.overloadpacket is torch.ops.aten.index:
+        return [x for x in this.given["indices"] if isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8)]
+    deciding = [this.given[name] for name in ("mask", "repeats") if isinstance(this.given.get(name), Tensor)]
+    return deciding or this.tensors
 
 
 def _same_memory(x: Tensor, parameter: Tensor) -> bool:

@@ -1,4 +1,5 @@
 import networks
+import numpy as np
 import pytest
 import torch
 from networks import NETWORKS, Wired, build
@@ -74,9 +75,9 @@ def test_values_read_from_layers_of_the_first_task_are_fine():
 
 def test_a_tensor_that_left_the_networks_sight_is_found_by_trying():
     def wire(net, x):
-        return net.head(torch.from_numpy(net.first(x).detach().numpy().copy()))
+        return net.head(torch.from_numpy(np.from_dlpack(net.first(x).detach()).copy()))
 
-    with pytest.raises(StructureError, match="cannot hold: claimed"):
+    with pytest.raises(StructureError, match="cannot hold"):
         check(Wired(wire, first=nn.Linear(6, 5), head=nn.Linear(5, 3)), networks.flat())
 
 
@@ -101,3 +102,49 @@ def test_a_network_that_draws_random_numbers_is_no_leak():
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     network[1].register_forward_hook(lambda layer, inputs, output: nn.functional.dropout(output, 0.5, True))
     check(network, networks.flat())
+
+
+@pytest.mark.filterwarnings("ignore::lightning_cf.errors.StructureWarning")
+@pytest.mark.parametrize(
+    ("decide", "operation"),
+    [
+        (lambda z: bool((z.detach().numpy() > 2).any()), r"Tensor\.numpy"),
+        (lambda z: max(z.flatten().tolist()) > 2, r"Tensor\.tolist"),
+        (lambda z: len(torch.nonzero(z > 2)) > 0, r"aten\.nonzero"),
+        (lambda z: z.masked_select(z > 2).numel() > 0, r"aten\.masked_select"),
+        (lambda z: len(z[z > 2]) > 0, r"aten\.index"),
+        (lambda z: len(z.unique()) > 99, r"aten\._unique2"),
+    ],
+    ids=["numpy", "tolist", "nonzero", "masked_select", "index", "unique"],
+)
+def test_values_that_reach_python_in_other_ways_are_refused_too(decide, operation):
+    def wire(net, x):
+        z = net.first(x).relu()
+        return net.head(net.second(z if decide(z) else 2 * z).relu())
+
+    network = Wired(wire, first=nn.Linear(6, 5), second=nn.Linear(5, 4), head=nn.Linear(4, 3))
+    with pytest.raises(StructureError, match=rf"reads values of units of 'first' into Python \('{operation}'"):
+        check(network, torch.randn(4, 6))
+
+
+def test_a_mask_of_the_input_reads_nothing():
+    def wire(net, x):
+        z = net.first(x).relu()
+        return net.head(z + torch.zeros_like(z).index_put((x[:, 0] > 0,), net.second(z[x[:, 0] > 0])))
+
+    network = Wired(wire, first=nn.Linear(6, 5), second=nn.Linear(5, 5), head=nn.Linear(5, 3))
+    assert not trace(network, torch.randn(4, 6)).reads
+
+
+def test_experts_without_a_token_are_traced():
+    def wire(net, x):
+        z, chosen = net.first(x).relu(), torch.zeros(len(x), dtype=torch.long)
+        out = torch.zeros_like(z)
+        for number, expert in enumerate(net.experts):
+            where = torch.where(chosen == number)[0]
+            out = out.index_add(0, where, expert(z[where]))
+        return net.head(out)
+
+    experts = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])
+    network = Wired(wire, first=nn.Linear(6, 5), experts=experts, head=nn.Linear(5, 3))
+    assert {"experts.0.weight", "experts.1.weight"} <= set(trace(network, torch.randn(4, 6)).entries)

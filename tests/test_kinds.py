@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from learning import classifier, fit, images, quiet_trainer, three
+from learning import classifier, fit, images, quiet_trainer, tasks, three
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -17,13 +17,17 @@ from lightning_cf import (
     MaskedGradientCallback,
     PartitionCallback,
     SequentialTaskRunner,
+    StructureWarning,
     Task,
 )
 from lightning_cf.evaluation import evaluate
 from lightning_cf.state import state_of
 from lightning_cf.structure import eval_mode
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*no claim within the budget"),
+    pytest.mark.filterwarnings("ignore:.*stay as the first task left them"),  # heads of tasks to come
+]
 
 
 def loaders(target, classes=range(10)):
@@ -421,3 +425,88 @@ def test_a_task_that_cannot_be_scored_is_refused_before_training(evaluate, messa
     with pytest.raises(ContinualError, match=message):
         fit(module, task, three(), epochs=2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+class Switching(Heads):
+    """Its forward pass follows what task is current."""
+
+    current = "digit"
+
+    def forward(self, x):
+        return self.heads[self.current](self.body(x))
+
+    def predict_as(self, name, x):
+        return self(x)
+
+
+def test_a_forward_pass_that_switches_heads_is_refused_with_the_way_out():
+    module, (digit, ink, _) = Switching(), heads()
+    fit(module, digit, three(tolerance=0.02), epochs=2)
+    module.current = "ink"
+    with pytest.raises(ContinualError, match=r"earlier tasks run Switching is another one now\. .* name its head"):
+        fit(module, ink, three(tolerance=0.02), epochs=2)
+
+
+def test_columns_of_regression_need_not_be_contiguous():
+    module = classifier()
+    task = Task(
+        "two means",
+        loaders(lambda x, y: torch.stack([x.mean((1, 2, 3)), x[:, 0, :4].mean((1, 2))], dim=1)),
+        outputs=[2, 3],
+        metric=MeanSquaredError(),
+        evaluate=lambda module, batch: (module(batch[0])[:, 2:4], batch[1]),
+    )
+    module.training_step = lambda batch, batch_idx: F.mse_loss(module(batch[0])[:, 2:4], batch[1])
+    fit(module, task, three(), epochs=4)
+    assert state_of(module).ledger.tasks[0].outputs == [2, 3]
+
+
+# What meets nothing, or is held
+
+
+class Projecting(Heads):
+    """Trains a projection that nothing which is scored runs, and scales its outputs by a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.projection, self.scale = nn.Linear(48, 8), nn.Parameter(torch.tensor(1.0))
+
+    def predict_as(self, name, x):
+        return self.heads[name](self(x)) * self.scale
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0.01 * self.projection(self(batch[0])).square().mean()
+
+
+@pytest.mark.filterwarnings("default:.*stay as the first task left them")
+def test_what_later_tasks_cannot_train_is_named():
+    module, (digit, ink, _) = Projecting(), heads()
+    fit(module, digit, three(tolerance=0.02), epochs=2)
+    with pytest.warns(StructureWarning, match=r"'heads.size.weight', .*'projection.weight', 'projection.bias' stay as"):
+        fit(module, ink, three(tolerance=0.02), epochs=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"reinitialise": False}])
+def test_weights_that_the_user_holds_stay_theirs(options):
+    torch.manual_seed(0)
+    module = Heads()
+    module.body[1].requires_grad_(False)
+    before = module.body[1].weight.clone(), module.body[1].bias.clone()
+    for task in heads()[:2]:
+        fit(module, task, three(tolerance=0.02, **options), epochs=4)
+        assert torch.equal(module.body[1].weight, before[0])
+        assert torch.equal(module.body[1].bias, before[1])
+    ledger = state_of(module).ledger
+    assert ledger.whole == ["body.1"]
+    assert 0 < float((ledger.owners["body.3"] == -1).float().mean()) < 1
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1), lambda x, y: x.square().mean()]
+)
+def test_a_loss_that_masked_outputs_make_infinite_is_refused_at_the_first_batch(loss):
+    module = classifier()
+    module.training_step = lambda batch, batch_idx: loss(module(batch[0]), batch[1])
+    with pytest.raises(ContinualError, match=r"loss of the first batch is infinite.*mask_outputs=False"):
+        fit(module, tasks()[0], three(), epochs=2)
+    fit(module, tasks()[0], [*three()[:2], MaskedGradientCallback(mask_outputs=False)], epochs=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import zip_longest
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_cf.averaging import exact_averages
 from lightning_cf.callbacks.session import ContinualCallback, task_of, without_address
-from lightning_cf.errors import ContinualError, FrozenWarning
+from lightning_cf.errors import ContinualError, FrozenWarning, StructureWarning
 from lightning_cf.freezing import Freezer, FrozenEntries
 from lightning_cf.ledger import FREE
 from lightning_cf.projection import Projection
@@ -52,6 +53,8 @@ class MaskedGradientCallback(ContinualCallback):
         """Also shows a known task's outputs when it is validated or tested outside a fit."""
         super().setup(trainer, pl_module, stage)
         state, task = state_of(pl_module), getattr(trainer, "datamodule", None)
+        if stage == "fit" and state is not None:
+            state.mask_outputs = self.mask_outputs
         if stage in ("validate", "test") and state is not None and getattr(task, "name", None) in state.ledger.reserved:
             self._show(pl_module, state, trainer)
 
@@ -61,6 +64,7 @@ class MaskedGradientCallback(ContinualCallback):
         state = state_for(pl_module, task_of(trainer, type(self).__name__))
         state.mask_outputs = self.mask_outputs
         self._show(pl_module, state, trainer)
+        self._tell_what_stays(pl_module, state)
         tensors = {n: t for n, t in named_tensors(pl_module).items() if t.is_floating_point()}
         sealed = state.ledger.sealed(state.structure, tensors)
         self._sealed = {n: FrozenEntries(tensors[n], mask) for n, mask in sealed.items() if bool(mask.any())}
@@ -94,8 +98,20 @@ class MaskedGradientCallback(ContinualCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Under manual optimisation weights may move without an optimiser's step: puts frozen entries back."""
+        """Under manual optimisation weights may move without an optimiser's step: puts frozen entries back.
+
+        Raises:
+            ContinualError: after the first batch, if masked outputs make the loss infinite.
+        """
         state = state_of(pl_module)
+        if trainer.fit_loop.total_batch_idx == 0 and state is not None and state.shown is not None:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            if isinstance(loss, Tensor) and bool(loss.isinf().any()):
+                raise ContinualError(
+                    "masking: the loss of the first batch is infinite. While a task trains, the outputs of other tasks"
+                    " hold the lowest number: label smoothing, squared errors, penalties on logits cannot take it."
+                    " Use MaskedGradientCallback(mask_outputs=False), or a loss over the task's own outputs."
+                )
         if pl_module.automatic_optimization or self._freezer is None or state is None:
             return
         if state.ledger.isolation == "exact" and state.ledger.revision == self._revision:
@@ -126,6 +142,18 @@ class MaskedGradientCallback(ContinualCallback):
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
         return {name: without_address(getattr(self, name)) for name in ("subspace", "mask_outputs")}
+
+    def _tell_what_stays(self, module: LightningModule, state: ContinualState) -> None:
+        """Warns of parameters that later tasks cannot train, since nothing that is scored runs them."""
+        unmet = [n for n, p in module.named_parameters() if p.requires_grad and n not in state.structure.entries]
+        if unmet and len(state.ledger.tasks) > 1:
+            names = ", ".join(map(repr, unmet[:5])) + (" and others" if len(unmet) > 5 else "")
+            warnings.warn(
+                f"{names} stay as the first task left them: neither forward nor evaluate= of a task so far runs them."
+                " Let evaluate= of this task run what it trains.",
+                StructureWarning,
+                stacklevel=2,
+            )
 
     def _show(self, module: LightningModule, state: ContinualState, trainer: Trainer) -> None:
         self._shown.enter_context(state.showing(module, [task_of(trainer, type(self).__name__)]))

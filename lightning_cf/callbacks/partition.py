@@ -160,7 +160,11 @@ class PartitionCallback(ContinualCallback):
             StructureError: if ``exact`` cannot hold.
         """
         chosen = [group.name for group in self.options.partitioned(state.structure)]
-        state.ledger.whole = [group.name for group in state.structure.groups if group.name not in chosen]
+        known = (
+            state.ledger.whole if len(state.ledger.tasks) > 1 else []
+        )  # with what the user held at the first partition
+        names = [group.name for group in state.structure.groups]
+        state.ledger.whole = [name for name in names if name not in chosen or name in known]
         if state.ledger.isolation == "exact" and len(state.ledger.tasks) < 2:
             check_exact(module, state.structure, state.ledger, state.example, state.forward)
 

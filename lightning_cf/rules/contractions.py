@@ -60,10 +60,9 @@ def _weighted(tracer: Tracer, x: Tensor, weight: Tensor, shape: torch.Size, *, t
     def as_weight(labels: Tensor) -> Tensor:
         return labels.mT if transposed else labels
 
-    resolved = tracer.units.resolve(x)
-    top = resolved.amax(-1, keepdim=True)
-    positions = bool(((resolved == top) | (resolved == NONE)).all()) and bool((top != top.amax(-2, keepdim=True)).any())
-    if positions:  # each row is one unit, so the weight mixes positions within units
+    if x.numel() and _by_positions(
+        tracer.units.resolve(x)
+    ):  # each row is one unit, so the weight mixes positions within units
         units = tracer.units.unite_along(x, [-1])
         tracer.use(weight, "scale", units.movedim(-2, 0)[..., None])
         return units.expand(shape)
@@ -73,6 +72,12 @@ def _weighted(tracer: Tracer, x: Tensor, weight: Tensor, shape: torch.Size, *, t
     units = tracer.units.new(torch.Size((*lead, shape[-1])).numel()).reshape(*lead, 1, shape[-1])
     tracer.use(weight, "weight", as_weight(units), as_weight(sources.mT))
     return units.expand(shape)
+
+
+def _by_positions(resolved: Tensor) -> bool:
+    """Whether each row is one unit, and not all are the same."""
+    top = resolved.amax(-1, keepdim=True)
+    return bool(((resolved == top) | (resolved == NONE)).all()) and bool((top != top.amax(-2, keepdim=True)).any())
 
 
 def _repeated(tracer: Tracer, weight: Tensor) -> bool:

@@ -31,7 +31,9 @@ def along(argument: str = "dim", *, keeps: bool = False) -> Rule:
             return _couple(tracer, call, x, dims)
         labels = tracer.labels(x)
         resolved = tracer.units.resolve(labels)
-        mixes = any(bool(((resolved != resolved.amax(dim, keepdim=True)) & (resolved != NONE)).any()) for dim in dims)
+        mixes = resolved.numel() > 0 and any(
+            bool(((resolved != resolved.amax(dim, keepdim=True)) & (resolved != NONE)).any()) for dim in dims
+        )
         if not mixes:  # positions, or one unit
             for dim in dims:
                 labels = labels.amax(dim, keepdim=True) if labels.shape[dim] else labels
