@@ -114,7 +114,7 @@ def _shaken(module: nn.Module, structure: Structure, owner: Tensor, draw: int, s
     with ExitStack() as stack:
         for name, uses in structure.entries.items():
             tensor = tensors[name]
-            if not tensor.is_floating_point():
+            if not (tensor.is_floating_point() or tensor.is_complex()):
                 continue
             mask = torch.ones((), dtype=torch.bool)
             for use in uses:
@@ -123,7 +123,8 @@ def _shaken(module: nn.Module, structure: Structure, owner: Tensor, draw: int, s
                 rows = torch.rand(len(tensor), generator=generator) < SHAKEN / tensor.numel()
                 mask = mask & rows.reshape(-1, *[1] * (tensor.ndim - 1))
             positive = any(use.role in ("scale", "statistic") for use in uses)  # of which some are variances
-            spread = size * max(float(tensor.detach().float().std(correction=0)), 0.01)
+            real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach().float()
+            spread = size * max(float(real.std(correction=0)), 0.01)
 
             def noise(shape: torch.Size, positive: bool = positive, spread: float = spread) -> Tensor:
                 drawn = torch.randn(shape, generator=generator)

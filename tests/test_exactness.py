@@ -148,3 +148,19 @@ def test_experts_without_a_token_are_traced():
     experts = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])
     network = Wired(wire, first=nn.Linear(6, 5), experts=experts, head=nn.Linear(5, 3))
     assert {"experts.0.weight", "experts.1.weight"} <= set(trace(network, torch.randn(4, 6)).entries)
+
+
+@pytest.mark.parametrize(
+    ("mix", "leaks"), [(lambda g: g, False), (lambda g: g + g.flip(0), True)], ids=["plain", "mixed"]
+)
+def test_complex_parameters_are_probed_too(mix, leaks):
+    def wire(net, x):
+        return net.head((net.first(x) * mix(net.gains)).real.relu())
+
+    gains = nn.Parameter(torch.randn(6, dtype=torch.cfloat))
+    network = Wired(wire, first=nn.Linear(6, 6), gains=gains, head=nn.Linear(6, 3))
+    if leaks:
+        with pytest.raises(StructureError, match="isolation='exact' cannot hold"):
+            check(network, torch.randn(4, 6))
+    else:
+        check(network, torch.randn(4, 6))
