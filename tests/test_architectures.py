@@ -33,6 +33,7 @@ SLOW = {
     "causal Transformer, last token (GPT)", "nn.Transformer with a learned query",
     "attention pooling by a learned query", "bidirectional LSTM of two layers", "LSTMCell in a loop",
     "gated dilated convolutions (WaveNet)", "feature pyramid", "graph convolutions", "local response normalisation",
+    "MobileNet (depthwise separable)", "rotary, grouped-query, SwiGLU, RMSNorm (LLaMA)",
     "CNN with InstanceNorm, running statistics", "global response normalisation", "MLP with RMSNorm",
 }  # fmt: skip
 """Left to .ci/run."""

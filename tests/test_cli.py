@@ -235,6 +235,7 @@ def test_a_sweep_names_a_metric_that_results_do_not_have(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_partition_in_training_and_learn_one_sub_space(tmp_path):
     options = ["epochs=4", "invariance_epochs=3", "compare=false", "model.network.hidden=[40]", "tasks.order=[0,1,2,3]"]
     options += ["partition.every_n_steps=7", "isolation=perturb", "subspace=learned", "subspace.steps=4"]

@@ -337,6 +337,7 @@ def test_another_process_meets_the_earlier_heads_again(tmp_path):
     assert torch.equal(logits_of(other, digit), before)
 
 
+@pytest.mark.slow
 def test_a_runner_knows_all_heads_from_the_start(tmp_path):
     torch.manual_seed(0)
     module = Heads()
