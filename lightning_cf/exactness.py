@@ -54,7 +54,7 @@ def check_exact(
     for draw in range(DRAWS):
         layer = _leak(module, structure, ledger, example, forward, draw)
         if layer is not None:
-            hidden = f"'{layer}'" if layer in partitioned else "..."
+            hidden = _names([layer] if layer in partitioned else sorted(partitioned))
             raise StructureError(
                 f"isolation='exact' cannot hold: {_where(module, layer)} change when only free weights change, though"
                 f" the weights from free into claimed units are zero{_why(structure, layer)}. Use"
@@ -89,9 +89,10 @@ def _where(module: nn.Module, layer: str) -> str:
 
 
 def _why(structure: Structure, layer: str) -> str:
-    """The operation that changes the layer's weights before they are used, where there is one."""
+    """The operation that changes the layer's weights before they are used, else that of another weight, if any."""
     found = [f", until {by} changes '{name}'" for name, by in structure.computed.items() if layer_of(name) == layer]
-    return found[0] if found else ""
+    others = [f"; it may be that {by} changes '{name}' before it is used" for name, by in structure.computed.items()]
+    return next(iter([*found, *others]), "")
 
 
 def _names(layers: list[str]) -> str:

@@ -164,3 +164,13 @@ def test_complex_parameters_are_probed_too(mix, leaks):
             check(network, torch.randn(4, 6))
     else:
         check(network, torch.randn(4, 6))
+
+
+def test_a_refusal_names_a_weight_of_no_layer_and_its_operation():
+    def wire(net, x):
+        return net.head(torch.nn.functional.linear(net.first(x).relu(), net.weight.exp()).relu())
+
+    network = Wired(wire, first=nn.Linear(6, 5), weight=nn.Parameter(torch.randn(5, 5)), head=nn.Linear(5, 3))
+    message = r"'aten\.exp' in module 'forward' changes 'weight'.* exclude=\['first', 'weight'\]"
+    with pytest.raises(StructureError, match=message):
+        check(network, torch.randn(4, 6))
