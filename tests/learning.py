@@ -12,6 +12,7 @@ from lightning_cf.evaluation import evaluate
 from lightning_cf.models import CNN, MLP, ResNet
 from lightning_cf.outputs import heads_of
 from lightning_cf.state import state_of
+from lightning_cf.structure import eval_mode
 
 quiet_trainer = partial(
     Trainer,
@@ -80,6 +81,19 @@ def own_logits(module, task):
 def score(module, task):
     with state_of(module).showing(module, [task]):
         return evaluate(module, task, task.test_dataloader())
+
+
+@torch.no_grad()
+def predictions(module, task):
+    """What the task is scored on, over the data that judges partitions."""
+    with eval_mode(module), state_of(module).showing(module, [task]):
+        return torch.cat([task.evaluate(module, batch)[0] for batch in task.judging_batches()])
+
+
+def judged(module, task):
+    """The score on that data."""
+    with state_of(module).showing(module, [task]):
+        return evaluate(module, task, task.judging_batches())
 
 
 def weights(module):

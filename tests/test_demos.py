@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from learning import fit, three
+from learning import fit, judged, predictions, three
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel, RandomDataset
 from lightning.pytorch.demos.lstm import LightningLSTM
 from lightning.pytorch.demos.transformer import LightningTransformer
@@ -10,9 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
 from lightning_cf import Task
-from lightning_cf.evaluation import evaluate
 from lightning_cf.state import state_of
-from lightning_cf.structure import eval_mode
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -67,17 +65,6 @@ def numbers():
     ]
 
 
-@torch.no_grad()
-def predictions(module, task):
-    with eval_mode(module), state_of(module).showing(module, [task]):
-        return torch.cat([task.evaluate(module, batch)[0] for batch in task.judging_batches()])
-
-
-def score(module, task):
-    with state_of(module).showing(module, [task]):
-        return evaluate(module, task, task.judging_batches())
-
-
 @pytest.mark.parametrize(
     ("make", "sequence", "epochs", "options", "good"),
     [
@@ -111,10 +98,10 @@ def test_demos_learn_two_tasks_and_forget_nothing(make, sequence, epochs, option
     scores, before = [], []
     for task in tasks:
         fit(module, task, three(), epochs=epochs, **options)
-        scores.append(score(module, task))
+        scores.append(judged(module, task))
         before.append(predictions(module, task))
     assert all(map(good, scores)), scores
     for task, learned, seen in zip(tasks, scores, before, strict=True):
-        assert score(module, task) == learned
+        assert judged(module, task) == learned
         assert torch.equal(predictions(module, task), seen)
     assert [entry.phase for entry in state_of(module).ledger.tasks] == ["sealed", "sealed"]

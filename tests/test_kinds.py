@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from learning import classifier, fit, images, quiet_trainer, tasks, three
+from learning import classifier, fit, images, judged, predictions, quiet_trainer, tasks, three
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -20,9 +20,7 @@ from lightning_cf import (
     StructureWarning,
     Task,
 )
-from lightning_cf.evaluation import evaluate
 from lightning_cf.state import state_of
-from lightning_cf.structure import eval_mode
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no claim within the budget"),
@@ -224,23 +222,12 @@ def test_next_token_prediction_on_two_languages():
     scores, logits = [], []
     for task in sequence:
         fit(module, task, three(max_claim=0.5), epochs=8)
-        scores.append(score_on_validation(module, task))
-        logits.append(logits_of(module, task))
-    assert torch.equal(logits_of(module, sequence[0]), logits[0])
-    assert score_on_validation(module, sequence[0]) == scores[0]
+        scores.append(judged(module, task))
+        logits.append(predictions(module, task))
+    assert torch.equal(predictions(module, sequence[0]), logits[0])
+    assert judged(module, sequence[0]) == scores[0]
     most = max(TEXTS[0].count(c) / len(TEXTS[0]) for c in CHARACTERS[0])
     assert min(scores) > 0.85 > 0.3 > most
-
-
-@torch.no_grad()
-def logits_of(module, task):
-    with eval_mode(module), state_of(module).showing(module, [task]):
-        return torch.cat([task.evaluate(module, batch)[0] for batch in task.judging_batches()])
-
-
-def score_on_validation(module, task):
-    with state_of(module).showing(module, [task]):
-        return evaluate(module, task, task.judging_batches())
 
 
 # A head and a loss for each task
@@ -304,14 +291,14 @@ def test_heads_of_their_own_are_met_as_the_tasks_come(wrap):
     scores, outputs = [], []
     for task in sequence:
         fit(module, task, three(tolerance=0.02), epochs=12)
-        scores.append(score_on_validation(module, task))
-        outputs.append(logits_of(module, task))
+        scores.append(judged(module, task))
+        outputs.append(predictions(module, task))
     ledger = state_of(module).ledger
     assert ledger.reserved == {"digit": [0, 1, 2], "ink": [3, 4], "size": [5]}
     assert set(ledger.owners) == {"body.1", "body.3"}
     for task, score, before in zip(sequence, scores, outputs, strict=True):
-        assert torch.equal(logits_of(module, task), before)
-        assert score_on_validation(module, task) == score
+        assert torch.equal(predictions(module, task), before)
+        assert judged(module, task) == score
     spread = torch.cat([y for _, y in sequence[2].judging_batches()]).var()
     assert scores[0] > 0.95
     assert scores[1] > 0.85
@@ -324,7 +311,7 @@ def test_another_process_meets_the_earlier_heads_again(tmp_path):
     keep = ModelCheckpoint(dirpath=tmp_path, filename="two")
     for task in (digit, ink):
         fit(module, task, [*three(tolerance=0.02), keep], epochs=4, enable_checkpointing=True)
-    before = logits_of(module, digit)
+    before = predictions(module, digit)
     path = max(tmp_path.glob("two*.ckpt"), key=lambda path: path.stat().st_mtime)
     other = type(module).load_from_checkpoint(path, weights_only=True)
     with pytest.raises(ContinualError, match=r"'heads\.size', but .* 'heads\.digit' as the first one\. .*add_task"):
@@ -334,7 +321,7 @@ def test_another_process_meets_the_earlier_heads_again(tmp_path):
         other.add_task(task)
     fit(other, heads()[2], three(tolerance=0.02), epochs=4)
     assert state_of(other).ledger.reserved == {"digit": [0, 1, 2], "ink": [3, 4], "size": [5]}
-    assert torch.equal(logits_of(other, digit), before)
+    assert torch.equal(predictions(other, digit), before)
 
 
 @pytest.mark.slow
@@ -391,9 +378,9 @@ def test_outputs_of_the_same_numbers_in_another_domain_are_added():
     scores = []
     for task in sequence:
         fit(module, task, three(tolerance=0.002, max_claim=0.5), epochs=24)
-        scores.append(score_on_validation(module, task))
+        scores.append(judged(module, task))
     assert module.decoder[-1].out_features == 128
-    assert score_on_validation(module, sequence[0]) == pytest.approx(scores[0], rel=1e-5)
+    assert judged(module, sequence[0]) == pytest.approx(scores[0], rel=1e-5)
     for task, score in zip(sequence, scores, strict=True):
         pixels = torch.cat([x.flatten(1) for x, _ in task.judging_batches()])
         assert score < 0.6 * float(pixels.var(dim=0).mean())
