@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from lightning_cf.errors import StructureError
@@ -63,10 +64,12 @@ def assemble(
     norms: Mapping[str, Tensor],
     mixings: Sequence[Found],
     reads: Sequence[Found],
+    branches: Sequence[Found],
     computed: Mapping[str, str],
+    written: Mapping[str, str],
     ended_by: str,
-) -> Structure:
-    """Numbers the units, group after group, the outputs last.
+) -> tuple[Structure, Int64[Tensor, "labels"]]:
+    """Numbers the units, group after group, the outputs last; also gives the number of each label.
 
     Args:
         tensors: parameters and buffers by name.
@@ -76,8 +79,10 @@ def assemble(
         batch: how many samples were traced.
         norms: labels of the elements that a module normalises together.
         mixings: where labels were united.
-        reads: where values were read.
+        reads: where values of units were read.
+        branches: where values of the network's input were read.
         computed: of parameters that are changed before they are used, by what.
+        written: of buffers that the forward pass writes, by what.
         ended_by: the operation that gave the outputs.
     """
     _unite_shared_layers(units, uses)
@@ -107,7 +112,7 @@ def assemble(
     def numbered(labels: Tensor) -> Tensor:
         return numbers[units.resolve(labels)]
 
-    return Structure(
+    structure = Structure(
         tuple(groups[:-1]),
         groups[-1],
         tuple(_of_one_sample(numbered(labels), batch, mixed) for labels, mixed in outputs),
@@ -116,8 +121,11 @@ def assemble(
         norms={path: numbered(labels) for path, labels in norms.items()},
         mixings=tuple(_mixing(found, numbered, groups[:-1], tensors) for found in mixings),
         reads=tuple(_mixing(found, numbered, groups[:-1], tensors) for found in reads),
+        branches=tuple(_mixing(found, numbered, groups[:-1], tensors) for found in branches),
         computed=dict(computed),
+        written=dict(written),
     )
+    return structure, numbers
 
 
 def _columns(numbers: Tensor, head: UnitGroup) -> Tensor:
@@ -244,8 +252,7 @@ def _head(outputs: Sequence[Tensor], producers: _Producers, read: Set[int], ende
             raise StructureError(
                 f"The network cannot be traced: its outputs mix the columns of {names}; {ended_by} gives them."
                 " Let the forward pass end in layers that compute one column an output each, and return their outputs"
-                " or the outputs joined. Without that neither isolation='perturb' nor exclude= can tell tasks'"
-                " outputs apart."
+                " or the outputs joined; or give the task evaluate= that runs the network so."
             )
         layers |= found
     order = list(layers)

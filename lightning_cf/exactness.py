@@ -7,17 +7,22 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import StructureError, StructureWarning
 from lightning_cf.ledger import FREE, NeuronLedger, TaskEntry
 from lightning_cf.normalisation import make_owner_aware
-from lightning_cf.probe import first_leak, replaced
+from lightning_cf.probe import Leak, first_leak, replaced
 from lightning_cf.randomness import keyed_generator
-from lightning_cf.structure import Forward, Structure, call, layer_of
+from lightning_cf.structure import Forward, Mixing, Structure, call, layer_of, samples
+from lightning_cf.tracing import trace
 
 DRAWS = 2
 """How many random claims are tried."""
+
+PATHS = 8
+"""On how many pairs of samples a network is traced that chooses its way by its input."""
 
 
 def check_exact(
@@ -34,7 +39,7 @@ def check_exact(
 
     Warns:
         StructureWarning: names operations that make units share one fate: unknown ones, and those by which a whole
-            layer becomes one unit.
+            layer becomes one unit; and those by which the way through the network may depend on its input.
 
     Raises:
         StructureError: names the module and the operation, or the layer, by which free units reach claimed ones.
@@ -51,21 +56,69 @@ def check_exact(
                 f" tell what they change. Take that out, use isolation='perturb', or exclude={layers}, which leaves"
                 " these layers to the first task."
             )
+    if structure.branches and partitioned:
+        _check_branches(module, structure, example, forward)
     for draw in range(DRAWS):
-        layer = _leak(module, structure, ledger, example, forward, draw)
-        if layer is not None:
-            hidden = _names([layer] if layer in partitioned else sorted(partitioned))
+        leak = _leak(module, structure, ledger, example, forward, draw)
+        if leak is not None:
+            hidden = _names([leak.layer] if leak.layer in partitioned else sorted(partitioned))
             raise StructureError(
-                f"isolation='exact' cannot hold: {_where(module, layer)} change when only free weights change, though"
-                f" the weights from free into claimed units are zero{_why(structure, layer)}. Use"
+                f"isolation='exact' cannot hold: {_where(module, leak.layer)} change when only free weights change,"
+                f" though the weights from free into claimed units are zero{_why(structure, leak)}. Use"
                 f" isolation='perturb', or exclude=[{hidden}], which leaves the layers there to the first task."
             )
 
 
+def _check_branches(module: nn.Module, structure: Structure, example: Any, forward: Forward) -> None:
+    """Whether a network that looks at its input goes the same way through its layers for other samples too."""
+    found = structure.branches[0]
+    unseen = [n for n, p in module.named_parameters() if p.requires_grad and n not in structure.entries]
+    if unseen:
+        layers = list(dict.fromkeys(map(layer_of, unseen)))
+        raise StructureError(
+            f"isolation='exact' cannot hold: {_looks(found)}, and {_names(layers)} did not run for the samples that"
+            " were followed, so nobody knows what these layers read. Run every branch and choose with torch.where, or"
+            " give the task evaluate= that runs them all; or use isolation='perturb'."
+        )
+    count = next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim), 0)
+    for start in range(2, min(count, 2 * PATHS), 2):
+        if not _alike(structure, trace(module, samples(module, example, 2, start), forward)):
+            raise StructureError(
+                f"isolation='exact' cannot hold: {_looks(found)}, and samples {start} and {start + 1} of the first"
+                " batch go another way through its layers than the first two. Run every branch and choose with"
+                " torch.where, or use isolation='perturb'."
+            )
+    if found.unknown:
+        warnings.warn(
+            f"{_looks(found)}. All layers ran, and {max(1, min(count, 2 * PATHS))} samples took the same way through"
+            " them; an input that takes another one could change what earlier tasks compute.",
+            StructureWarning,
+            stacklevel=3,
+        )
+
+
+def _looks(found: Mixing) -> str:
+    return (
+        f"module '{found.module or 'forward'}' reads the network's input into Python ('{found.operation}': .item(), an"
+        " if or a shape), by which it may choose what runs"
+    )
+
+
+def _alike(a: Structure, b: Structure) -> bool:
+    return a.entries.keys() == b.entries.keys() and all(
+        len(uses) == len(b.entries[name])
+        and all(
+            use.role == other.role and torch.equal(use.target, other.target) and torch.equal(use.source, other.source)
+            for use, other in zip(uses, b.entries[name], strict=True)
+        )
+        for name, uses in a.entries.items()
+    )
+
+
 def _leak(
     module: nn.Module, structure: Structure, ledger: NeuronLedger, example: Any, forward: Forward, draw: int
-) -> str | None:
-    """The first layer that leaks under a random claim, or None."""
+) -> Leak | None:
+    """The first leak under a random claim, or None."""
     trial, generator = NeuronLedger.from_state_dict(ledger.state_dict()), keyed_generator("exactness", draw)
     trial.tasks = [TaskEntry("trial", [], [], "sealed")]
     for name, owner in trial.owners.items():
@@ -88,11 +141,16 @@ def _where(module: nn.Module, layer: str) -> str:
     return f"claimed units of layer '{layer}' ({type(module.get_submodule(layer)).__name__})"
 
 
-def _why(structure: Structure, layer: str) -> str:
-    """The operation that changes the layer's weights before they are used, else that of another weight, if any."""
-    found = [f", until {by} changes '{name}'" for name, by in structure.computed.items() if layer_of(name) == layer]
+def _why(structure: Structure, leak: Leak) -> str:
+    """The operation that changes the layer's weights before they are used, else the one where the leak is seen."""
+    for name, by in structure.computed.items():
+        if layer_of(name) == leak.layer:
+            return f", until {by} changes '{name}'"
+    if structure.written:
+        name, by = next(iter(structure.written.items()))
+        return f"{leak.where}; {by} writes '{name}' in the forward pass, so that outputs depend on what came before"
     others = [f"; it may be that {by} changes '{name}' before it is used" for name, by in structure.computed.items()]
-    return next(iter([*found, *others]), "")
+    return leak.where + next(iter(others), "")
 
 
 def _names(layers: list[str]) -> str:

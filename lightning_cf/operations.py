@@ -12,7 +12,7 @@ import torch
 from lightning_cf.rules.call import Rule
 from lightning_cf.rules.contractions import bilinear, contract, convolution, embedding
 from lightning_cf.rules.elementwise import as_complex, as_real, constant, fill, glu, pointwise, state
-from lightning_cf.rules.mixtures import along, col2im, sample, unpool, weight_norm, windows
+from lightning_cf.rules.mixtures import along, col2im, sample, scatter, unpool, weight_norm, windows
 from lightning_cf.rules.movements import move
 from lightning_cf.rules.norms import batch_norm, group_norm, layer_norm
 from lightning_cf.rules.unknown import read, unite
@@ -173,10 +173,18 @@ TABLE: dict[Any, Rule] = {
     aten.fractional_max_pool3d: windows(3),
     aten.grid_sampler_2d: sample,
     aten.grid_sampler_3d: sample,
+    aten.index_add: scatter,
+    aten.index_add_: scatter,
+    aten.index_reduce: scatter,
+    aten.index_reduce_: scatter,
     aten.max_pool2d_with_indices: windows(2),
     aten.max_pool3d_with_indices: windows(3),
     aten.max_unpool2d: unpool(2),
     aten.max_unpool3d: unpool(3),
+    aten.scatter_add: scatter,
+    aten.scatter_add_: scatter,
+    aten.scatter_reduce: scatter,
+    aten.scatter_reduce_: scatter,
     aten.upsample_bicubic2d: windows(2),
     aten.upsample_bilinear2d: windows(2),
     aten.upsample_linear1d: windows(1),
@@ -184,6 +192,7 @@ TABLE: dict[Any, Rule] = {
     aten.upsample_nearest3d: windows(3),
     aten.upsample_trilinear3d: windows(3),
     # contractions
+    aten._sparse_addmm: contract("mat1", "mat2", "self"),
     aten._trilinear: bilinear,
     aten.addbmm: unite,
     aten.addmm: contract("mat1", "mat2", "self"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +12,21 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_cf.blame import first_moved
 from lightning_cf.errors import LeakError
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.randomness import keyed_generator
-from lightning_cf.structure import Forward, Structure, call, eval_mode, layer_of, lookup, named_tensors, samples
+from lightning_cf.structure import (
+    Forward,
+    Structure,
+    call,
+    eval_mode,
+    layer_of,
+    lookup,
+    named_tensors,
+    same_state,
+    samples,
+)
 
 SHAKEN = 2**24
 """How many entries of one tensor are randomised at once, whole rows of it; bounds the memory that a probe takes."""
@@ -35,18 +47,37 @@ def probe(module: nn.Module, structure: Structure, ledger: NeuronLedger, example
     Raises:
         LeakError: names the first layer whose owned outputs moved.
     """
-    layer = first_leak(module, structure, ledger, example, forward)
-    if layer is not None:
+    leak = first_leak(module, structure, ledger, example, forward)
+    if leak is not None:
         raise LeakError(
-            f"Exact isolation does not hold in layer '{layer}': its owned outputs change when only free weights"
-            f" change. Use isolation='perturb', or leave the layer to the first task: exclude=['{layer}']."
+            f"Exact isolation does not hold in layer '{leak.layer}': its owned outputs change when only free weights"
+            f" change{leak.where}. Use isolation='perturb', or leave the layer to the first task:"
+            f" exclude=['{leak.layer}']."
         )
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A place where what is owned moves with what is free.
+
+    Attributes:
+        layer: path of the first layer whose owned outputs move; "(outputs)" for the network's own.
+        by: the first operation whose owned results move, and its module; None where that cannot be said.
+    """
+
+    layer: str
+    by: str | None
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return "" if self.by is None else f", first in the results of {self.by}"
 
 
 @torch.no_grad()
 def first_leak(
     module: nn.Module, structure: Structure, ledger: NeuronLedger, example: Any, forward: Forward = call
-) -> str | None:
+) -> Leak | None:
     """The first layer whose owned outputs move when free entries do, None where there is none (see ``probe``)."""
     owner = ledger.owner_of_units(structure)
     example = samples(module, example, 8)
@@ -56,7 +87,7 @@ def first_leak(
             torch.manual_seed(0)  # for networks that draw random numbers in eval mode too
             return forward(module, example)
 
-    with eval_mode(module):
+    with eval_mode(module), same_state(module):
         before = _owned_outputs(module, structure, owner, run)
         for draw in range(2):
             for size in (1.0, 0.1, 0.01):
@@ -65,12 +96,13 @@ def first_leak(
                 if all(bool(values.isfinite().all()) for values in after.values()):
                     break  # else activations overflowed, and zero times infinity is a number no more
             for (layer, group), values in before.items():
-                if not _same(values, after[layer, group]):
-                    return layer
+                if not same_bits(values, after[layer, group]):
+                    shaken = _shaken(module, structure, owner, draw, size)
+                    return Leak(layer, first_moved(module, structure, owner, example, forward, shaken))
     return None
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are bitwise equal, but for the bits of NaN."""
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 

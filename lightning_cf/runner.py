@@ -257,7 +257,7 @@ class SequentialTaskRunner:
         state = state_for(self.module, self.tasks[0])
         state.set_isolation(self.module, self.isolation)
         if self.masking is not None:
-            state.mask_outputs = self.masking.mask_outputs
+            state.set_mask_outputs(self.masking.mask_outputs)
         for task in self.tasks:
             self.module.add_task(task)
             with state.showing(self.module, [task]):

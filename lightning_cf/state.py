@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.disturbance import Disturbance
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, StructureError
 from lightning_cf.evaluation import on_device
 from lightning_cf.ledger import Isolation, NeuronLedger
 from lightning_cf.normalisation import make_owner_aware
@@ -45,6 +45,7 @@ class ContinualState:
         outcome: what the current task's partitions found so far, if it had any.
         disturbance: what perturbs the redundant units now, if anything.
         met: names of the tasks whose way through the network is known.
+        mixed: what mixes the columns of the network's outputs, so that only ``perturb`` works; empty if nothing does.
     """
 
     structure: Structure
@@ -57,6 +58,17 @@ class ContinualState:
     outcome: Outcome | None = None
     disturbance: Disturbance | None = None
     met: set[str] = field(default_factory=set)
+    mixed: str = ""
+
+    def set_mask_outputs(self, mask_outputs: bool) -> None:
+        """Whether each task sees its own outputs only.
+
+        Raises:
+            StructureError: where outputs cannot be masked one by one, because each is made from several.
+        """
+        if mask_outputs and self.mixed:
+            raise StructureError(f"{self.mixed} {_MIXED}")
+        self.mask_outputs = mask_outputs
 
     def undisturb(self) -> None:
         """Puts perturbed units back, if some are perturbed now."""
@@ -88,7 +100,10 @@ class ContinualState:
             return
         self.ledger.isolation = isolation
         if isolation == "exact" or self.structure.mixings:
-            self.retrace(module)
+            try:
+                self.retrace(module)
+            except StructureError as error:  # it could be traced with its units apart
+                raise StructureError(f"{error} {_MIXED}") from error
             self.ledger.fit_to(self.structure)
 
     def outputs_of(self, task: Task) -> list[int]:
@@ -162,6 +177,9 @@ class ContinualState:
                 self.shown = None
 
 
+_MIXED = "Or use isolation='perturb' with MaskedGradientCallback(mask_outputs=False)."
+
+
 def _batch(example: Any) -> int:
     """How many samples an example has."""
     return next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim), 1)
@@ -185,7 +203,16 @@ def state_for(module: LightningModule, task: Task) -> ContinualState:
         example, forward = _way(module, task)
         ledger = getattr(module, _PENDING, None)
         apart = ledger is not None and ledger.isolation == "perturb"
-        structure = _traced(module, task, example, forward, apart=apart)
+        mixed = ""
+        try:
+            structure = _traced(module, task, example, forward, apart=apart)
+        except StructureError as error:
+            if ledger is not None:
+                raise
+            structure = _traced_apart(module, task, example, forward, error)
+            ledger = NeuronLedger.for_structure(structure)
+            ledger.isolation = "perturb"  # all that it can be; ``set_isolation`` says so where it is to be another
+            mixed = str(error)
         ledger = ledger or NeuronLedger.for_structure(structure)
         if ledger.head != structure.head_layer:
             raise ContinualError(
@@ -193,7 +220,7 @@ def state_for(module: LightningModule, task: Task) -> ContinualState:
                 f" '{ledger.head}' as the first one. Where earlier tasks have heads of their own, make them known"
                 " first: ContinualModule(module).add_task(task)."
             )
-        state = ContinualState(structure, ledger, example, forward)
+        state = ContinualState(structure, ledger, example, forward, mask_outputs=not mixed, mixed=mixed)
         object.__setattr__(module, _ATTRIBUTE, state)
     return state
 
@@ -258,6 +285,15 @@ def _runs(module: LightningModule, inputs: Any) -> bool:
     except Exception:  # whatever a user's forward pass raises
         return False
     return True
+
+
+def _traced_apart(
+    module: LightningModule, task: Task, example: Any, forward: Forward, reason: StructureError
+) -> Structure:
+    try:
+        return _traced(module, task, example, forward, apart=True)
+    except StructureError:
+        raise StructureError(f"{reason} Neither isolation='perturb' nor exclude= helps without that.") from reason
 
 
 def _traced(module: LightningModule, task: Task, example: Any, forward: Forward, *, apart: bool) -> Structure:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 NO_UNIT = -1
@@ -180,7 +181,9 @@ class Structure:
             network's input.
         mixings: where units were united because an operation mixes them.
         reads: where values of units became numbers in Python.
+        branches: where values of the network's input became numbers in Python, or decided a shape (not ``unknown``).
         computed: for parameters that an operation changes before they are used, that operation and its module.
+        written: for buffers that the forward pass writes in eval mode, the same.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -191,7 +194,9 @@ class Structure:
     norms: Mapping[str, Int64[Tensor, "..."]] = field(default_factory=dict)
     mixings: tuple[Mixing, ...] = ()
     reads: tuple[Mixing, ...] = ()
+    branches: tuple[Mixing, ...] = ()
     computed: Mapping[str, str] = field(default_factory=dict)
+    written: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def n_units(self) -> int:
@@ -236,6 +241,24 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             child.training = training
 
 
+@contextmanager
+def same_state(module: nn.Module) -> Iterator[None]:
+    """Puts buffers back afterwards that forward passes meanwhile wrote, or put others in the place of."""
+    kept = [
+        (child, name, x, x.detach().clone())
+        for child in module.modules()
+        for name, x in child._buffers.items()
+        if x is not None and not is_lazy(x)
+    ]
+    try:
+        yield
+    finally:
+        for child, name, x, values in kept:
+            child._buffers[name] = x
+            if not torch.equal(x, values):
+                x.detach().copy_(values)
+
+
 def call(module: nn.Module, example: Any) -> Any:
     """``module(example)``, or ``module(*example)`` for a tuple."""
     return module(*example) if isinstance(example, tuple) else module(example)
@@ -251,13 +274,13 @@ def in_precision_of(module: nn.Module, batch: Any) -> Any:
     return tree_map_only(Tensor, convert, batch)
 
 
-def samples(module: nn.Module, example: Any, count: int) -> Any:
-    """The first samples of a batch, on the module's device; tensors of another length than the first stay whole."""
+def samples(module: nn.Module, example: Any, count: int, start: int = 0) -> Any:
+    """Some samples of a batch, on the module's device; tensors of another length than the first stay whole."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     example = in_precision_of(module, example)
     batch = next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim), None)
 
     def cut(x: Tensor) -> Tensor:
-        return (x[:count] if x.ndim and len(x) == batch else x).detach().to(device)
+        return (x[start : start + count] if x.ndim and len(x) == batch else x).detach().to(device)
 
     return tree_map_only(Tensor, cut, example)

@@ -8,12 +8,14 @@ weight entry its pair of target and source unit. The operations are listed in ``
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
@@ -29,7 +31,7 @@ from lightning_cf.operations import is_movement, rule_of
 from lightning_cf.rules.call import Call
 from lightning_cf.rules.norms import normalise
 from lightning_cf.shadows import Origin, Pending, Shadow, Shadows, laid_out_like
-from lightning_cf.structure import Forward, Role, Structure, call, eval_mode, named_tensors, samples
+from lightning_cf.structure import Forward, Role, Structure, call, eval_mode, named_tensors, same_state, samples
 
 
 def trace(module: nn.Module, example: Any, forward: Forward = call, *, apart: bool = False) -> Structure:
@@ -47,6 +49,53 @@ def trace(module: nn.Module, example: Any, forward: Forward = call, *, apart: bo
         StructureError: if the network's outputs are not the columns of layers, or its forward pass writes into a
             parameter.
     """
+    return _follow(module, example, forward, apart)[0]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One result of one operation of a forward pass.
+
+    Attributes:
+        module: path of the module that ran it.
+        by: the operation and its module.
+        units: the unit of each element, ``NO_UNIT`` where none computed it.
+    """
+
+    module: str
+    by: str
+    units: Int64[Tensor, "..."]
+
+
+def steps(module: nn.Module, example: Any, forward: Forward = call) -> list[Step]:
+    """Every result of a forward pass with its units, as :func:`trace` sees it; takes memory for all activations."""
+    return _follow(module, example, forward, apart=False, log=True)[1]
+
+
+def _follow(
+    module: nn.Module, example: Any, forward: Forward, apart: bool, *, log: bool = False
+) -> tuple[Structure, list[Step]]:
+    """Traces; several times where norms over slices of different units leave it open what the units are.
+
+    A norm over each slice may take the slices for units, such as attention heads, or the places within them, such as
+    the channels of tokens, of which one is a parameter. What comes behind decides: for norms of each shape, what leaves
+    more units is kept.
+    """
+    structure, steps, open_shapes = _follow_once(module, example, forward, apart, log, set())
+    sliced: set[Shape] = set()
+    for shape in sorted(open_shapes):
+        other, other_steps, _ = _follow_once(module, example, forward, apart, log, sliced | {shape})
+        if other.n_units > structure.n_units:
+            structure, steps, sliced = other, other_steps, sliced | {shape}
+    return structure, steps
+
+
+Shape = tuple[int, ...]
+
+
+def _follow_once(
+    module: nn.Module, example: Any, forward: Forward, apart: bool, log: bool, sliced: Set[Shape]
+) -> tuple[Structure, list[Step], Set[Shape]]:
     example = samples(module, example, 2)
     by_owners = owner_aware_norms(module)
     with ExitStack() as stack:
@@ -54,17 +103,40 @@ def trace(module: nn.Module, example: Any, forward: Forward = call, *, apart: bo
         make_owner_aware(module, {})
         stack.enter_context(eval_mode(module))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_plain_kernels())
+        stack.enter_context(plain_kernels())
         if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
             forward(module, example)
-        tracer = _Tracer(module, tree_leaves(example), apart)
-        with tracer.following(module), _FunctionRules(tracer), tracer:
+        stack.enter_context(same_state(module))
+        tracer = _Tracer(module, tree_leaves(example), apart, log, sliced)
+        with following(module, tracer.running), _FunctionRules(tracer), tracer:
             outputs = forward(module, example)
-    return tracer.structure([x for x in tree_leaves(outputs) if isinstance(x, Tensor)])
+        tracer.see_state(module)
+    structure, numbers = tracer.structure([x for x in tree_leaves(outputs) if isinstance(x, Tensor)])
+    steps = [Step(path, by, numbers[tracer.units.resolve(labels)]) for path, by, labels in tracer.log]
+    return structure, steps, tracer.slices
 
 
 @contextmanager
-def _plain_kernels() -> Iterator[None]:
+def following(module: nn.Module, running: list[str]) -> Iterator[None]:
+    """Keeps a stack of the paths of the modules that run, the innermost last, meanwhile."""
+
+    def enter(path: str, *_: Any) -> None:
+        running.append(path)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    with ExitStack() as stack:
+        for path, child in module.named_modules():
+            if isinstance(child, torch.jit.ScriptModule):
+                continue  # it takes no hooks
+            stack.callback(child.register_forward_pre_hook(partial(enter, path), prepend=True).remove)
+            stack.callback(child.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
     """Fused kernels off, so that the operations they consist of are seen."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -96,25 +168,30 @@ class _FunctionRules(TorchFunctionMode):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         with _disable_current_modes():
             out = func(*args, **kwargs)
-        self.tracer.settle([x for x in (given["input"], given.get("weight")) if x is not None])
-        normalise(self.tracer, given["input"], len(given["normalized_shape"]), given.get("weight"), None, [out])
+            self.tracer.settle([x for x in (given["input"], given.get("weight")) if x is not None])
+            normalise(self.tracer, given["input"], len(given["normalized_shape"]), given.get("weight"), None, [out])
         return out
 
 
 class _Tracer(TorchDispatchMode):
     """The state of one trace, and what the rules in ``operations.py`` may ask of it."""
 
-    def __init__(self, module: nn.Module, inputs: Sequence[Any], apart: bool) -> None:
+    def __init__(self, module: nn.Module, inputs: Sequence[Any], apart: bool, logs: bool, sliced: Set[Shape]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tensors = named_tensors(module)
-        self.apart = apart
+        self.apart, self.logs, self.sliced = apart, logs, sliced
+        self.slices: set[Shape] = set()
+        """Shapes of slices that norms take together and that are of different units."""
+        self.log: list[tuple[str, str, Tensor]] = []
         self.batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.ndim), 0)
         self.units = Units()
         self.uses: list[Use] = []
         self.norms: dict[str, Tensor] = {}
         self.mixings: list[Found] = []
         self.reads: list[Found] = []
+        self.branches: list[Found] = []
         self.computed: dict[str, str] = {}
+        self.written: dict[str, str] = {}
         self.made_by: dict[int, str] = {}
         self.touched: set[str] = set()
         self.running = [""]
@@ -130,11 +207,11 @@ class _Tracer(TorchDispatchMode):
         this = Call.of(func, args, kwargs, out)
         self.touched.update(name for x in this.tensors for name in self.shadows[x].origins)
         rule, transparent = rule_of(func)
-        here = f"'{this.name}' in module '{self.path or 'forward'}'"
+        here = named(func, self.path)
         self.made_by |= {id(x): here for x in this.results}
         if torch.Tag.dynamic_output_shape in func.tags:
             for x in _shape_makers(this):
-                self.read(x, this.name)
+                self.read(x, this.name, shape_only=True)
         pending = [mixing for x in this.tensors for mixing in self.shadows[x].pending]
         if transparent and len({id(x) for x in this.tensors}) == 1:
             rule(self, this)
@@ -146,23 +223,11 @@ class _Tracer(TorchDispatchMode):
         if not is_movement(func):
             trained = [(n, o) for x in this.results if self.is_weight(x) for n, o in self.shadows[x].origins.items()]
             self.computed |= {name: here for name, origin in trained if origin.trained}
+        for x in this.written:
+            self.written |= {name: here for name, b in self.tensors.items() if x.numel() and _same_memory(x, b)}
+        if self.logs:
+            self.log += [(self.path, here, self.shadows[x].labels.clone()) for x in this.results]
         return out
-
-    @contextmanager
-    def following(self, module: nn.Module) -> Iterator[None]:
-        """Keeps ``running`` up to date, meanwhile."""
-
-        def enter(path: str, *_: Any) -> None:
-            self.running.append(path)
-
-        def leave(*_: Any) -> None:
-            self.running.pop()
-
-        with ExitStack() as stack:
-            for path, child in module.named_modules():
-                stack.callback(child.register_forward_pre_hook(partial(enter, path), prepend=True).remove)
-                stack.callback(child.register_forward_hook(leave, always_call=True).remove)
-            yield
 
     # What the rules use
 
@@ -193,6 +258,11 @@ class _Tracer(TorchDispatchMode):
         shadow = self.shadows[x]
         return not (shadow.weight or shadow.live or bool(shadow.labels.any()))
 
+    def by_slices(self, shape: tuple[int, ...]) -> bool:
+        """Whether a norm over slices of this shape takes each for one unit; asked where they are of different units."""
+        self.slices.add(shape)
+        return shape in self.sliced
+
     def own(self, x: Tensor) -> None:
         """Gives a constant that is written to labels of its own.
 
@@ -219,13 +289,15 @@ class _Tracer(TorchDispatchMode):
             self.shadows[out].labels.copy_(labels)
             self.shadows[out].live |= live
 
-    def read(self, x: Tensor, operation: str) -> None:
-        """Notes that a value became a number in Python, where what it does cannot be seen."""
+    def read(self, x: Tensor, operation: str, *, shape_only: bool = False) -> None:
+        """Notes that a value became a number in Python, or a shape, where what it does cannot be seen."""
         if self.is_weight(x):
             return self.use(x, "scale", torch.zeros(x.shape, dtype=torch.int64))
         found = self.units.resolve(self.shadows[x].labels).unique()
         if bool(found.any()):
             self.reads.append(Found(operation, self.path, found[found != NONE], unknown=True))
+        elif self.shadows[x].live:
+            self.branches.append(Found(operation, self.path, found, unknown=not shape_only))
         return None
 
     def use(self, x: Tensor | None, role: Role, target: Tensor, source: Tensor | None = None) -> None:
@@ -321,8 +393,14 @@ class _Tracer(TorchDispatchMode):
         known[new] = self.units.new(len(new))
         return known[numbers]  # the last one, for -1, stays 0
 
-    def structure(self, outputs: list[Tensor]) -> Structure:
-        """Numbers the units and gathers them in groups."""
+    def see_state(self, module: nn.Module) -> None:
+        """Notes which buffers the forward pass put others in the place of."""
+        for name, x in named_tensors(module).items():
+            if x is not self.tensors.get(name) and id(x) in self.made_by:
+                self.written[name] = self.made_by[id(x)]
+
+    def structure(self, outputs: list[Tensor]) -> tuple[Structure, Tensor]:
+        """Numbers the units and gathers them in groups; also the number of each label."""
         labels = []
         for x in outputs:
             for mixing in self.shadows[x].pending:
@@ -338,9 +416,16 @@ class _Tracer(TorchDispatchMode):
             self.norms,
             self.mixings,
             self.reads,
+            self.branches,
             self.computed,
+            self.written,
             " and ".join(dict.fromkeys(self.made_by[id(x)] for x in outputs if id(x) in self.made_by)) or "nothing",
         )
+
+
+def named(func: Any, path: str) -> str:
+    """An operation and the module that runs it, as messages call them."""
+    return f"'{func.overloadpacket}' in module '{path or 'forward'}'"
 
 
 def _shape_makers(this: Call) -> list[Tensor]:

@@ -291,30 +291,33 @@ def convnext():
 class Attention(nn.Module):
     """Self-attention with one layer for queries, keys and values."""
 
-    def __init__(self, width, heads, *, causal=False):
+    def __init__(self, width, heads, *, causal=False, norm=nn.Identity):
         super().__init__()
         self.heads, self.causal = heads, causal
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.query_norm, self.key_norm = norm(width // heads), norm(width // heads)
 
     def forward(self, x):
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = self.query_norm(q), self.key_norm(k)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(x.transpose(1, 2).reshape(batch, tokens, width))
 
 
-def block(width, heads=4, norm=nn.LayerNorm, **options):
-    feed = nn.Sequential(norm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-    return nn.Sequential(Residual(nn.Sequential(norm(width), Attention(width, heads, **options))), Residual(feed))
+def block(width, heads=4, **options):
+    feed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+    attention = nn.Sequential(nn.LayerNorm(width), Attention(width, heads, **options))
+    return nn.Sequential(Residual(attention), Residual(feed))
 
 
 class ViT(nn.Module):
-    def __init__(self, width=WIDTH):
+    def __init__(self, width=WIDTH, attend=block):
         super().__init__()
         self.patches = nn.Conv2d(1, width, 2, 2)
         self.token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.position = nn.Parameter(0.02 * torch.randn(1, 17, width))
-        self.blocks = nn.Sequential(block(width), block(width))
+        self.blocks = nn.Sequential(attend(width), attend(width))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, x):
@@ -553,6 +556,29 @@ def cosine(net, x):
     return 10 * F.linear(F.normalize(F.relu(net.first(x)), dim=1), F.normalize(net.head.weight, dim=1))
 
 
+def messages(net, x):
+    """A graph network: each image a graph whose nodes are its pixels and whose edges join neighbours."""
+    cells = torch.arange(64).reshape(8, 8)
+    pairs = [(cells[:, 1:], cells[:, :-1]), (cells[1:], cells[:-1])]
+    edges = torch.cat([torch.stack([a.flatten(), b.flatten()]) for a, b in [*pairs, *((b, a) for a, b in pairs)]], 1)
+    x = x.flatten(1)[..., None]
+    for layer in (net.first, net.second):
+        x = F.relu(layer(x))
+        x = x + x.new_zeros(x.shape).index_add(1, edges[1], x[:, edges[0]]) / 4
+    return net.head(F.relu(net.last(x.reshape(len(x), 4, 16, -1).mean(2).flatten(1))))
+
+
+def branching(net, x):
+    x, bright = F.relu(net.first(x)), bool(x[0].mean() > 100)
+    return net.head(F.relu((net.bright if bright else net.dark)(x)))
+
+
+def remembering(net, x):
+    x = F.relu(net.first(x))
+    net.mean.lerp_(x.detach().mean(0), 0.1)
+    return net.head(F.relu(net.second(x - net.mean)))
+
+
 def reading(net, x):
     x = F.relu(net.first(x))
     return net.head(F.relu(net.second(x)) * (1 + x[:, :4].abs().max().item()))
@@ -663,6 +689,11 @@ ARCHITECTURES = [
     Architecture("Transformer encoder, norm last", lambda: encoder(False), rows),
     Architecture("Transformer encoder, norm first", lambda: encoder(True), rows),
     Architecture("ViT", ViT, epochs=24),
+    Architecture(
+        "ViT, queries and keys normalised in each head",
+        lambda: ViT(attend=lambda width: block(width, norm=nn.RMSNorm)),
+        epochs=24,
+    ),
     Architecture("Swin", swin),
     Architecture("MLP-Mixer", mixer, rows),
     Architecture(
@@ -856,6 +887,28 @@ ARCHITECTURES = [
         "weight standardisation",
         lambda: classify(conv(1, 24, stride=2), StandardisedConv(24, WIDTH, 3), nn.ReLU()),
         refused="claimed units of layer",
+    ),
+    Architecture(
+        "graph network, messages added up",
+        functional(messages, first=linear(1, 24), second=linear(24, 24), last=linear(96, 48), head=head(48)),
+    ),
+    Architecture(
+        "a layer chosen by the input in Python",
+        functional(branching, first=linear(64, 48), bright=linear(48, 48), dark=linear(48, 48), head=head(48)),
+        flat,
+        refused="reads the network's input into Python",
+    ),
+    Architecture(
+        "an average that the forward pass keeps",
+        functional(
+            remembering,
+            first=linear(64, 48),
+            second=linear(48, 48),
+            mean=lambda: nn.Buffer(torch.zeros(48)),
+            head=head(48),
+        ),
+        flat,
+        refused="writes 'network.net.mean' in the forward pass",
     ),
     Architecture(
         "a value read into Python",

@@ -174,3 +174,99 @@ def test_a_refusal_names_a_weight_of_no_layer_and_its_operation():
     message = r"'aten\.exp' in module 'forward' changes 'weight'.* exclude=\['first', 'weight'\]"
     with pytest.raises(StructureError, match=message):
         check(network, torch.randn(4, 6))
+
+
+def test_a_layer_that_the_input_chooses_and_that_did_not_run_is_refused():
+    def wire(net, x):
+        z = net.first(x).relu()
+        return net.head((net.a if x[0, 0] < 5 else net.b)(z))
+
+    network = Wired(wire, first=nn.Linear(6, 5), a=nn.Linear(5, 5), b=nn.Linear(5, 5), head=nn.Linear(5, 3))
+    message = (
+        r"module 'forward' reads the network's input into Python \('aten\._local_scalar_dense'.*'b' did not run"
+        r".*isolation='perturb'"
+    )
+    with pytest.raises(StructureError, match=message):
+        check(network, torch.randn(16, 6))
+
+
+def test_another_way_through_the_layers_that_a_later_sample_takes_is_refused():
+    def wire(net, x):
+        z = net.first(x).relu()
+        return net.head(net.b(net.a(z).relu()) if x[0, 0] < 5 else net.a(net.b(z).relu()))
+
+    network = Wired(wire, first=nn.Linear(6, 5), a=nn.Linear(5, 5), b=nn.Linear(5, 5), head=nn.Linear(5, 3))
+    x = torch.randn(16, 6)
+    x[10, 0] = 9
+    with pytest.raises(StructureError, match=r"samples 10 and 11 of the first batch go another way"):
+        check(network, x)
+
+
+def test_a_look_at_the_input_that_changes_nothing_is_warned_of():
+    def wire(net, x):
+        if bool(x.isnan().any()):
+            raise ValueError
+        return net.head(net.first(x).relu())
+
+    with pytest.warns(StructureWarning, match="16 samples took the same way"):
+        check(Wired(wire, first=nn.Linear(6, 5), head=nn.Linear(5, 3)), torch.randn(20, 6))
+
+
+@pytest.mark.parametrize(
+    ("write", "operation"),
+    [
+        (lambda net, z: net.mean.mul_(0.9).add_(0.1 * z.mean(0)), "aten.add_"),
+        (lambda net, z: setattr(net, "mean", 0.9 * net.mean + 0.1 * z.mean(0)), "aten.add"),
+    ],
+    ids=["in place", "anew"],
+)
+def test_state_that_the_forward_pass_writes_is_refused_by_operation_and_put_back(write, operation):
+    def wire(net, x):
+        z = net.first(x).relu()
+        write(net, z)
+        return net.head(z - net.mean)
+
+    mean = nn.Buffer(torch.zeros(5))
+    network = Wired(wire, first=nn.Linear(6, 5), mean=mean, head=nn.Linear(5, 3))
+    with pytest.raises(StructureError, match=rf"'{operation}' in module 'forward' writes 'mean'.*isolation='perturb'"):
+        check(network, torch.randn(16, 6))
+    assert network.mean is mean and not mean.any()
+
+
+def test_a_counter_in_the_forward_pass_is_no_leak():
+    def wire(net, x):
+        net.calls += 1
+        return net.head(net.first(x).relu())
+
+    check(
+        Wired(wire, first=nn.Linear(6, 5), calls=nn.Buffer(torch.zeros(())), head=nn.Linear(5, 3)), torch.randn(16, 6)
+    )
+
+
+@pytest.mark.parametrize(
+    ("wire", "operation"),
+    [
+        (
+            lambda net, x: net.head(net.layer(torch.from_numpy(np.from_dlpack(net.first(x).detach()).copy()))),
+            r"'aten\.addmm' in module 'layer'",
+        ),
+        (lambda net, x: net.head(net.layer(net.first(x)) * (net.gain + net.gain.flip(0))), r"'aten\.mul' in module 'f"),
+        (
+            lambda net, x: net.head(
+                nn.functional.linear(net.first(x), net.layer.weight - net.layer.weight.mean(1)[:, None])
+            ),
+            r"'aten\.mm' in module 'forward'",
+        ),
+    ],
+    ids=["past the tracer", "a parameter and its mirror image", "rows less their mean"],
+)
+def test_what_trying_finds_is_named_by_operation(wire, operation):
+    network = Wired(
+        wire,
+        first=nn.Linear(6, 6),
+        layer=nn.Linear(6, 6, bias=True),
+        gain=nn.Parameter(torch.randn(6)),
+        head=nn.Linear(6, 3),
+    )
+    with pytest.raises(StructureError, match=rf"first in the results of {operation}.*isolation='perturb', or exclude"):
+        check(network, torch.randn(4, 6))

@@ -1,5 +1,7 @@
 """Tasks of different kinds in one network: classes, numbers, pixels, text; each with a loss and metric of its own."""
 
+from functools import partial
+
 import pytest
 import torch
 from learning import classifier, fit, images, judged, predictions, quiet_trainer, tasks, three
@@ -12,11 +14,13 @@ from torchmetrics import JaccardIndex, MeanSquaredError
 from torchmetrics.classification import MultilabelF1Score
 
 from lightning_cf import (
+    Classifier,
     ContinualError,
     ContinualModule,
     MaskedGradientCallback,
     PartitionCallback,
     SequentialTaskRunner,
+    StructureError,
     StructureWarning,
     Task,
 )
@@ -498,3 +502,42 @@ def test_a_loss_that_masked_outputs_make_infinite_is_refused_at_the_first_batch(
     with pytest.raises(ContinualError, match=r"loss of the first batch is infinite.*mask_outputs=False"):
         fit(module, tasks()[0], three(), epochs=2)
     fit(module, tasks()[0], [*three()[:2], MaskedGradientCallback(mask_outputs=False)], epochs=2)
+
+
+class Scaled(nn.Module):
+    """Outputs that are made from several columns each."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.first, self.head, self.mix = nn.Linear(64, 32), nn.Linear(32, 10), mix
+
+    def forward(self, x):
+        return self.mix(self.head(F.relu(self.first(x.flatten(1)))))
+
+
+def scaled(mix):
+    torch.manual_seed(0)
+    return Classifier(Scaled(mix), optimizer=partial(torch.optim.Adam, lr=0.003), cosine=False)
+
+
+@pytest.mark.parametrize("mask_outputs", [True, False])
+@pytest.mark.parametrize("isolation", ["exact", "perturb"])
+def test_outputs_made_from_several_columns_work_under_perturb_alone_and_without_masks(isolation, mask_outputs):
+    module = scaled(lambda z: 8 * F.normalize(z, dim=1))
+    callbacks = [*three(isolation=isolation)[:2], MaskedGradientCallback(mask_outputs=mask_outputs)]
+    if isolation == "perturb" and not mask_outputs:
+        fit(module, tasks()[0], callbacks, epochs=8)
+        assert judged(module, tasks()[0]) > 0.9
+        return
+    message = (
+        r"mix the columns of 'network\.head'; 'aten\.mul' in module 'network' gives them.*"
+        r"Or use isolation='perturb' with MaskedGradientCallback\(mask_outputs=False\)"
+    )
+    with pytest.raises(StructureError, match=message):
+        fit(module, tasks()[0], callbacks)
+
+
+def test_outputs_of_which_no_column_is_left_are_refused_under_both_isolations():
+    for isolation in ("exact", "perturb"):
+        with pytest.raises(StructureError, match=r"'aten\.mean'.*Neither isolation='perturb' nor exclude= helps"):
+            fit(scaled(lambda z: z.mean(1, keepdim=True)), tasks()[0], three(isolation=isolation))

@@ -210,6 +210,18 @@ EXACT = {
     "fractional_max_pool3d": ((1, 4, 4, 4), lambda x: _seeded(lambda: F.fractional_max_pool3d(x, 2, 2))),
     "grid_sampler_2d": (IMAGE, lambda x: F.grid_sample(x, _grid(x, 2), align_corners=False)),
     "grid_sampler_3d": (VOLUME, lambda x: F.grid_sample(x, _grid(x, 3), align_corners=False)),
+    "index_add": (TOKENS, lambda x: x.index_add(1, torch.tensor([0, 0]), x[:, 2:])),
+    "index_add_": (TOKENS, lambda x: (x * 1).index_add_(2, torch.tensor([1]), x[:, :, 2:])),
+    "index_reduce": (TOKENS, lambda x: x.index_reduce(1, torch.tensor([3, 0]), x[:, 1:3], "mean")),
+    "index_reduce_": (TOKENS, lambda x: (x * 1).index_reduce_(1, torch.tensor([0]), x[:, 3:], "mean")),
+    "scatter_add": (TOKENS, lambda x: x.scatter_add(1, torch.tensor([[0, 1, 3]]).expand(len(x), 2, 3), x)),
+    "scatter_add_": (
+        ROW,
+        lambda x: (x[:, :3] * 1).scatter_add_(1, torch.tensor([[0, 0, 2]]).expand(len(x), 3), x[:, 3:]),
+    ),
+    "scatter_reduce": (ROW, lambda x: x.scatter_reduce(1, torch.tensor([[5, 4]]).expand(len(x), 2), x[:, 1:3], "mean")),
+    "scatter_reduce_": (ROW, lambda x: (x * 1).scatter_reduce_(1, torch.tensor([[5]]).expand(len(x), 1), x, "mean")),
+    "messages": ((5,), lambda x: x.new_zeros(2, 5).index_add(0, torch.arange(len(x)) % 2, x)),
     "max_pool2d_with_indices": (IMAGE, lambda x: F.max_pool2d(x, 3, 1)),
     "max_pool3d_with_indices": (VOLUME, lambda x: F.max_pool3d(x, 2)),
     "max_unpool2d": (IMAGE, lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)),
@@ -228,6 +240,7 @@ EXACT = {
     # products of activations and with what is fixed
     "bmm": ((2, 2, 3), lambda x: x[:, 0] @ x[:, 1].mT),
     "baddbmm": ((2, 2, 2), lambda x: torch.baddbmm(x[:, 0], x[:, 0], x[:, 1])),
+    "_sparse_addmm": ((5,), lambda x: torch.sparse.mm(torch.ones(2, len(x)).to_sparse(), x)),
     "attention": ((2, 3, 2), lambda x: F.scaled_dot_product_attention(x, x, x)),
     "mm": (ROW, lambda x: x @ torch.ones(6, 2)),
     "addmm": (ROW, lambda x: torch.addmm(torch.ones(2), x, torch.ones(6, 2))),
@@ -303,6 +316,7 @@ def _filled(x):
     )
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce")  # a beta function of torch
 @pytest.mark.parametrize("name", EXACT)
 def test_what_moves_shares_a_fate_and_nothing_else_does(name):
     torch.manual_seed(1)

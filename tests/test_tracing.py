@@ -265,7 +265,7 @@ def spectrum(net, x):
 
 def scattered(net, x):
     first = net.first(x)
-    return net.head(torch.zeros(len(x), 5).scatter_add(1, torch.tensor([[4, 3, 2, 1, 0]] * len(x)), first))
+    return net.head(torch.zeros(len(x), 5).scatter(1, torch.tensor([[4, 3, 2, 1, 0]] * len(x)), first))
 
 
 def fixed_product(net, x):
@@ -286,8 +286,8 @@ def layers(wire, hidden=5, read=5):
         (layers(spectrum, 8), "_fft_r2c' in module 'forward' mixes units: 8 units of 'first'"),
         (layers(routed), "aten.sort' in module 'forward' mixes units: 5 units of 'first'"),
         (layers(selected), "index_select' in module 'forward' cannot be followed: 5 units of 'first'"),
-        (layers(scattered), "scatter_add' in module 'forward' cannot be followed: 5 units of 'first'"),
-        (nn.Sequential(nn.Identity(), layers(scattered)), "scatter_add' in module '1' cannot be followed"),
+        (layers(scattered), "scatter' in module 'forward' cannot be followed: 5 units of 'first'"),
+        (nn.Sequential(nn.Identity(), layers(scattered)), "scatter' in module '1' cannot be followed"),
         (
             nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 5)), nn.Linear(5, 3)),
             "a number computed from a whole weight' in module '0' mixes units: 5 units of '0'",

@@ -54,7 +54,7 @@ class MaskedGradientCallback(ContinualCallback):
         super().setup(trainer, pl_module, stage)
         state, task = state_of(pl_module), getattr(trainer, "datamodule", None)
         if stage == "fit" and state is not None:
-            state.mask_outputs = self.mask_outputs
+            state.set_mask_outputs(self.mask_outputs)
         if stage in ("validate", "test") and state is not None and getattr(task, "name", None) in state.ledger.reserved:
             self._show(pl_module, state, trainer)
 
@@ -62,7 +62,7 @@ class MaskedGradientCallback(ContinualCallback):
         """Starts holding."""
         super().on_fit_start(trainer, pl_module)
         state = state_for(pl_module, task_of(trainer, type(self).__name__))
-        state.mask_outputs = self.mask_outputs
+        state.set_mask_outputs(self.mask_outputs)
         self._show(pl_module, state, trainer)
         self._tell_what_stays(pl_module, state)
         tensors = {n: t for n, t in named_tensors(pl_module).items() if t.is_floating_point()}
@@ -203,6 +203,14 @@ class MaskedGradientCallback(ContinualCallback):
                     if bool(torch.where(cut, parameter.detach(), 0).any()):
                         parameter.detach().masked_fill_(cut, 0)
                         moved.append(name)
+        for name, by in state.structure.written.items():
+            if name in moved:
+                moved.remove(name)
+                warnings.warn(
+                    f"{by} writes '{name}' in the forward pass, which belongs to earlier tasks: it was put back.",
+                    FrozenWarning,
+                    stacklevel=2,
+                )
         if moved:
             warnings.warn(
                 f"Something else than an optimiser's step changed entries of {', '.join(map(repr, moved))} that belong"

@@ -50,6 +50,13 @@ class Call:
         """The operator's name."""
         return str(self.func.overloadpacket)
 
+    @property
+    def written(self) -> list[Tensor]:
+        """The arguments that the operation writes to."""
+        arguments = self.func._schema.arguments
+        given = [self.given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        return [x for x in given if isinstance(x, Tensor)]
+
     def in_place(self, x: Tensor) -> bool:
         """Whether a result is one of the arguments."""
         return any(x is tensor for tensor in self.tensors)
@@ -108,6 +115,10 @@ class Tracer(Protocol):
 
     def mix_later(self, x: Tensor, result: Tensor, dims: Sequence[int], operation: str, *, final: bool = False) -> None:
         """Unites them when a later operation reads ``result``; with ``final`` also where the network returns it."""
+        ...
+
+    def by_slices(self, shape: tuple[int, ...]) -> bool:
+        """Whether a norm over slices of this shape takes each for one unit; asked where they are of different units."""
         ...
 
     def own(self, x: Tensor) -> None:

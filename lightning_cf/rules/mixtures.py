@@ -123,3 +123,22 @@ def col2im(tracer: Tracer, call: Call) -> None:
     size = kernel[0] * kernel[1]
     channels = tracer.units.unite_along(labels.reshape(*batch, rows // size, size, -1), [-1, -2])
     tracer.write(call.results[0], channels.expand(call.results[0].shape))
+
+
+def scatter(tracer: Tracer, call: Call) -> None:
+    """Values of a source meet those that stand at the places that an index gives along a dim."""
+    given = call.given
+    x, index, source = given["self"], given["index"], given["source" if "source" in given else "src"]
+    before, added = tracer.labels(x), tracer.labels(source)
+    if bool(tracer.labels(index).any()) or x.ndim == 0:
+        return unite(tracer, call)
+    dim = given["dim"] % x.ndim
+    if index.ndim < x.ndim or source.ndim == 1:  # one place for each slice
+        index = index.reshape([-1 if at == dim else 1 for at in range(x.ndim)]).expand(source.shape)
+    added = added[tuple(slice(n) for n in index.shape)]
+    labels = before.clone(memory_format=torch.contiguous_format).scatter_reduce(dim, index, added, "amax")
+    tracer.units.unite(labels.gather(dim, index), added)
+    labels = tracer.units.unite(labels, before)
+    for result in call.results:
+        tracer.write(result, labels)
+    return None

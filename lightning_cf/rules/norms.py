@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_cf.labels import NONE
+from lightning_cf.labels import NONE, sole_along
 from lightning_cf.rules.call import Call, Tracer
 from lightning_cf.shadows import Shadow, laid_out_like
 
@@ -52,6 +52,13 @@ def normalise(
     """LayerNorm and RMSNorm over the last ``dims`` dims; where they hold several units, see ``normalisation.py``."""
     labels = tracer.labels(x)
     over = list(range(x.ndim - dims, x.ndim))
+    resolved = tracer.units.resolve(labels)
+    differ = bool((resolved != sole_along(resolved, range(x.ndim - dims))).any())
+    if differ and tracer.by_slices(tuple(x.shape[-dims:])):
+        slices = tracer.mix(x, over, "a normalisation")
+        tracer.use(scale, "scale", slices)
+        tracer.use(shift, "shift", slices)
+        return _write_normalised(tracer, x, labels, results)
     elements = tracer.units.unite_along(labels, range(x.ndim - dims)).reshape(x.shape[-dims:])
     tracer.use(scale, "scale", elements)
     tracer.use(shift, "shift", elements)
@@ -59,6 +66,7 @@ def normalise(
     if int((resolved.unique() != NONE).sum()) > 1 and not _by_owners(tracer, elements):
         tracer.mix(x, over, "a second normalisation of another shape")
     _write_normalised(tracer, x, labels, results)
+    return None
 
 
 def group_norm(tracer: Tracer, call: Call) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from lightning_cf.labels import NONE
 from lightning_cf.rules.call import Call, Tracer
@@ -43,15 +40,10 @@ def unite(tracer: Tracer, call: Call) -> None:
         one = tracer.units.new(1)[0]
     for x in weights:
         tracer.use(x, "scale", one.expand(x.shape))
-    written = [x for x, a in zip(call.args, call.func._schema.arguments, strict=False) if _is_written(a)]
     live = any(tracer.shadows[x].live for x in call.tensors)
-    for result in [*call.results, *(x for x in written if isinstance(x, Tensor))]:
+    for result in [*call.results, *call.written]:
         tracer.write(result, one.expand(result.shape), live=live)
     return None
-
-
-def _is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def read(tracer: Tracer, call: Call) -> None:

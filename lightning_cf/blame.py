@@ -1,0 +1,81 @@
+"""Which operation lets free units reach owned ones: for the message of a refusal."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_cf.ledger import FREE
+from lightning_cf.structure import Forward, Structure, lookup, samples
+from lightning_cf.tracing import following, named, plain_kernels, steps
+
+
+@torch.no_grad()
+def first_moved(
+    module: nn.Module,
+    structure: Structure,
+    owner: Int64[Tensor, "units"],
+    example: Any,
+    forward: Forward,
+    shaken: AbstractContextManager[None],
+) -> str | None:
+    """The first operation whose results move at owned elements while free weights are others.
+
+    What runs inside normalisations by owners is passed over: its operations are others than those that were traced.
+
+    Args:
+        module: in eval mode.
+        structure: its structure.
+        owner: of each unit.
+        example: an input whose first axis is the batch; its first two samples are used.
+        forward: how to run the network on it.
+        shaken: gives free weights other values meanwhile.
+
+    Returns:
+        the operation and its module, None where the traced forward pass cannot be laid beside the one that runs.
+    """
+    example = samples(module, example, 2)
+    traced = [step for step in steps(module, example, forward) if step.module not in structure.norms]
+    before = _results(module, structure, example, forward)
+    with shaken:
+        after = _results(module, structure, example, forward)
+    if [step.by for step in traced] != [by for by, _ in before]:
+        return None
+    for step, (_, old), (by, new) in zip(traced, before, after, strict=False):
+        if by != step.by or old.shape != new.shape:
+            return step.by
+        owned = lookup(step.units, owner, none=FREE).expand(old.shape) >= 0
+        if bool((old[owned] != new[owned]).any()):
+            return step.by
+    return None
+
+
+def _results(module: nn.Module, structure: Structure, example: Any, forward: Forward) -> list[tuple[str, Tensor]]:
+    recorder = _Recorder()
+    with plain_kernels(), torch.random.fork_rng(), following(module, recorder.running), recorder:
+        torch.manual_seed(0)
+        forward(module, example)
+    return [(by, values) for path, by, values in recorder.found if path not in structure.norms]
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps what every operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.running = [""]
+        self.found: list[tuple[str, str, Tensor]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        path = self.running[-1]
+        self.found += [(path, named(func, path), x.clone()) for x in tree_leaves(out) if isinstance(x, Tensor)]
+        return out
