@@ -1,7 +1,7 @@
 """Sequential tasks without forgetting, for PyTorch Lightning."""
 
 from lightning_cf.affine import Rotation, Scaling, Shear, Translation
-from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback
+from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback, TaskInferenceCallback
 from lightning_cf.errors import (
     CapacityError,
     ContinualError,
@@ -19,6 +19,7 @@ from lightning_cf.result import Result
 from lightning_cf.runner import SequentialTaskRunner
 from lightning_cf.state import keep_ledger
 from lightning_cf.subspace import GivenSubspace, LearnedSubspace, RandomSubspace
+from lightning_cf.task_inference import Prediction
 from lightning_cf.tasks import Task
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Noise",
     "PartitionCallback",
     "PartitionRecord",
+    "Prediction",
     "RandomSubspace",
     "Resample",
     "Result",
@@ -51,6 +53,7 @@ __all__ = [
     "StructureError",
     "StructureWarning",
     "Task",
+    "TaskInferenceCallback",
     "Translation",
     "keep_ledger",
 ]

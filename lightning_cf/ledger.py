@@ -60,6 +60,7 @@ class NeuronLedger:
         norms: for each module that normalises several units together, the unit of each element.
         records: one entry for each task's partition of a group (what ``result.json`` shows).
         directions: learned sub-spaces: an orthonormal basis (inputs x dimensions) for each group that has one.
+        inference: what is kept of each task to infer it by (see ``task_inference``); None where nothing is.
         revision: counts the changes, so that whoever caches masks knows when to make them anew.
     """
 
@@ -75,6 +76,7 @@ class NeuronLedger:
     norms: dict[str, Int64[Tensor, "..."]] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     directions: dict[str, Tensor] = field(default_factory=dict)
+    inference: dict[str, Any] | None = None
     revision: int = 0
 
     @classmethod
@@ -326,6 +328,7 @@ class NeuronLedger:
             "norms": {path: units.clone() for path, units in self.norms.items()},
             "records": [dict(record) for record in self.records],
             "directions": {name: basis.clone() for name, basis in self.directions.items()},
+            "inference": self.inference,
         }
 
     @classmethod
@@ -344,6 +347,7 @@ class NeuronLedger:
             norms={path: units.clone().cpu() for path, units in state.get("norms", {}).items()},
             records=[dict(record) for record in state["records"]],
             directions={name: basis.clone().cpu() for name, basis in state.get("directions", {}).items()},
+            inference=state.get("inference"),
         )
 
     @classmethod

@@ -10,9 +10,11 @@ from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.inferring import predict_any
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.outputs import Head, grow_head, head_of
 from lightning_cf.state import keep_ledger, ledger_of, state_for
+from lightning_cf.task_inference import Prediction
 from lightning_cf.tasks import Task
 
 
@@ -21,7 +23,7 @@ class ContinualModule(LightningModule):
 
     Hooks, ``self.log``, names of weights and checkpoints stay what they are; the plain class loads the checkpoints.
     What comes with it: the ledger persists with the module's state, classes that return in another domain get output
-    columns of their own, and a fit installs the three callbacks unless the Trainer has them.
+    columns of their own, ``predict`` needs no task's name, and a fit installs the callbacks unless the Trainer has them.
 
     >>> from lightning.pytorch.demos.boring_classes import BoringModel
     >>> net = BoringModel()
@@ -86,17 +88,48 @@ class ContinualModule(LightningModule):
             state.ledger.reserve(task.name, outputs)
         return state.ledger.reserved[task.name]
 
+    def predict(self, x: Any, strategy: str | None = None) -> Prediction:
+        """Class, probabilities, inferred task and its score for a batch of inputs; nobody says which task it is.
+
+        Args:
+            x: as ``forward`` takes it; a tuple for several inputs.
+            strategy: one that was fitted (``TaskInferenceCallback``), default the one that was chosen.
+
+        Raises:
+            ContinualError: if no task that can be inferred was learned yet.
+        """
+        return predict_any(self, x, strategy)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`predict`, for ``Trainer.predict``; of pairs the first is the input. A module's own one stays."""
+        inherited = super().predict_step
+        if inherited.__func__ is not LightningModule.predict_step:
+            return inherited(*args, **kwargs)
+        batch = kwargs["batch"] if "batch" in kwargs else args[0]
+        return self.predict(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
     def configure_callbacks(self) -> Sequence[Callback]:
-        """The module's own, and those of the three that neither it nor the Trainer has."""
-        from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback
+        """The module's own, and those of ours that neither it nor the Trainer has."""
+        from lightning_cf.callbacks import (
+            InvarianceCallback,
+            MaskedGradientCallback,
+            PartitionCallback,
+            TaskInferenceCallback,
+        )
 
         own = super().configure_callbacks()
         callbacks = list(own) if isinstance(own, Sequence) else [own]
         if self.installs_callbacks:
             present = [*self.trainer.callbacks, *callbacks]  # type: ignore[attr-defined]
-            for kind in (PartitionCallback, InvarianceCallback, MaskedGradientCallback):
-                if not any(isinstance(callback, kind) for callback in present):
-                    callbacks.append(kind())
+            ours = (
+                PartitionCallback(),
+                InvarianceCallback(),
+                MaskedGradientCallback(),
+                TaskInferenceCallback("statistics"),
+            )
+            for callback in ours:
+                if not any(isinstance(other, type(callback)) for other in present):
+                    callbacks.append(callback)
         return callbacks
 
     def get_extra_state(self) -> dict[str, Any]:

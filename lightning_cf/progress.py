@@ -27,6 +27,7 @@ class RunProgress:
         rows: scores of all tasks, at initialisation and after each task.
         capacity: free share of each layer after each task.
         stages: each task's score once learned, partitioned and retrained.
+        strategies: by strategy of task inference, its scores after each task.
         seconds: time spent in finished phases.
     """
 
@@ -34,6 +35,7 @@ class RunProgress:
     rows: list[list[float]] = field(default_factory=list)
     capacity: dict[str, list[float]] = field(default_factory=dict)
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    strategies: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_cf.class_incremental import StrategyScores
 from lightning_cf.metrics import AccuracyMatrix
 from lightning_cf.progress import RunProgress
 from lightning_cf.state import ContinualState
@@ -26,6 +27,8 @@ class Result:
         capacity: free share of each layer after each task; empty without partitions.
         partition: one entry for each task and layer.
         stages: each task's test score once learned, partitioned and retrained.
+        strategies: by strategy of task inference, its scores after each task; the first one predicts.
+        network_parameters: how many parameters the network has.
         constant_predictor: for each task the best score of one and the same class for all samples; None without
             classes.
         weights_sha256: of the final weights.
@@ -37,6 +40,8 @@ class Result:
     capacity: dict[str, list[float]]
     partition: list[dict[str, Any]]
     stages: dict[str, dict[str, float]]
+    strategies: dict[str, StrategyScores]
+    network_parameters: int
     constant_predictor: list[float | None]
     weights_sha256: str
     seconds: float
@@ -60,6 +65,8 @@ class Result:
             capacity=progress.capacity,
             partition=[dict(record) for record in state.ledger.records],
             stages=progress.stages,
+            strategies={name: StrategyScores.from_dict(kept) for name, kept in progress.strategies.items()},
+            network_parameters=sum(parameter.numel() for parameter in module.parameters()),
             constant_predictor=list(constant_predictor),
             weights_sha256=weights_sha256(module),
             seconds=progress.seconds,
@@ -68,6 +75,14 @@ class Result:
     def averages(self) -> dict[str, float]:
         """Average accuracy, forgetting, backward and forward transfer."""
         return {name: float(value) for name, value in self.accuracy.compute().items()}
+
+    @property
+    def class_incremental(self) -> dict[str, Any] | None:
+        """What was reached when nobody said which task an input belongs to; None where no task can be inferred."""
+        if not self.strategies:
+            return None
+        strategy, scores = next(iter(self.strategies.items()))
+        return {**scores.as_dict(), "strategy": strategy, "network_parameters": self.network_parameters}
 
     def as_dict(
         self, *, compare: Mapping[str, Result] | None = None, seed: int, config: Mapping[str, Any]
@@ -90,12 +105,15 @@ class Result:
             "partition": self.partition,
             "stages": self.stages,
             "constant_predictor": self.constant_predictor,
+            "class_incremental": self.class_incremental,
+            "task_inference": {name: scores.as_dict() for name, scores in self.strategies.items()},
             "compare": {
                 name: {
                     **other.averages(),
                     "accuracy_matrix": other.accuracy.matrix.tolist(),
                     "forgetting_per_task": other.accuracy.forgetting_per_task,
                     "stages": other.stages,
+                    "class_incremental": other.class_incremental,
                     "seconds": other.seconds,
                 }
                 for name, other in (compare or {}).items()

@@ -13,11 +13,18 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback
+from lightning_cf.callbacks import (
+    InvarianceCallback,
+    MaskedGradientCallback,
+    PartitionCallback,
+    TaskInferenceCallback,
+)
 from lightning_cf.callbacks.session import check_strategy
+from lightning_cf.class_incremental import score_strategies
 from lightning_cf.contexts import on_device, seeded
 from lightning_cf.errors import ContinualError, check_choice, check_count
 from lightning_cf.evaluation import check_scoring, constant_predictor, evaluate
+from lightning_cf.inferring import highest_output, inference_of
 from lightning_cf.joint import JointTask
 from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.module import ContinualModule
@@ -28,6 +35,7 @@ from lightning_cf.result import Result
 from lightning_cf.state import ContinualState, state_for
 from lightning_cf.steps import decide_together, seal_task, synchronise
 from lightning_cf.subspace import LearnedSubspace
+from lightning_cf.task_inference import TaskInference
 from lightning_cf.tasks import Batches, Task, single
 
 Method = Literal["partition", "finetune", "joint"]
@@ -48,6 +56,8 @@ class SequentialTaskRunner:
         partition: how to partition; None leaves partition and INVARIANCE out, so that nothing is protected.
         invariance: what to perturb meanwhile; None leaves INVARIANCE out.
         masking: what holds owned units still; None lets everything train.
+        task_inference: how tasks are inferred where nobody names them: a :class:`TaskInferenceCallback` or what its
+            ``strategy`` may be; None leaves it out. Fine-tuning and joint training take the highest of all outputs.
         callbacks: the user's own; every phase gets copies, ours come behind them.
         isolation: ``"exact"`` or ``"perturb"``, see :class:`PartitionCallback`.
         method: ``"partition"``; ``"finetune"`` trains the tasks in turn and protects nothing; ``"joint"`` trains them
@@ -69,6 +79,7 @@ class SequentialTaskRunner:
         partition: PartitionCallback | None = PartitionCallback(),
         invariance: InvarianceCallback | None = InvarianceCallback(),
         masking: MaskedGradientCallback | None = MaskedGradientCallback(),
+        task_inference: TaskInferenceCallback | str | None = "auto",
         callbacks: Sequence[Callback] = (),
         isolation: Isolation = "exact",
         method: Method = "partition",
@@ -89,6 +100,10 @@ class SequentialTaskRunner:
         self.partitioning = copy.deepcopy(partition)
         self.perturbing = copy.deepcopy(invariance)
         self.masking = copy.deepcopy(masking)
+        given = TaskInferenceCallback(task_inference) if isinstance(task_inference, str) else task_inference
+        self.inferring = copy.deepcopy(given)
+        if self.inferring is not None:
+            self.inferring.seed = self.seed
         self.pretrained = pretrained
         self.callbacks = list(callbacks)
         self.store = RunStore(Path(root))
@@ -164,12 +179,12 @@ class SequentialTaskRunner:
         if self.partitioning is not None:
             self.partitioning.remember_start(self.module, self.state)
         if self.partitioning is None:
-            self.fit(task, both, [self.masking])
+            self.fit(task, both, [self.masking, self.inferring])
         elif self.partitioning.during_training and not given:
             self.partitioning.tasks_left = self.tasks_left
-            self.fit(task, both, [self.partitioning, self.perturbing, self.masking])
+            self.fit(task, both, [self.partitioning, self.perturbing, self.masking, self.inferring])
         else:
-            self.fit(task, learning, [self.perturbing, self.masking])
+            self.fit(task, learning, [self.perturbing, self.masking, self.inferring])
 
     def partition(self, task: Task) -> None:
         """Partitions the task's units and claims those that carry it, unless that happened in training."""
@@ -186,7 +201,7 @@ class SequentialTaskRunner:
         """INVARIANCE: the claimed units train on while the redundant ones are perturbed; then the claim is sealed."""
         if self.method == "partition" and self.state.ledger.current is not None:
             if self.partitioning is not None and self.perturbing is not None:
-                self.fit(task, self.invariance_epochs, [self.perturbing, self.masking])
+                self.fit(task, self.invariance_epochs, [self.perturbing, self.masking, self.inferring])
             with on_device(self.module, self.host.strategy.root_device):
                 self.seal(task)
             self.note_stage(task, "retrained")
@@ -207,9 +222,13 @@ class SequentialTaskRunner:
             self.fit(JointTask(self.tasks, view), self.epochs + self.invariance_epochs, [])
 
     def score(self) -> None:
-        """Scores every task."""
+        """Scores every task, told which it is and not."""
         with on_device(self.module, self.host.strategy.root_device):
             self.progress.rows.append([self.score_of(task) for task in self.tasks])
+            inference = self.inference()
+            if inference is not None:
+                tests = [(task, _test_batches(task)) for task in self.tasks]
+                score_strategies(self.module, inference, tests, self.progress.strategies)
         if self.method == "partition" and len(self.progress.rows) > 1:
             for layer, share in self.state.ledger.capacity().items():
                 self.progress.capacity.setdefault(layer, []).append(share)
@@ -322,6 +341,15 @@ class SequentialTaskRunner:
             score = evaluate(self.module, task, _test_batches(task))
         return -score if task.metric is not None and task.metric.higher_is_better is False else score
 
+    def inference(self) -> TaskInference | None:
+        """What tasks are inferred by now; the highest output where nothing is partitioned."""
+        if self.inferring is None or len(self.progress.rows) < 2:
+            return None
+        if self.method == "partition":
+            return inference_of(self.state.ledger)
+        learned = self.tasks if self.method == "joint" else self.tasks[: len(self.progress.rows) - 1]
+        return highest_output(self.module, self.state, learned)
+
     def note_stage(self, task: Task, stage: str) -> None:
         """Keeps the task's score at a stage of the method."""
         with on_device(self.module, self.host.strategy.root_device):
@@ -340,6 +368,7 @@ class SequentialTaskRunner:
             "partition": None if self.partitioning is None else self.partitioning.settings(),
             "invariance": None if self.perturbing is None else self.perturbing.settings(),
             "masking": None if self.masking is None else self.masking.settings(),
+            "task_inference": None if self.inferring is None else self.inferring.settings(),
             "network": {group.name: group.size for group in self.state.structure.groups},
             "processes": self.host.world_size,
         }

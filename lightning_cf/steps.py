@@ -17,6 +17,7 @@ from lightning_cf.claim_folding import cut_claimed
 from lightning_cf.claiming import Claimer
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import evaluate, predict
+from lightning_cf.inferring import remember_task
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.options import PartitionOptions
 from lightning_cf.probe import probe
@@ -121,6 +122,7 @@ def seal_task(
     if folders is not None:
         folders.complete(module, state.structure, state.ledger)
     state.ledger.seal()
+    remember_task(module, task, state)
     state.start = state.outcome = None
     partitioned = any(record["task"] == task.name for record in state.ledger.records)
     if state.ledger.isolation == "exact" and partitioned and (options is None or options.reinitialise):

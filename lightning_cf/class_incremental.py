@@ -1,0 +1,125 @@
+"""Scores when nobody says which task an input belongs to: classes, tasks, and what is none of the known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+
+from lightning_cf.evaluation import predict
+from lightning_cf.structure import eval_mode
+from lightning_cf.task_inference import TaskInference
+from lightning_cf.tasks import Batches, Task
+
+
+@dataclass
+class Scored:
+    """What one strategy reached after a task.
+
+    Attributes:
+        accuracy: for each task the share of its test samples whose class was told rightly, whatever their task; with a
+            class told for every one, though it may look like none of the known.
+        task_accuracy: for each learned task the share whose task was told rightly.
+        none_auroc: how well the probability of "none of the known" parts test samples of tasks never seen from those
+            of learned ones: the area under the ROC curve; None once all tasks are learned.
+    """
+
+    accuracy: list[float]
+    task_accuracy: list[float]
+    none_auroc: float | None
+
+
+@dataclass
+class StrategyScores:
+    """A strategy's scores after each task, and what it keeps."""
+
+    rows: list[Scored] = field(default_factory=list)
+    stored_floats: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``result.json``."""
+        return {
+            "accuracy_matrix": [row.accuracy for row in self.rows],
+            "average_accuracy": _mean(self.rows[-1].accuracy) if self.rows else None,
+            "task_inference_accuracy": _mean(self.rows[-1].task_accuracy) if self.rows else None,
+            "task_accuracy_matrix": [row.task_accuracy for row in self.rows],
+            "none_auroc": [row.none_auroc for row in self.rows],
+            "stored_floats": self.stored_floats,
+        }
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> StrategyScores:
+        """What ``dataclasses.asdict`` gave."""
+        return cls([Scored(**row) for row in state["rows"]], state["stored_floats"])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@torch.no_grad()
+def score_strategies(
+    module: LightningModule, inference: TaskInference, tasks: Sequence[tuple[Task, Batches]], scores: dict[str, Any]
+) -> None:
+    """Adds a row to the scores of every strategy that was fitted; nothing where no task can be inferred.
+
+    Args:
+        module: as it stands.
+        inference: what is kept of the tasks that it learned.
+        tasks: all of the sequence, each with its test data.
+        scores: by strategy, as ``dataclasses.asdict`` gives :class:`StrategyScores`; in place.
+    """
+    if not inference.tasks:
+        return
+    names = [known.name for known in inference.tasks]
+    found: dict[str, list[_Outcome]] = {name: [] for name in inference.strategies}
+    with eval_mode(module):
+        for task, batches in tasks:
+            seen = _over(module, inference, task, batches)
+            for name in inference.strategies:
+                found[name].append(seen[name])
+    for name, outcomes in found.items():
+        pairs = list(zip(tasks, outcomes, strict=True))
+        accuracy = [float((o.classes == o.target).double().mean()) for o in outcomes]
+        told = [
+            float((o.tasks == names.index(task.name)).double().mean()) for (task, _), o in pairs if task.name in names
+        ]
+        known = torch.cat([o.none for (task, _), o in pairs if task.name in names])
+        strange = [o.none for (task, _), o in pairs if task.name not in names]
+        auroc = None
+        if strange:
+            values = torch.cat([known, *strange])
+            auroc = float(binary_auroc(values, (torch.arange(len(values), device=values.device) >= len(known)).long()))
+        kept = StrategyScores.from_dict(scores[name]) if name in scores else StrategyScores()
+        kept.rows.append(Scored(accuracy, told, auroc))
+        kept.stored_floats = inference.stored_floats(name)
+        scores[name] = asdict(kept)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    classes: Tensor
+    tasks: Tensor
+    none: Tensor
+    target: Tensor
+
+
+def _over(
+    module: LightningModule, inference: TaskInference, task: Task, batches: Batches
+) -> dict[str, _Outcome]:
+    """What each strategy says of a task's test data."""
+    parts: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in inference.strategies}
+    for batch in batches:
+        targets: list[Tensor] = []
+        readout = inference.read(module, lambda batch=batch, targets=targets: targets.append(predict(module, task, batch)[1]))
+        for name in inference.strategies:
+            inferred = inference.infer(readout, name)
+            best = inferred.scores.argmax(dim=1)
+            classes = inferred.classes.gather(1, best[:, None])[:, 0]
+            parts[name].append((classes, best, inferred.probabilities[:, -1], targets[0]))
+    return {name: _Outcome(*(torch.cat(column) for column in zip(*found, strict=True))) for name, found in parts.items()}

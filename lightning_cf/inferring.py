@@ -1,0 +1,205 @@
+"""Task inference on a live module: what is kept of a task when it is sealed, and predictions without its name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_cf.errors import ContinualError
+from lightning_cf.evaluation import forward_context, predict
+from lightning_cf.ledger import NeuronLedger
+from lightning_cf.state import ContinualState, ledger_of
+from lightning_cf.structure import call, eval_mode, in_precision_of, layer_of
+from lightning_cf.task_inference import (
+    STRATEGIES,
+    Known,
+    Prediction,
+    Sites,
+    TaskInference,
+    View,
+    check_strategies,
+    read,
+)
+from lightning_cf.tasks import Task
+
+SAMPLES = 20_000
+"""From how many of a task's training inputs its statistics are taken at most."""
+
+
+CHOICES = ("auto", "statistics", "all")
+"""What may stand for a strategy's name."""
+
+ORDER = ("reconstruction_logits", "subspaces_energy", "energy")
+"""The best ones first, as measured in benchmarks; the first one is trained with the network."""
+
+
+def inference_of(ledger: NeuronLedger) -> TaskInference | None:
+    """What a ledger keeps to infer tasks by."""
+    return None if ledger.inference is None else TaskInference.from_state_dict(ledger.inference)
+
+
+def keep_inference(ledger: NeuronLedger, inference: TaskInference) -> None:
+    """Puts it back into the ledger, which goes into checkpoints and to other processes."""
+    ledger.inference = inference.state_dict()
+
+
+def labels_of(task: Task) -> list[int] | None:
+    """The label that each of a task's outputs stands for; None for a task without classes."""
+    return task.classes
+
+
+def positions_of(labels: list[int], target: Any, batch: int) -> Int64[Tensor, "batch"] | None:
+    """Which of the labels each target is; None where the targets are no labels, one a sample."""
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != (batch,):
+        return None
+    found = (target[:, None] == torch.tensor(labels, device=target.device)).long()
+    return found.argmax(dim=1) if bool(found.any(dim=1).all()) else None
+
+
+def choose_strategies(module: LightningModule, state: ContinualState, task: Task, wanted: str) -> tuple[str, ...]:
+    """The strategies to fit, the one that predicts first; none where tasks cannot be inferred and nobody insists.
+
+    Args:
+        module: the network.
+        state: of it, with the task begun.
+        task: the first one.
+        wanted: a strategy's name; ``auto`` for the best that the network allows, ``statistics`` for the best that
+            leaves training as it is, ``all`` for all that the network allows.
+
+    Raises:
+        ContinualError: for a strategy that there is not, or that the network or the task does not allow.
+    """
+    if wanted not in CHOICES:
+        check_strategies([wanted])
+    reason, possible = _possible(module, state, task)
+    if wanted in CHOICES:
+        order = ORDER[1:] if wanted == "statistics" else ORDER
+        best = next((name for name in order if name in possible), None)
+        if best is None and wanted == "all":
+            raise ContinualError(f"task_inference=all: {reason} Leave it out: task_inference=null.")
+        if best is None:
+            return ()
+        return (best, *(name for name in possible if name != best)) if wanted == "all" else (best,)
+    if wanted not in possible:
+        needs = {
+            "chain": "a first layer that is linear and reads the input itself",
+            "hidden": "hidden units that a linear layer or convolution reads",
+            "inputs": "a linear layer or convolution that reads the input itself",
+        }.get(STRATEGIES[wanted].needs, "")
+        raise ContinualError(
+            f"task_inference={wanted}: {reason or f'it needs {needs}, which {type(module).__name__} does not have.'}"
+            " Use task_inference=auto, which takes what the network allows."
+        )
+    return (wanted,)
+
+
+def _possible(module: LightningModule, state: ContinualState, task: Task) -> tuple[str, list[str]]:
+    """Why no task can be inferred, if so, and the strategies that the network and the task allow."""
+    if task.classes is None:
+        return f"task '{task.name}' has no classes to tell apart.", []
+    missing = [layer for layer in state.structure.head.layers if f"{layer}.weight" not in state.structure.entries]
+    if missing:
+        return f"the output layer '{missing[0]}' has no weight of its own.", []
+    batch = task.check_data()
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
+    with eval_mode(module), torch.no_grad(), isolate_rng():
+        predictions, target = predict(module, task, batch)
+    if positions_of(task.classes, target, len(predictions)) is None:
+        return f"the targets of task '{task.name}' are no labels, one a sample.", []
+    sites = Sites.of(module, state.structure, state.ledger, task.name)
+    has = {"": True, "inputs": sites.inputs is not None, "hidden": bool(sites.hidden)}
+    has["chain"] = bool(sites.chain) and pair and len(sites.hidden) >= len(sites.chain)
+    return "", [name for name, strategy in STRATEGIES.items() if has[strategy.needs]]
+
+
+def remember_task(module: LightningModule, task: Task, state: ContinualState) -> None:
+    """Keeps what the strategies need of a task that was just sealed; nothing where none was chosen."""
+    inference = inference_of(state.ledger)
+    if inference is None or not inference.strategies or task.classes is None:
+        return
+    sites = Sites.of(module, state.structure, state.ledger, task.name)
+    with isolate_rng():
+        training = view_of(module, task, sites, task.train_dataloader(), SAMPLES)
+        held_out = view_of(module, task, sites, task.judging_batches(), SAMPLES)
+    if training is None or held_out is None:
+        warnings.warn(
+            f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.", stacklevel=2
+        )
+        return
+    inference.learn(Known(task.name, list(task.classes), sites), training, held_out[0])
+    keep_inference(state.ledger, inference)
+
+
+def highest_output(module: LightningModule, state: ContinualState, tasks: Iterable[Task]) -> TaskInference | None:
+    """Inference by the highest of all outputs of some tasks, which needs nothing kept; None for tasks without classes.
+
+    Args:
+        module: the network.
+        state: of it.
+        tasks: those that were learned.
+    """
+    known = []
+    for task in tasks:
+        if task.classes is None or any(f"{p}.weight" not in state.structure.entries for p in state.structure.head.layers):
+            return None
+        heads = Sites.output_layers(state.structure)
+        sites = Sites(None, (), heads, torch.tensor(state.outputs_of(task)))
+        known.append(Known(task.name, list(task.classes), sites, {"joint": {}}, {"joint": torch.tensor([0.0, 1.0, 0.0])}))
+    return TaskInference(("joint",), known)
+
+
+def view_of(
+    module: LightningModule, task: Task, sites: Sites, batches: Iterable[Any], count: int
+) -> tuple[View, Int64[Tensor, "samples"]] | None:
+    """A task's view of some of its data, and the labels from 0 on; None where targets are no labels."""
+    views, labels, seen = [], [], 0
+    for batch in batches:
+        found: list[tuple[Tensor, Tensor]] = []
+        readout = read(module, [sites], lambda batch=batch, found=found: found.append(predict(module, task, batch)))
+        own = positions_of(task.classes or [], found[0][1], len(readout.outputs))
+        if own is None:
+            return None
+        views.append(View.of(readout, sites))
+        labels.append(own)
+        seen += len(own)
+        if seen >= count:
+            break
+    return (View.joined(views), torch.cat(labels)) if views else None
+
+
+def predict_any(module: LightningModule, x: Any, strategy: str | None = None) -> Prediction:
+    """Predicts without a task's name.
+
+    Args:
+        module: a module whose ledger keeps what tasks are inferred by.
+        x: a batch of inputs, as the module's forward pass takes it; a tuple for several.
+        strategy: another one of those that were fitted than the first.
+
+    Raises:
+        ContinualError: if no task was learned that can be inferred.
+    """
+    ledger = ledger_of(module)
+    inference = None if ledger is None else inference_of(ledger)
+    if ledger is None or inference is None or not inference.tasks:
+        raise ContinualError(
+            f"{type(module).__name__} knows no task that it could infer: seal one first, with a TaskInferenceCallback"
+            " in the fit (a ContinualModule brings it), on tasks with classes."
+        )
+    x = in_precision_of(module, x)
+    with forward_context(module):
+        readout = inference.read(module, partial(call, module, x))
+    return inference.predict(readout, ledger.width, strategy)
+
+
+def chain_paths(sites: Sites) -> list[str]:
+    """Paths of the layers whose inputs a head that is trained with the task looks at."""
+    names = [sites.inputs or "", *(site.weight for site in sites.hidden[: len(sites.chain)])]
+    return [layer_of(name) for name in names]

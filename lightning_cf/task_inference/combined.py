@@ -1,0 +1,70 @@
+"""Sums of scores, and all strategies by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from lightning_cf.task_inference.readout import View
+from lightning_cf.task_inference.reconstruction import Reconstruction
+from lightning_cf.task_inference.statistics import InputGaussian, InputSubspaces, LocalSubspaces, Mahalanobis
+from lightning_cf.task_inference.strategies import Energy, Fitted, Joint, MaxSoftmax, Plain, Strategy
+
+
+class Sum(Strategy):
+    """The sum of several scores, each brought to mean 0 and deviation 1 over held-out data of the task.
+
+    Args:
+        name: what to call it.
+        parts: the strategies.
+    """
+
+    def __init__(self, name: str, parts: Sequence[Strategy]) -> None:
+        self.name = name  # type: ignore[misc]
+        self.parts = list(parts)
+        self.needs = next((part.needs for part in parts if part.needs), "")  # type: ignore[misc]
+
+    def fit(
+        self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View
+    ) -> dict[str, Tensor]:
+        """What each part keeps, and the mean and deviation of its score."""
+        found = {}
+        for part in self.parts:
+            fitted = part.fit(view, labels, classes, held_out)
+            score = part.score(fitted, held_out)
+            scale = torch.stack([score.mean(), score.std(correction=0).clamp_min(1e-6)])
+            found |= {f"{part.name}.{key}": value for key, value in {**fitted, "calibration": scale}.items()}
+        return found
+
+    def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
+        """The sum."""
+        total = view.logits.new_zeros(len(view.logits))
+        for part in self.parts:
+            prefix = f"{part.name}."
+            own = {key.removeprefix(prefix): value for key, value in fitted.items() if key.startswith(prefix)}
+            mean, spread = own["calibration"]
+            total = total + (part.score(own, view) - mean) / spread
+        return total
+
+
+STRATEGIES: dict[str, Strategy] = {
+    strategy.name: strategy
+    for strategy in (
+        Plain(),
+        Joint(),
+        Energy(),
+        MaxSoftmax(),
+        Mahalanobis(),
+        LocalSubspaces(),
+        Sum("mahalanobis_energy", [Mahalanobis(), Energy()]),
+        Sum("subspaces_energy", [LocalSubspaces(), Energy()]),
+        Reconstruction(),
+        Reconstruction("reconstruction_logits", 0.02),
+        InputGaussian(),
+        InputSubspaces(),
+    )
+}
+"""All strategies by name; the last two are models of the input beside the network."""

@@ -1,0 +1,227 @@
+"""Which task is this input? What is kept of each task, and how it becomes one distribution over all classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from lightning_cf.errors import ContinualError
+from lightning_cf.task_inference.combined import STRATEGIES
+from lightning_cf.task_inference.readout import Readout, Sites, View, read
+from lightning_cf.task_inference.strategies import Strategy
+
+REJECTED = 0.01
+"""Share of a task's own held-out inputs that its threshold takes for none of the known ones."""
+
+
+class Prediction(NamedTuple):
+    """What is said of a batch when nobody says which task it belongs to.
+
+    Attributes:
+        classes: the class of each sample, -1 for none of the known ones.
+        probabilities: of each class by its number and, last, of none of the known ones; rows sum to 1.
+        tasks: position of the inferred task in the sequence, -1 for none.
+        scores: of the likeliest task; what it means depends on the strategy, higher is likelier.
+    """
+
+    classes: Int64[Tensor, "batch"]
+    probabilities: Float[Tensor, "batch classes_and_none"]
+    tasks: Int64[Tensor, "batch"]
+    scores: Float[Tensor, "batch"]
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """Scores of the known tasks for a batch.
+
+    Attributes:
+        scores: of each task, higher is likelier.
+        probabilities: of each task and, last, of none.
+        classes: the class that each task sees in each sample.
+        within: for each task the probabilities of its classes.
+    """
+
+    scores: Float[Tensor, "batch tasks"]
+    probabilities: Float[Tensor, "batch tasks_and_none"]
+    classes: Int64[Tensor, "batch tasks"]
+    within: tuple[Float[Tensor, "batch _"], ...]
+
+
+@dataclass
+class Known:
+    """What is kept of a task: statistics, never data.
+
+    Attributes:
+        name: of the task.
+        classes: labels in its data, one an output.
+        sites: where its scores look.
+        fitted: by strategy, what :meth:`Strategy.fit` found.
+        calibration: by strategy, mean, standard deviation and threshold of its score over held-out data of its own.
+    """
+
+    name: str
+    classes: list[int]
+    sites: Sites
+    fitted: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    calibration: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class TaskInference:
+    """Knows, of each task that was sealed, what its inputs look like to its sub-network.
+
+    Attributes:
+        strategies: names of those that are fitted; the first one predicts.
+        tasks: what is kept of each, in the order in which they were learned.
+        unit: the variance of the first task's input, in which residuals are measured; 0 before it is known.
+        training: by strategy, what is trained with the current task.
+    """
+
+    strategies: tuple[str, ...]
+    tasks: list[Known] = field(default_factory=list)
+    unit: float = 0.0
+    training: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_strategies(self.strategies)
+
+    def learn(
+        self,
+        known: Known,
+        training: tuple[View, Int64[Tensor, "samples"]],
+        held_out: View,
+    ) -> None:
+        """Keeps a task that was sealed, with what was trained for it.
+
+        Args:
+            known: the task, with nothing fitted yet.
+            training: its view of its training data, and the labels, from 0 on.
+            held_out: its view of held-out data, which calibrates.
+        """
+        view, labels = training
+        for name in self.strategies:
+            strategy = STRATEGIES[name]
+            trained = {key: value.to(view.logits.device) for key, value in self.training.get(name, {}).items()}
+            fitted = {**strategy.fit(view, labels, len(known.classes), held_out), **trained}
+            score = strategy.score(fitted, held_out)
+            known.fitted[name] = {key: value.detach().cpu() for key, value in fitted.items()}
+            spread = score.std(correction=0).clamp_min(1e-6)
+            known.calibration[name] = torch.stack([score.mean(), spread, score.quantile(REJECTED)]).cpu()
+        self.tasks = [task for task in self.tasks if task.name != known.name] + [known]
+        self.training = {}
+
+    def infer(self, readout: Readout, strategy: str | None = None) -> Inferred:
+        """Scores every known task.
+
+        Raises:
+            ContinualError: if no task is known, or the strategy was not fitted.
+        """
+        name = self.strategies[0] if strategy is None else strategy
+        if name not in self.strategies:
+            raise ContinualError(
+                f"task_inference='{name}' was not fitted when the tasks were sealed; what was: "
+                + ", ".join(self.strategies)
+            )
+        if not self.tasks:
+            raise ContinualError("No task with classes was sealed yet, so there is none to infer.")
+        chosen, device = STRATEGIES[name], readout.outputs.device
+        scores, classes, within = [], [], []
+        calibration = torch.stack([task.calibration[name] for task in self.tasks]).to(device)
+        for task in self.tasks:
+            view = View.of(readout, task.sites)
+            fitted = {key: value.to(device) for key, value in task.fitted[name].items()}
+            scores.append(chosen.score(fitted, view))
+            within.append(view.logits.softmax(dim=1))
+            classes.append(torch.tensor(task.classes, device=device)[view.logits.argmax(dim=1)])
+        found, (mean, spread, threshold) = torch.stack(scores, dim=1), calibration.T
+        if not chosen.raw:
+            found, threshold = (found - mean) / spread, (threshold - mean) / spread
+            mean, spread = torch.zeros_like(mean), torch.ones_like(spread)
+        probabilities = chosen.probabilities(found, mean, spread, threshold)
+        return Inferred(found, probabilities, torch.stack(classes, dim=1), tuple(within))
+
+    def predict(self, readout: Readout, width: int, strategy: str | None = None) -> Prediction:
+        """Class, distribution, task and score of each sample.
+
+        Args:
+            readout: of a batch.
+            width: how many classes there are, seen or not.
+            strategy: another one than the first.
+        """
+        inferred = self.infer(readout, strategy)
+        batch, none = len(inferred.scores), len(self.tasks)
+        best = inferred.probabilities.argmax(dim=1)
+        known = best.clamp_max(none - 1)
+        classes = inferred.classes.gather(1, known[:, None])[:, 0].masked_fill(best == none, -1)
+        probabilities = inferred.probabilities.new_zeros(batch, width + 1)
+        probabilities[:, -1] = inferred.probabilities[:, -1]
+        for number, (task, within) in enumerate(zip(self.tasks, inferred.within, strict=True)):
+            columns = torch.tensor(task.classes, device=within.device)
+            probabilities.index_add_(1, columns, inferred.probabilities[:, number : number + 1] * within)
+        tasks = best.masked_fill(best == none, -1)
+        return Prediction(classes, probabilities, tasks, inferred.scores.amax(dim=1))
+
+    def read(self, module: nn.Module, run: Callable[[], Any]) -> Readout:
+        """Runs the network on a batch and reads what the known tasks look at."""
+        return read(module, [task.sites for task in self.tasks], run)
+
+    def stored_floats(self, strategy: str | None = None) -> int:
+        """How many numbers a strategy keeps beside the network, of all tasks together."""
+        name = self.strategies[0] if strategy is None else strategy
+        return sum(
+            sum(value.numel() for value in task.fitted[name].values() if value.is_floating_point())
+            + task.calibration[name].numel()
+            for task in self.tasks
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors and plain containers."""
+        return {
+            "strategies": list(self.strategies),
+            "unit": self.unit,
+            "training": {name: {k: v.detach().cpu() for k, v in t.items()} for name, t in self.training.items()},
+            "tasks": [
+                {
+                    "name": task.name,
+                    "classes": list(task.classes),
+                    "sites": task.sites.state_dict(),
+                    "fitted": {name: dict(fitted) for name, fitted in task.fitted.items()},
+                    "calibration": dict(task.calibration),
+                }
+                for task in self.tasks
+            ],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> TaskInference:
+        """What :meth:`state_dict` described."""
+        tasks = [
+            Known(
+                task["name"],
+                list(task["classes"]),
+                Sites.from_state_dict(task["sites"]),
+                {n: {key: value.cpu() for key, value in fitted.items()} for n, fitted in task["fitted"].items()},
+                {name: value.cpu() for name, value in task["calibration"].items()},
+            )
+            for task in state["tasks"]
+        ]
+        training = {name: {k: v.cpu() for k, v in trained.items()} for name, trained in state["training"].items()}
+        return cls(tuple(state["strategies"]), tasks, state["unit"], training)
+
+
+def check_strategies(names: Sequence[str]) -> None:
+    """Raises ContinualError for a strategy that there is not."""
+    for name in names:
+        if name not in STRATEGIES:
+            raise ContinualError(f"task_inference must be auto, statistics, all or one of {', '.join(STRATEGIES)}; got {name!r}.")
+
+
+def strategy_named(name: str) -> Strategy:
+    """The strategy that configurations call so."""
+    check_strategies([name])
+    return STRATEGIES[name]

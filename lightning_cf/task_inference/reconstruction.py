@@ -1,0 +1,128 @@
+"""A head that is trained with a task's sub-network and frozen with it: whose input it is, the residual says.
+
+Each class keeps a code of a few numbers, computed from the task's own hidden units, from which the input is computed
+back through the network's own weights, transposed. What a sub-network was never trained on it cannot give back, and
+since every task's residual is a distance to the same input, the residuals of all tasks compare as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_cf.task_inference.readout import View
+from lightning_cf.task_inference.strategies import Fitted, Strategy, TaskScores
+
+SHARPNESS = 8.0
+"""Probabilities fall with this power of the residual."""
+
+
+class Reconstruction(Strategy):
+    """The residual of the class that gives the input back best.
+
+    For class ``c``, with ``h`` the task's own units of the first two layers (of the first, where there is one)::
+
+        z = h E_c + e_c                     a code
+        u = relu(z D_c + d_c)               own units of the second layer
+        v = relu(u W2 + b_c)                units of the first layer that the task may read
+        y = v W1 + m_c                      the input
+        r_c = mean (x - y)² / unit
+
+    ``W1`` and ``W2`` are the network's own weights; ``unit`` is the variance of the first task's input.
+
+    Args:
+        name: what to call it.
+        logits: how much the task's own outputs count: ``r_c - logits * log p_c`` takes the place of ``r_c``.
+        code: how many numbers the code of a class has.
+    """
+
+    raw, needs = True, "chain"
+    trained = True
+
+    def __init__(self, name: str = "reconstruction", logits: float = 0.0, code: int = 14) -> None:
+        self.name = name  # type: ignore[misc]
+        self.logits, self.code = logits, code
+
+    def begin(
+        self, view: View, labels: Int64[Tensor, "samples"], classes: int, unit: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Starting values of what is trained, and the unit.
+
+        Args:
+            view: the task's view of some of its training data.
+            labels: of these, from 0 on.
+            classes: how many there are.
+            unit: the variance of the first task's input.
+            generator: what the values depend on, with the sizes.
+        """
+        assert view.inputs is not None
+        own, top = _own(view).shape[1], len(view.chain[-1])
+
+        def drawn(*shape: int) -> Tensor:
+            return (torch.randn(shape, generator=generator) / shape[-2] ** 0.5).to(view.logits.device)
+
+        def zeros(*shape: int) -> Tensor:
+            return view.logits.new_zeros(shape)
+
+        means = [view.inputs[labels == label].mean(dim=0) for label in range(classes)]
+        found = {
+            "encoder": drawn(classes, own, self.code),
+            "code": zeros(classes, self.code),
+            "decoder": drawn(classes, self.code, top),
+            "top": zeros(classes, top),
+            "mean": torch.stack(means).nan_to_num(),
+            "unit": torch.tensor(unit, device=view.logits.device),
+        }
+        if len(view.chain) > 1:
+            found["below"] = zeros(classes, view.chain[1].shape[1])
+        return found
+
+    def loss(self, fitted: Fitted, view: View, labels: Int64[Tensor, "samples"]) -> Float[Tensor, ""]:
+        """The mean residual of each sample's own class."""
+        total = view.logits.new_zeros(())
+        for label in range(len(fitted["mean"])):
+            chosen = (labels == label).nonzero().flatten()
+            if len(chosen):
+                total = total + _residual(fitted, view.part(chosen), label).sum()
+        return total / max(len(labels), 1)
+
+    def fit(
+        self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View
+    ) -> dict[str, Tensor]:
+        """The temperature at which the task's own probabilities are true on held-out data."""
+        return {}
+
+    def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
+        """Minus the logarithm of the smallest residual."""
+        found = torch.stack([_residual(fitted, view, label) for label in range(len(fitted["mean"]))], dim=1)
+        if self.logits:
+            found = found - self.logits * view.logits.log_softmax(dim=1)
+        return -found.amin(dim=1).clamp_min(1e-12).log()
+
+    def probabilities(
+        self, scores: TaskScores, mean: Tensor, spread: Tensor, threshold: Tensor
+    ) -> Float[Tensor, "batch tasks_and_none"]:
+        """Tasks by a power of their residual; known is what lies within the threshold and far from other tasks."""
+        tasks = (SHARPNESS * scores).softmax(dim=1)
+        best = scores.argmax(dim=1)
+        near = ((scores.amax(dim=1) - threshold[best]) / spread[best]).sigmoid()
+        known = near[:, None] * tasks
+        return torch.cat([known, 1 - known.sum(dim=1, keepdim=True)], dim=1)
+
+
+def _own(view: View) -> Float[Tensor, "batch units"]:
+    """The task's own units in the layers of the chain."""
+    pairs = list(zip(view.hidden, view.own, strict=True))[: len(view.chain)]
+    return torch.cat([hidden[:, own] for hidden, own in pairs], dim=1)
+
+
+def _residual(fitted: Fitted, view: View, label: int) -> Float[Tensor, "batch"]:
+    assert view.inputs is not None
+    code = _own(view) @ fitted["encoder"][label] + fitted["code"][label]
+    x = F.relu(code @ fitted["decoder"][label] + fitted["top"][label])
+    if len(view.chain) > 1:
+        x = F.relu(x @ view.chain[1] + fitted["below"][label])
+    back = x @ view.chain[0] + fitted["mean"][label]
+    return (view.inputs - back).square().mean(dim=1) / fitted["unit"]

@@ -1,0 +1,190 @@
+"""Scores from statistics of the hidden units that a task owns and may read, and from statistics of its input."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from lightning_cf.randomness import keyed_generator
+from lightning_cf.task_inference.readout import View
+from lightning_cf.task_inference.strategies import Fitted, Strategy
+
+Samples = Float[Tensor, "samples features"]
+
+
+def _hidden(view: View) -> Samples:
+    return torch.cat(view.hidden, dim=1)
+
+
+class Mahalanobis(Strategy):
+    """Distance to the nearest class mean, in the metric of the covariance within classes (Lee et al. 2018).
+
+    Kept: a mean a class, and the whitening of the hidden units' covariance, shrunk as Ledoit and Wolf (2004) do.
+
+    Args:
+        rank: how many of the covariance's directions to keep; what lies beside them counts with one variance for all.
+    """
+
+    name, needs = "mahalanobis", "hidden"
+
+    def __init__(self, rank: int = 32) -> None:
+        self.rank = rank
+
+    def fit(
+        self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View
+    ) -> dict[str, Tensor]:
+        """Means and whitening."""
+        return _gaussian(_hidden(view), labels, classes, self.rank)
+
+    def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
+        """Minus the squared distance to the nearest mean."""
+        return -_distance(_hidden(view), fitted).amin(dim=1)
+
+
+def _gaussian(x: Samples, labels: Int64[Tensor, "samples"], classes: int, rank: int) -> dict[str, Tensor]:
+    means = torch.stack([x[labels == label].mean(dim=0) for label in range(classes)])
+    centred = (x - means[labels]).double()
+    covariance = centred.T @ centred / len(x)
+    values, vectors = torch.linalg.eigh(covariance)
+    rank = min(rank, max(1, len(values) - 1))
+    rest = values[:-rank].clamp_min(0).mean() if len(values) > rank else values.new_zeros(())
+    floor = (values.mean() * 1e-4).clamp_min(1e-12)
+    return {
+        "means": means,
+        "directions": vectors[:, -rank:].float(),
+        "variances": values[-rank:].clamp_min(floor).float(),
+        "rest": rest.clamp_min(floor).float(),
+    }
+
+
+def _distance(x: Float[Tensor, "batch features"], fitted: Fitted) -> Float[Tensor, "batch classes"]:
+    found = []
+    for mean in fitted["means"]:
+        centred = x - mean
+        along = centred @ fitted["directions"]
+        beside = (centred.square().sum(dim=1) - along.square().sum(dim=1)).clamp_min(0)
+        found.append((along.square() / fitted["variances"]).sum(dim=1) + beside / fitted["rest"])
+    return torch.stack(found, dim=1)
+
+
+class LocalSubspaces(Strategy):
+    """Distance of the hidden units to the nearest of a few small sub-spaces a class.
+
+    Each class's samples are put in clusters (k-means); a cluster keeps its centre and its leading directions.
+
+    Args:
+        clusters: of each class.
+        rank: directions of each cluster.
+    """
+
+    name, needs = "subspaces", "hidden"
+
+    def __init__(self, clusters: int = 4, rank: int = 8) -> None:
+        self.clusters, self.rank = clusters, rank
+
+    def fit(
+        self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View
+    ) -> dict[str, Tensor]:
+        """Scales of the units, centres and directions."""
+        return _local(_hidden(view), labels, classes, self.clusters, self.rank)
+
+    def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
+        """Minus the squared distance to the nearest sub-space."""
+        return -_residual(_hidden(view), fitted).amin(dim=1)
+
+
+def _local(
+    x: Samples, labels: Int64[Tensor, "samples"], classes: int, clusters: int, rank: int, *, scaled: bool = True
+) -> dict[str, Tensor]:
+    scale = x.std(dim=0).clamp_min(1e-6) if scaled else x.new_ones(1)
+    x = x / scale
+    centres, directions = [], []
+    for label in range(classes):
+        own = x[labels == label]
+        for part in _clusters(own, max(1, min(clusters, len(own) // (4 * rank)))):
+            centre = part.mean(dim=0)
+            _, vectors = torch.linalg.eigh(((part - centre).T @ (part - centre)).double())
+            centres.append(centre)
+            directions.append(vectors[:, -min(rank, len(part) - 1, x.shape[1] - 1) :].float())
+    width = max(found.shape[1] for found in directions)
+    padded = [torch.nn.functional.pad(found, (width - found.shape[1], 0)) for found in directions]
+    return {"scale": scale, "centres": torch.stack(centres), "directions": torch.stack(padded)}
+
+
+def _residual(x: Float[Tensor, "batch features"], fitted: Fitted) -> Float[Tensor, "batch clusters"]:
+    x = x / fitted["scale"]
+    found = []
+    for centre, directions in zip(fitted["centres"], fitted["directions"], strict=True):
+        centred = x - centre
+        found.append(centred.square().sum(dim=1) - (centred @ directions).square().sum(dim=1))
+    return torch.stack(found, dim=1)
+
+
+def _clusters(x: Samples, count: int, steps: int = 20) -> list[Samples]:
+    """k-means from centres spread over the samples (k-means++ would draw; this takes the farthest in turn)."""
+    generator = keyed_generator("clusters", len(x), count)
+    subset = x[torch.randperm(len(x), generator=generator).to(x.device)[:2000]]
+    centres = subset[:1]
+    while len(centres) < count:
+        farness = torch.cdist(subset, centres).amin(dim=1)
+        chosen = torch.multinomial(farness.square().cpu() + 1e-12, 1, generator=generator).to(x.device)
+        centres = torch.cat([centres, subset[chosen]])
+    for _ in range(steps):
+        nearest = torch.cdist(x, centres).argmin(dim=1)
+        centres = torch.stack(
+            [x[nearest == n].mean(dim=0) if bool((nearest == n).any()) else centres[n] for n in range(count)]
+        )
+    nearest = torch.cdist(x, centres).argmin(dim=1)
+    parts = [x[nearest == n] for n in range(count)]
+    return [part for part in parts if len(part) > 1] or [x]
+
+
+class InputGaussian(Strategy):
+    """A Gaussian with a diagonal covariance over the network's input, a task: a model beside the network."""
+
+    name: ClassVar[str] = "input_gaussian"
+    raw: ClassVar[bool] = True
+    needs = "inputs"
+
+    def fit(
+        self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View
+    ) -> dict[str, Tensor]:
+        """Mean and variance of each value."""
+        assert view.inputs is not None
+        variance = view.inputs.var(dim=0)
+        return {"mean": view.inputs.mean(dim=0), "variance": variance + 0.05 * variance.mean().clamp_min(1e-6)}
+
+    def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
+        """The log-density a value."""
+        assert view.inputs is not None
+        terms = (view.inputs - fitted["mean"]).square() / fitted["variance"] + fitted["variance"].log()
+        return -terms.mean(dim=1) / 2
+
+
+class InputSubspaces(Strategy):
+    """Local principal components of each class's inputs: a model beside the network.
+
+    Args:
+        clusters: of each class.
+        rank: directions of each cluster.
+    """
+
+    name, raw, needs = "input_subspaces", True, "inputs"
+
+    def __init__(self, clusters: int = 1, rank: int = 16) -> None:
+        self.clusters, self.rank = clusters, rank
+
+    def fit(
+        self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View
+    ) -> dict[str, Tensor]:
+        """Centres and directions."""
+        assert view.inputs is not None
+        return _local(view.inputs, labels, classes, self.clusters, self.rank, scaled=False)
+
+    def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
+        """Minus the mean squared distance to the nearest sub-space."""
+        assert view.inputs is not None
+        return -_residual(view.inputs, fitted).amin(dim=1) / view.inputs.shape[1]
