@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 from lightning_cf.evaluation import predict
+from lightning_cf.inferring import Kept
 from lightning_cf.structure import eval_mode
 from lightning_cf.task_inference import TaskInference
 from lightning_cf.tasks import Batches, Task
@@ -109,17 +111,17 @@ class _Outcome:
     target: Tensor
 
 
-def _over(
-    module: LightningModule, inference: TaskInference, task: Task, batches: Batches
-) -> dict[str, _Outcome]:
+def _over(module: LightningModule, inference: TaskInference, task: Task, batches: Batches) -> dict[str, _Outcome]:
     """What each strategy says of a task's test data."""
     parts: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in inference.strategies}
     for batch in batches:
-        targets: list[Tensor] = []
-        readout = inference.read(module, lambda batch=batch, targets=targets: targets.append(predict(module, task, batch)[1]))
+        forward = Kept(partial(predict, module, task, batch))
+        readout = inference.read(module, forward)
         for name in inference.strategies:
             inferred = inference.infer(readout, name)
             best = inferred.scores.argmax(dim=1)
             classes = inferred.classes.gather(1, best[:, None])[:, 0]
-            parts[name].append((classes, best, inferred.probabilities[:, -1], targets[0]))
-    return {name: _Outcome(*(torch.cat(column) for column in zip(*found, strict=True))) for name, found in parts.items()}
+            parts[name].append((classes, best, inferred.probabilities[:, -1], forward.found[1]))
+    return {
+        name: _Outcome(*(torch.cat(column) for column in zip(*found, strict=True))) for name, found in parts.items()
+    }

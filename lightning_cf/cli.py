@@ -125,6 +125,7 @@ def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> Sequentia
         partition=instantiate(config.partition, _convert_="all"),
         invariance=instantiate(config.invariance, _convert_="all"),
         masking=instantiate(config.masking, _convert_="all"),
+        task_inference=instantiate(config.task_inference, _convert_="all"),
         callbacks=[bar.callback()],
         isolation="perturb" if name == "perturb" else "exact",
         method=method,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import forward_context, predict
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.state import ContinualState, ledger_of
-from lightning_cf.structure import call, eval_mode, in_precision_of, layer_of
+from lightning_cf.structure import call, eval_mode, in_precision_of
 from lightning_cf.task_inference import (
     STRATEGIES,
     Known,
@@ -49,11 +49,6 @@ def inference_of(ledger: NeuronLedger) -> TaskInference | None:
 def keep_inference(ledger: NeuronLedger, inference: TaskInference) -> None:
     """Puts it back into the ledger, which goes into checkpoints and to other processes."""
     ledger.inference = inference.state_dict()
-
-
-def labels_of(task: Task) -> list[int] | None:
-    """The label that each of a task's outputs stands for; None for a task without classes."""
-    return task.classes
 
 
 def positions_of(labels: list[int], target: Any, batch: int) -> Int64[Tensor, "batch"] | None:
@@ -105,9 +100,9 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     """Why no task can be inferred, if so, and the strategies that the network and the task allow."""
     if task.classes is None:
         return f"task '{task.name}' has no classes to tell apart.", []
-    missing = [layer for layer in state.structure.head.layers if f"{layer}.weight" not in state.structure.entries]
-    if missing:
-        return f"the output layer '{missing[0]}' has no weight of its own.", []
+    bare = _bare_heads(state)
+    if bare:
+        return f"the output layer '{bare[0]}' has no weight of its own.", []
     batch = task.check_data()
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
     with eval_mode(module), torch.no_grad(), isolate_rng():
@@ -120,6 +115,11 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     return "", [name for name, strategy in STRATEGIES.items() if has[strategy.needs]]
 
 
+def _bare_heads(state: ContinualState) -> list[str]:
+    """Output layers whose weight is no parameter of that name, such as a parametrised one."""
+    return [layer for layer in state.structure.head.layers if f"{layer}.weight" not in state.structure.entries]
+
+
 def remember_task(module: LightningModule, task: Task, state: ContinualState) -> None:
     """Keeps what the strategies need of a task that was just sealed; nothing where none was chosen."""
     inference = inference_of(state.ledger)
@@ -130,9 +130,7 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState) ->
         training = view_of(module, task, sites, task.train_dataloader(), SAMPLES)
         held_out = view_of(module, task, sites, task.judging_batches(), SAMPLES)
     if training is None or held_out is None:
-        warnings.warn(
-            f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.", stacklevel=2
-        )
+        warnings.warn(f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.", stacklevel=2)
         return
     inference.learn(Known(task.name, list(task.classes), sites), training, held_out[0])
     keep_inference(state.ledger, inference)
@@ -148,12 +146,28 @@ def highest_output(module: LightningModule, state: ContinualState, tasks: Iterab
     """
     known = []
     for task in tasks:
-        if task.classes is None or any(f"{p}.weight" not in state.structure.entries for p in state.structure.head.layers):
+        if task.classes is None or _bare_heads(state):
             return None
-        heads = Sites.output_layers(state.structure)
-        sites = Sites(None, (), heads, torch.tensor(state.outputs_of(task)))
-        known.append(Known(task.name, list(task.classes), sites, {"joint": {}}, {"joint": torch.tensor([0.0, 1.0, 0.0])}))
+        sites = Sites(None, (), Sites.output_layers(state.structure), torch.tensor(state.outputs_of(task)))
+        calibration = {"joint": torch.tensor([0.0, 1.0, 0.0])}
+        known.append(Known(task.name, list(task.classes), sites, {"joint": {}}, calibration))
     return TaskInference(("joint",), known)
+
+
+class Kept:
+    """A call whose result is kept.
+
+    Args:
+        function: what to call.
+    """
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+        self.found: Any = None
+
+    def __call__(self) -> None:
+        """Calls it."""
+        self.found = self.function()
 
 
 def view_of(
@@ -162,9 +176,9 @@ def view_of(
     """A task's view of some of its data, and the labels from 0 on; None where targets are no labels."""
     views, labels, seen = [], [], 0
     for batch in batches:
-        found: list[tuple[Tensor, Tensor]] = []
-        readout = read(module, [sites], lambda batch=batch, found=found: found.append(predict(module, task, batch)))
-        own = positions_of(task.classes or [], found[0][1], len(readout.outputs))
+        forward = Kept(partial(predict, module, task, batch))
+        readout = read(module, [sites], forward)
+        own = positions_of(task.classes or [], forward.found[1], len(readout.outputs))
         if own is None:
             return None
         views.append(View.of(readout, sites))
@@ -175,6 +189,7 @@ def view_of(
     return (View.joined(views), torch.cat(labels)) if views else None
 
 
+@torch.no_grad()
 def predict_any(module: LightningModule, x: Any, strategy: str | None = None) -> Prediction:
     """Predicts without a task's name.
 
@@ -197,9 +212,3 @@ def predict_any(module: LightningModule, x: Any, strategy: str | None = None) ->
     with forward_context(module):
         readout = inference.read(module, partial(call, module, x))
     return inference.predict(readout, ledger.width, strategy)
-
-
-def chain_paths(sites: Sites) -> list[str]:
-    """Paths of the layers whose inputs a head that is trained with the task looks at."""
-    names = [sites.inputs or "", *(site.weight for site in sites.hidden[: len(sites.chain)])]
-    return [layer_of(name) for name in names]

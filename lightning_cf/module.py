@@ -23,7 +23,7 @@ class ContinualModule(LightningModule):
 
     Hooks, ``self.log``, names of weights and checkpoints stay what they are; the plain class loads the checkpoints.
     What comes with it: the ledger persists with the module's state, classes that return in another domain get output
-    columns of their own, ``predict`` needs no task's name, and a fit installs the callbacks unless the Trainer has them.
+    columns of their own, ``predict`` needs no task's name, and a fit installs those callbacks that the Trainer lacks.
 
     >>> from lightning.pytorch.demos.boring_classes import BoringModel
     >>> net = BoringModel()
@@ -102,7 +102,7 @@ class ContinualModule(LightningModule):
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`predict`, for ``Trainer.predict``; of pairs the first is the input. A module's own one stays."""
-        inherited = super().predict_step
+        inherited: Any = super().predict_step
         if inherited.__func__ is not LightningModule.predict_step:
             return inherited(*args, **kwargs)
         batch = kwargs["batch"] if "batch" in kwargs else args[0]

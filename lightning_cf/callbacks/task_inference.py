@@ -47,7 +47,7 @@ class TaskInferenceCallback(ContinualCallback):
         seed: the head's first values depend on (seed, task) and nothing else.
     """
 
-    def __init__(self, strategy: str = "auto", *, weight: float = 10.0, lr: float = 0.008, seed: int = 0) -> None:
+    def __init__(self, strategy: str = "auto", *, weight: float = 3.0, lr: float = 0.008, seed: int = 0) -> None:
         super().__init__()
         self.strategy, self.weight, self.lr, self.seed = strategy, weight, lr, seed
         check_choice("task_inference", "strategy", strategy, (*CHOICES, *STRATEGIES))
@@ -64,9 +64,9 @@ class TaskInferenceCallback(ContinualCallback):
         prepare(pl_module, state, task, self.strategy)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """In INVARIANCE, makes the heads and tells them the batch's labels."""
+        """Makes the heads, anew after a partition, and tells them the batch's labels."""
         state = state_of(pl_module)
-        if state is None or state.ledger.current is None or state.ledger.current.phase != "invariance":
+        if state is None or state.ledger.current is None:
             return
         if self._heads is None or self._heads.revision != state.ledger.revision:
             self._begin(trainer, pl_module, state)
@@ -120,11 +120,14 @@ class TaskInferenceCallback(ContinualCallback):
         return {name: getattr(self, name) for name in ("strategy", "weight", "lr")}
 
     def _begin(self, trainer: Trainer, module: LightningModule, state: ContinualState) -> None:
+        self._keep(module)
         self._release()
         inference = inference_of(state.ledger)
         task = task_of(trainer, type(self).__name__)
-        names = [] if inference is None else [n for n in inference.strategies if isinstance(STRATEGIES[n], Reconstruction)]
-        if inference is None or not names or task.classes is None:
+        if inference is None or task.classes is None:
+            return
+        names = [name for name in inference.strategies if isinstance(STRATEGIES[name], Reconstruction)]
+        if not names:
             return
         sites = Sites.of(module, state.structure, state.ledger, task.name)
         with isolate_rng():
@@ -140,8 +143,11 @@ class TaskInferenceCallback(ContinualCallback):
         generator = keyed_generator(self.seed, task.name, "task inference")
         strategy = STRATEGIES[names[0]]
         assert isinstance(strategy, Reconstruction)
-        trained = inference.training.get(names[0])
-        trained = trained or strategy.begin(view, labels, len(task.classes), inference.unit, generator)
+        trained, before = inference.training.get(names[0]), inference.training_sites
+        if trained is None or before is None:
+            trained = strategy.begin(view, labels, len(task.classes), inference.unit, generator)
+        else:
+            trained = strategy.narrowed(trained, before, sites)
         if trainer.world_size > 1:
             trained = trainer.strategy.broadcast({name: value.cpu() for name, value in trained.items()})
         steps = int(min(trainer.estimated_stepping_batches, 10**9)) - trainer.global_step
@@ -155,7 +161,8 @@ class TaskInferenceCallback(ContinualCallback):
         if self._heads is not None and state is not None:
             inference = inference_of(state.ledger)
             if inference is not None:
-                inference.training = {name: dict(self._heads.values()) for name in self._heads.names}
+                inference.training = {name: self._heads.values() for name in self._heads.names}
+                inference.training_sites = self._heads.sites
                 keep_inference(state.ledger, inference)
 
     def _release(self) -> None:
@@ -186,9 +193,8 @@ class _Heads:
     ) -> None:
         self.module, self.sites, self.strategy, self.classes = module, sites, strategy, classes
         self.fixed = {"unit": values["unit"].to(module.device)}
-        self.trained = {
-            name: nn.Parameter(value.detach().clone().to(module.device)) for name, value in values.items() if name != "unit"
-        }
+        given = {name: value.detach().clone().to(module.device) for name, value in values.items() if name != "unit"}
+        self.trained = {name: nn.Parameter(value) for name, value in given.items()}
         self.optimizer = torch.optim.Adam(self.trained.values(), lr=lr)
         warm = max(1, min(50, steps // 20))
         self.schedule = LambdaLR(
@@ -253,7 +259,7 @@ class _Heads:
             )
             loss = self.strategy.loss({**self.trained, **self.fixed}, View.of(readout, partial_sites), labels)
         self.attached = True
-        attached: Tensor = _Attached.apply(output, loss, self)
+        attached: Tensor = _Attached.apply(output, loss, self)  # type: ignore[no-untyped-call]
         return attached
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int64
@@ -53,6 +53,11 @@ class TensorImages(Dataset[Batch]):
         """The same images seen through a transform."""
         return TensorImages(self.images, self.labels, transform)
 
+    def augmented(self, augment: Transform) -> TensorImages:
+        """The same images, each batch changed before the transform."""
+        transform = self.transform
+        return self.transformed(augment if transform is None else lambda images: transform(augment(images)))
+
 
 @dataclass(frozen=True)
 class ImageSplits:
@@ -79,11 +84,14 @@ class ImageData(LightningDataModule):
     Args:
         splits: the data.
         batch_size: images in a training batch; a last batch that is not full is left out.
+        augment: changes each batch of training images, before any transform of the data.
     """
 
-    def __init__(self, splits: ImageSplits, *, batch_size: int) -> None:
+    def __init__(self, splits: ImageSplits, *, batch_size: int, augment: Transform | None = None) -> None:
         super().__init__()
         self.splits, self.batch_size = splits, batch_size
+        if augment is not None:
+            self.splits = replace(splits, train=splits.train.augmented(augment))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled."""

@@ -16,15 +16,21 @@ from lightning_cf.tasks import Task
 
 
 def split_tasks(
-    source: ImageSplits, *, classes_per_task: int = 2, order: Sequence[int] | None = None, batch_size: int = 64
+    source: ImageSplits,
+    *,
+    classes_per_task: int = 2,
+    order: Sequence[int] | None = None,
+    batch_size: int = 64,
+    augment: Transform | None = None,
 ) -> list[Task]:
-    """Tasks of a few classes each (task-incremental, disjoint classes).
+    """Tasks of a few classes each: task-incremental where the task is named, class-incremental where it is not.
 
     Args:
         source: the images of all classes.
         classes_per_task: how many classes make a task.
         order: the classes in the order in which they come; default from 0 up. May leave some out.
         batch_size: images in a training batch.
+        augment: changes each batch of training images, such as :class:`RandomAffine`.
     """
     check_count("tasks", "classes_per_task", classes_per_task)
     check_count("tasks", "batch_size", batch_size)
@@ -42,47 +48,60 @@ def split_tasks(
     return [
         Task(
             "-".join(map(str, chunk)),
-            ImageData(source.map(methodcaller("of_classes", chunk)), batch_size=batch_size),
+            ImageData(source.map(methodcaller("of_classes", chunk)), batch_size=batch_size, augment=augment),
             classes=chunk,
         )
         for chunk in chunks
     ]
 
 
-def permuted_tasks(source: ImageSplits, *, count: int = 5, batch_size: int = 64, seed: int = 0) -> list[Task]:
-    """Tasks of all classes whose pixels are shuffled, each in a way of its own; the first is not.
+def permuted_tasks(
+    source: ImageSplits, *, count: int = 5, batch_size: int = 64, seed: int = 0, augment: Transform | None = None
+) -> list[Task]:
+    """Tasks of all classes whose pixels are shuffled, each in a way of its own; the first is not (domain-incremental).
 
     Args:
         source: the images.
         count: how many tasks.
         batch_size: images in a training batch.
         seed: what the permutations depend on.
+        augment: changes each batch of training images, before the permutation.
     """
     check_count("tasks", "count", count)
     pixels = source.train.images[0].numel()
     orders = [torch.arange(pixels)]
     orders += [torch.randperm(pixels, generator=keyed_generator("permutation", seed, i)) for i in range(1, count)]
-    return [_domain(f"permutation-{i}", source, _permute(order), batch_size) for i, order in enumerate(orders)]
+    return [_domain(f"permutation-{i}", source, _permute(order), batch_size, augment) for i, order in enumerate(orders)]
 
 
-def rotated_tasks(source: ImageSplits, *, count: int = 5, degrees: float = 36.0, batch_size: int = 64) -> list[Task]:
-    """Tasks of all classes, each rotated further than the one before.
+def rotated_tasks(
+    source: ImageSplits,
+    *,
+    count: int = 5,
+    degrees: float = 36.0,
+    batch_size: int = 64,
+    augment: Transform | None = None,
+) -> list[Task]:
+    """Tasks of all classes, each rotated further than the one before (domain-incremental).
 
     Args:
         source: the images.
         count: how many tasks.
         degrees: between one task and the next.
         batch_size: images in a training batch.
+        augment: changes each batch of training images, before the rotation.
     """
     check_count("tasks", "count", count)
     if degrees == 0 and count > 1:
         raise ContinualError("tasks: degrees must not be 0, or all tasks are the same one; got 0.")
-    return [_domain(f"rotated-{i * degrees:g}", source, _rotate(i * degrees), batch_size) for i in range(count)]
+    return [
+        _domain(f"rotated-{i * degrees:g}", source, _rotate(i * degrees), batch_size, augment) for i in range(count)
+    ]
 
 
-def _domain(name: str, source: ImageSplits, transform: Transform, batch_size: int) -> Task:
+def _domain(name: str, source: ImageSplits, transform: Transform, batch_size: int, augment: Transform | None) -> Task:
     check_count("tasks", "batch_size", batch_size)
-    data = ImageData(source.map(methodcaller("transformed", transform)), batch_size=batch_size)
+    data = ImageData(source.map(methodcaller("transformed", transform)), batch_size=batch_size, augment=augment)
     return Task(name, data, classes=sorted(set(source.train.labels.tolist())))
 
 

@@ -27,11 +27,9 @@ class Sum(Strategy):
         self.parts = list(parts)
         self.needs = next((part.needs for part in parts if part.needs), "")  # type: ignore[misc]
 
-    def fit(
-        self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View
-    ) -> dict[str, Tensor]:
+    def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
         """What each part keeps, and the mean and deviation of its score."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for part in self.parts:
             fitted = part.fit(view, labels, classes, held_out)
             score = part.score(fitted, held_out)

@@ -80,12 +80,14 @@ class TaskInference:
         tasks: what is kept of each, in the order in which they were learned.
         unit: the variance of the first task's input, in which residuals are measured; 0 before it is known.
         training: by strategy, what is trained with the current task.
+        training_sites: where that looks.
     """
 
     strategies: tuple[str, ...]
     tasks: list[Known] = field(default_factory=list)
     unit: float = 0.0
     training: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    training_sites: Sites | None = None
 
     def __post_init__(self) -> None:
         check_strategies(self.strategies)
@@ -113,7 +115,7 @@ class TaskInference:
             spread = score.std(correction=0).clamp_min(1e-6)
             known.calibration[name] = torch.stack([score.mean(), spread, score.quantile(REJECTED)]).cpu()
         self.tasks = [task for task in self.tasks if task.name != known.name] + [known]
-        self.training = {}
+        self.training, self.training_sites = {}, None
 
     def infer(self, readout: Readout, strategy: str | None = None) -> Inferred:
         """Scores every known task.
@@ -184,6 +186,7 @@ class TaskInference:
         return {
             "strategies": list(self.strategies),
             "unit": self.unit,
+            "training_sites": None if self.training_sites is None else self.training_sites.state_dict(),
             "training": {name: {k: v.detach().cpu() for k, v in t.items()} for name, t in self.training.items()},
             "tasks": [
                 {
@@ -211,14 +214,16 @@ class TaskInference:
             for task in state["tasks"]
         ]
         training = {name: {k: v.cpu() for k, v in trained.items()} for name, trained in state["training"].items()}
-        return cls(tuple(state["strategies"]), tasks, state["unit"], training)
+        sites = None if state["training_sites"] is None else Sites.from_state_dict(state["training_sites"])
+        return cls(tuple(state["strategies"]), tasks, state["unit"], training, sites)
 
 
 def check_strategies(names: Sequence[str]) -> None:
     """Raises ContinualError for a strategy that there is not."""
     for name in names:
         if name not in STRATEGIES:
-            raise ContinualError(f"task_inference must be auto, statistics, all or one of {', '.join(STRATEGIES)}; got {name!r}.")
+            known = ", ".join(STRATEGIES)
+            raise ContinualError(f"task_inference must be auto, statistics, all or one of {known}; got {name!r}.")
 
 
 def strategy_named(name: str) -> Strategy:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_cf.claim_folding import consumers, input_units
-from lightning_cf.ledger import NeuronLedger
+from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.structure import NO_UNIT, Structure, eval_mode, layer_of
 
 _LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
@@ -72,8 +72,10 @@ class Sites:
 
     @classmethod
     def of(cls, module: nn.Module, structure: Structure, ledger: NeuronLedger, task: str) -> Sites:
-        """Finds them for a task that has its claim."""
+        """Finds them for a task that has its claim, or that learns: then all free units are its own."""
         number, owner = ledger.index(task), ledger.owner_of_units(structure)
+        if ledger.tasks[number].phase == "learn":
+            owner = torch.where(owner == FREE, number, owner)
         readers = consumers(module, structure)
         hidden = []
         for group in structure.groups:
@@ -87,7 +89,7 @@ class Sites:
                     break
         heads = cls.output_layers(structure)
         first, outputs = _first_layer(module, structure), torch.tensor(ledger.reserved[task])
-        return cls(first, tuple(hidden), heads, outputs, _chain(module, structure, ledger, number, first))
+        return cls(first, tuple(hidden), heads, outputs, _chain(module, structure, owner, number, first))
 
     @staticmethod
     def output_layers(structure: Structure) -> dict[str, Int64[Tensor, "_"]]:
@@ -130,10 +132,10 @@ def _first_layer(module: nn.Module, structure: Structure) -> str | None:
 
 
 def _chain(
-    module: nn.Module, structure: Structure, ledger: NeuronLedger, number: int, first: str | None
+    module: nn.Module, structure: Structure, owner: Int64[Tensor, "units"], number: int, first: str | None
 ) -> tuple[Link, ...]:
     """The first layer and the one behind it, where both are linear."""
-    layers, owner = dict(module.named_modules()), ledger.owner_of_units(structure)
+    layers = dict(module.named_modules())
     links: list[Link] = []
     rows_before: Tensor | None = None
     names = [] if first is None else [first, *(name for name, _ in consumers(module, structure))]
@@ -212,9 +214,7 @@ class View:
     def part(self, chosen: Tensor) -> View:
         """Some samples of it."""
         inputs = None if self.inputs is None else self.inputs[chosen]
-        return replace(
-            self, inputs=inputs, hidden=tuple(x[chosen] for x in self.hidden), logits=self.logits[chosen]
-        )
+        return replace(self, inputs=inputs, hidden=tuple(x[chosen] for x in self.hidden), logits=self.logits[chosen])
 
     @classmethod
     def joined(cls, views: Iterable[View]) -> View:

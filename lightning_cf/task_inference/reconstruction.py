@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_cf.task_inference.readout import View
+from lightning_cf.task_inference.readout import Sites, View
 from lightning_cf.task_inference.strategies import Fitted, Strategy, TaskScores
 
 SHARPNESS = 8.0
@@ -61,7 +61,8 @@ class Reconstruction(Strategy):
         own, top = _own(view).shape[1], len(view.chain[-1])
 
         def drawn(*shape: int) -> Tensor:
-            return (torch.randn(shape, generator=generator) / shape[-2] ** 0.5).to(view.logits.device)
+            values: Tensor = torch.randn(shape, generator=generator) / shape[-2] ** 0.5
+            return values.to(view.logits.device)
 
         def zeros(*shape: int) -> Tensor:
             return view.logits.new_zeros(shape)
@@ -79,6 +80,29 @@ class Reconstruction(Strategy):
             found["below"] = zeros(classes, view.chain[1].shape[1])
         return found
 
+    def narrowed(self, fitted: Fitted, before: Sites, after: Sites) -> dict[str, Tensor]:
+        """What was trained while all free units were the task's own, less what its partition took away.
+
+        Args:
+            fitted: as trained.
+            before: where it looked.
+            after: where it is to look.
+        """
+        encoder, start = [], 0
+        for old, new in zip(before.hidden[: len(before.chain)], after.hidden[: len(after.chain)], strict=True):
+            own = old.columns[old.own]
+            encoder.append(start + _places(own, new.columns[new.own]))
+            start += len(own)
+        found = {
+            **fitted,
+            "encoder": fitted["encoder"][:, torch.cat(encoder)],
+            "decoder": fitted["decoder"][:, :, _places(before.chain[-1].rows, after.chain[-1].rows)],
+            "top": fitted["top"][:, _places(before.chain[-1].rows, after.chain[-1].rows)],
+        }
+        if "below" in fitted:
+            found["below"] = fitted["below"][:, _places(before.chain[0].rows, after.chain[0].rows)]
+        return found
+
     def loss(self, fitted: Fitted, view: View, labels: Int64[Tensor, "samples"]) -> Float[Tensor, ""]:
         """The mean residual of each sample's own class."""
         total = view.logits.new_zeros(())
@@ -88,9 +112,7 @@ class Reconstruction(Strategy):
                 total = total + _residual(fitted, view.part(chosen), label).sum()
         return total / max(len(labels), 1)
 
-    def fit(
-        self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View
-    ) -> dict[str, Tensor]:
+    def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
         """The temperature at which the task's own probabilities are true on held-out data."""
         return {}
 
@@ -104,12 +126,20 @@ class Reconstruction(Strategy):
     def probabilities(
         self, scores: TaskScores, mean: Tensor, spread: Tensor, threshold: Tensor
     ) -> Float[Tensor, "batch tasks_and_none"]:
-        """Tasks by a power of their residual; known is what lies within the threshold and far from other tasks."""
+        """Tasks by a power of their residual.
+
+        Known is what one task gives back much better than all others, and not much worse than its own held-out data.
+        """
         tasks = (SHARPNESS * scores).softmax(dim=1)
         best = scores.argmax(dim=1)
-        near = ((scores.amax(dim=1) - threshold[best]) / spread[best]).sigmoid()
-        known = near[:, None] * tasks
-        return torch.cat([known, 1 - known.sum(dim=1, keepdim=True)], dim=1)
+        near = (4 * (scores.amax(dim=1) - threshold[best]) / spread[best] + 4).sigmoid()
+        known = near * tasks.amax(dim=1)
+        return torch.cat([known[:, None] * tasks, 1 - known[:, None]], dim=1)
+
+
+def _places(among: Int64[Tensor, "_"], wanted: Int64[Tensor, "_"]) -> Int64[Tensor, "_"]:
+    """Where the wanted numbers stand among others, which are in ascending order."""
+    return torch.searchsorted(among, wanted)
 
 
 def _own(view: View) -> Float[Tensor, "batch units"]:

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
+from sklearn.cluster import KMeans
 from torch import Tensor
 
-from lightning_cf.randomness import keyed_generator
 from lightning_cf.task_inference.readout import View
 from lightning_cf.task_inference.strategies import Fitted, Strategy
 
@@ -22,10 +22,11 @@ def _hidden(view: View) -> Samples:
 class Mahalanobis(Strategy):
     """Distance to the nearest class mean, in the metric of the covariance within classes (Lee et al. 2018).
 
-    Kept: a mean a class, and the whitening of the hidden units' covariance, shrunk as Ledoit and Wolf (2004) do.
+    Kept: a mean a class, the covariance's leading directions, and one variance for all that lies beside them, as in
+    probabilistic principal components (Tipping and Bishop 1999).
 
     Args:
-        rank: how many of the covariance's directions to keep; what lies beside them counts with one variance for all.
+        rank: how many directions to keep.
     """
 
     name, needs = "mahalanobis", "hidden"
@@ -33,9 +34,7 @@ class Mahalanobis(Strategy):
     def __init__(self, rank: int = 32) -> None:
         self.rank = rank
 
-    def fit(
-        self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View
-    ) -> dict[str, Tensor]:
+    def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
         """Means and whitening."""
         return _gaussian(_hidden(view), labels, classes, self.rank)
 
@@ -85,9 +84,7 @@ class LocalSubspaces(Strategy):
     def __init__(self, clusters: int = 4, rank: int = 8) -> None:
         self.clusters, self.rank = clusters, rank
 
-    def fit(
-        self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View
-    ) -> dict[str, Tensor]:
+    def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
         """Scales of the units, centres and directions."""
         return _local(_hidden(view), labels, classes, self.clusters, self.rank)
 
@@ -99,7 +96,8 @@ class LocalSubspaces(Strategy):
 def _local(
     x: Samples, labels: Int64[Tensor, "samples"], classes: int, clusters: int, rank: int, *, scaled: bool = True
 ) -> dict[str, Tensor]:
-    scale = x.std(dim=0).clamp_min(1e-6) if scaled else x.new_ones(1)
+    spread = x.std(dim=0)
+    scale = spread.clamp_min(max(0.1 * float(spread.mean()), 1e-6)) if scaled else x.new_ones(1)
     x = x / scale
     centres, directions = [], []
     for label in range(classes):
@@ -123,22 +121,12 @@ def _residual(x: Float[Tensor, "batch features"], fitted: Fitted) -> Float[Tenso
     return torch.stack(found, dim=1)
 
 
-def _clusters(x: Samples, count: int, steps: int = 20) -> list[Samples]:
-    """k-means from centres spread over the samples (k-means++ would draw; this takes the farthest in turn)."""
-    generator = keyed_generator("clusters", len(x), count)
-    subset = x[torch.randperm(len(x), generator=generator).to(x.device)[:2000]]
-    centres = subset[:1]
-    while len(centres) < count:
-        farness = torch.cdist(subset, centres).amin(dim=1)
-        chosen = torch.multinomial(farness.square().cpu() + 1e-12, 1, generator=generator).to(x.device)
-        centres = torch.cat([centres, subset[chosen]])
-    for _ in range(steps):
-        nearest = torch.cdist(x, centres).argmin(dim=1)
-        centres = torch.stack(
-            [x[nearest == n].mean(dim=0) if bool((nearest == n).any()) else centres[n] for n in range(count)]
-        )
-    nearest = torch.cdist(x, centres).argmin(dim=1)
-    parts = [x[nearest == n] for n in range(count)]
+def _clusters(x: Samples, count: int) -> list[Float[Tensor, "_ features"]]:
+    """k-means; clusters of a single sample are left out."""
+    if count == 1:
+        return [x]
+    found = KMeans(count, n_init=1, random_state=0).fit_predict(x.cpu().numpy())
+    parts = [x[torch.from_numpy(found == number).to(x.device)] for number in range(count)]
     return [part for part in parts if len(part) > 1] or [x]
 
 
@@ -149,9 +137,7 @@ class InputGaussian(Strategy):
     raw: ClassVar[bool] = True
     needs = "inputs"
 
-    def fit(
-        self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View
-    ) -> dict[str, Tensor]:
+    def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
         """Mean and variance of each value."""
         assert view.inputs is not None
         variance = view.inputs.var(dim=0)
@@ -177,9 +163,7 @@ class InputSubspaces(Strategy):
     def __init__(self, clusters: int = 1, rank: int = 16) -> None:
         self.clusters, self.rank = clusters, rank
 
-    def fit(
-        self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View
-    ) -> dict[str, Tensor]:
+    def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
         """Centres and directions."""
         assert view.inputs is not None
         return _local(view.inputs, labels, classes, self.clusters, self.rank, scaled=False)

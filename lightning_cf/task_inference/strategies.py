@@ -32,9 +32,7 @@ class Strategy(ABC):
     raw: ClassVar[bool] = False
     needs: ClassVar[str] = ""
 
-    def fit(
-        self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View
-    ) -> dict[str, Tensor]:
+    def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
         """What to keep of a task, found on its data once it is sealed.
 
         Args:
@@ -105,7 +103,8 @@ class Energy(Strategy):
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
         """The log-sum-exp."""
-        return view.logits.logsumexp(dim=1)
+        energy: Tensor = view.logits.logsumexp(dim=1)
+        return energy
 
 
 class MaxSoftmax(Strategy):
@@ -118,4 +117,5 @@ class MaxSoftmax(Strategy):
         if view.logits.shape[1] == 1:
             return view.logits[:, 0]
         top, rest = view.logits.sort(dim=1, descending=True).values.split([1, view.logits.shape[1] - 1], dim=1)
-        return top[:, 0] - rest.logsumexp(dim=1)
+        odds: Tensor = top[:, 0] - rest.logsumexp(dim=1)
+        return odds
