@@ -103,10 +103,10 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     bare = _bare_heads(state)
     if bare:
         return f"the output layer '{bare[0]}' has no weight of its own.", []
-    batch = task.check_data()
-    pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
     with eval_mode(module), torch.no_grad(), isolate_rng():
+        batch = task.check_data()
         predictions, target = predict(module, task, batch)
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
     if positions_of(task.classes, target, len(predictions)) is None:
         return f"the targets of task '{task.name}' are no labels, one a sample.", []
     sites = Sites.of(module, state.structure, state.ledger, task.name)

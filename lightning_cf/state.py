@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +45,7 @@ class ContinualState:
         outcome: what the current task's partitions found so far, if it had any.
         disturbance: what perturbs the redundant units now, if anything.
         met: names of the tasks whose way through the network is known.
+        collect: puts into the ledger what is trained beside the network now, if anything.
         mixed: what mixes the columns of the network's outputs, so that only ``perturb`` works; empty if nothing does.
     """
 
@@ -58,6 +59,7 @@ class ContinualState:
     outcome: Outcome | None = None
     disturbance: Disturbance | None = None
     met: set[str] = field(default_factory=set)
+    collect: Callable[[], None] | None = None
     mixed: str = ""
 
     def set_mask_outputs(self, mask_outputs: bool) -> None:

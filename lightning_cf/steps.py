@@ -121,6 +121,8 @@ def seal_task(
                 record["retrained_ablation_accuracy"] = score
     if folders is not None:
         folders.complete(module, state.structure, state.ledger)
+    if state.collect is not None:
+        state.collect()
     state.ledger.seal()
     remember_task(module, task, state)
     state.start = state.outcome = None

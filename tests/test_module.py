@@ -48,7 +48,7 @@ def test_a_plain_network_is_refused():
         ContinualModule(nn.Linear(2, 2))
 
 
-def test_a_fit_installs_the_three_callbacks_and_leaves_those_given():
+def test_a_fit_installs_the_callbacks_and_leaves_those_given():
     module, (task, *_) = ContinualModule(classifier()), tasks()
     mine = PartitionCallback(after=0.5)
     trainer = fit(module, task, [mine], epochs=2)
@@ -57,6 +57,7 @@ def test_a_fit_installs_the_three_callbacks_and_leaves_those_given():
         "InvarianceCallback",
         "MaskedGradientCallback",
         "PartitionCallback",
+        "TaskInferenceCallback",
     ]
     assert mine in trainer.callbacks
     assert module.ledger.tasks[-1].phase == "sealed"

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_cf.callbacks.session import ContinualCallback, task_of
+from lightning_cf.contexts import seeded
 from lightning_cf.errors import ContinualError, check_choice
 from lightning_cf.inferring import (
     CHOICES,
@@ -43,7 +43,7 @@ class TaskInferenceCallback(ContinualCallback):
         strategy: the name of one of ``lightning_cf.task_inference.STRATEGIES``; ``"auto"`` takes the best that the
             network allows, ``"statistics"`` the best of those that leave training as it is, ``"all"`` fits every one.
         weight: of the head's loss beside the module's own.
-        lr: the head's learning rate, which falls along a cosine.
+        lr: the head's learning rate in INVARIANCE, which falls along a cosine; a quarter of it while the task learns.
         seed: the head's first values depend on (seed, task) and nothing else.
     """
 
@@ -130,7 +130,7 @@ class TaskInferenceCallback(ContinualCallback):
         if not names:
             return
         sites = Sites.of(module, state.structure, state.ledger, task.name)
-        with isolate_rng():
+        with seeded(self.seed, task.name, "task inference"):
             found = view_of(module, task, sites, task.train_dataloader(), 2000)
         if found is None:
             return
@@ -151,14 +151,17 @@ class TaskInferenceCallback(ContinualCallback):
         if trainer.world_size > 1:
             trained = trainer.strategy.broadcast({name: value.cpu() for name, value in trained.items()})
         steps = int(min(trainer.estimated_stepping_batches, 10**9)) - trainer.global_step
-        self._heads = _Heads(module, sites, strategy, trained, list(task.classes), self.lr, max(1, steps))
+        learns = state.ledger.current is not None and state.ledger.current.phase == "learn"
+        lr = self.lr / 4 if learns else self.lr  # where all free units train, the higher rate now and then kills them
+        self._heads = _Heads(module, sites, strategy, trained, list(task.classes), lr, max(1, steps))
         self._heads.names, self._heads.revision = names, state.ledger.revision
         self._heads.stepped = trainer.global_step
+        state.collect = partial(self._keep, module)
         keep_inference(state.ledger, inference)
 
     def _keep(self, module: LightningModule) -> None:
         state = state_of(module)
-        if self._heads is not None and state is not None:
+        if self._heads is not None and state is not None and state.ledger.current is not None:
             inference = inference_of(state.ledger)
             if inference is not None:
                 inference.training = {name: self._heads.values() for name in self._heads.names}
@@ -168,6 +171,9 @@ class TaskInferenceCallback(ContinualCallback):
     def _release(self) -> None:
         if self._heads is not None:
             self._heads.hooks.close()
+            state = state_of(self._heads.module)
+            if state is not None:
+                state.collect = None
             self._heads = None
 
 

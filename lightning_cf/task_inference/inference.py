@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_cf.errors import ContinualError
 from lightning_cf.task_inference.combined import STRATEGIES
 from lightning_cf.task_inference.readout import Readout, Sites, View, read
+from lightning_cf.task_inference.reconstruction import Reconstruction
 from lightning_cf.task_inference.strategies import Strategy
 
 REJECTED = 0.01
@@ -108,7 +109,10 @@ class TaskInference:
         view, labels = training
         for name in self.strategies:
             strategy = STRATEGIES[name]
-            trained = {key: value.to(view.logits.device) for key, value in self.training.get(name, {}).items()}
+            trained = self.training.get(name, {})
+            if isinstance(strategy, Reconstruction) and self.training_sites is not None:
+                trained = strategy.narrowed(trained, self.training_sites, known.sites)
+            trained = {key: value.to(view.logits.device) for key, value in trained.items()}
             fitted = {**strategy.fit(view, labels, len(known.classes), held_out), **trained}
             score = strategy.score(fitted, held_out)
             known.fitted[name] = {key: value.detach().cpu() for key, value in fitted.items()}

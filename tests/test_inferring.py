@@ -1,0 +1,448 @@
+"""Task inference on live modules: what is trained beside the network, what is kept, and what is predicted."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from learning import classifier, fit, images, quiet_trainer, tasks, three
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanSquaredError
+
+from lightning_cf import (
+    Classifier,
+    ContinualError,
+    ContinualModule,
+    PartitionCallback,
+    SequentialTaskRunner,
+    Task,
+    TaskInferenceCallback,
+)
+from lightning_cf.contexts import seeded
+from lightning_cf.data import permuted_tasks
+from lightning_cf.inferring import inference_of, predict_any, view_of
+from lightning_cf.models import CNN, MLP
+from lightning_cf.randomness import keyed_generator
+from lightning_cf.state import state_of
+from lightning_cf.structure import named_tensors
+from lightning_cf.task_inference import STRATEGIES, Sites, View, read
+from lightning_cf.task_inference.reconstruction import Reconstruction
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
+
+
+def learned(strategy="auto", count=3, network="mlp", epochs=6, sequence=None, module=None, **options):
+    """A ContinualModule after some tasks, and the tasks."""
+    module = ContinualModule(module or classifier(network))
+    sequence = sequence or tasks(count)
+    for task in sequence:
+        module.add_task(task)
+    for task in sequence:
+        fit(module, task, [*three(max_claim=0.3), TaskInferenceCallback(strategy)], epochs, **options)
+    return module, sequence
+
+
+@pytest.fixture(scope="module")
+def every():
+    """After each of three tasks: what is kept of the first one, and its scores of a fixed batch."""
+    module, sequence, seen = ContinualModule(classifier()), tasks(), []
+    x = torch.cat([batch[0] for task in sequence for batch in task.test_dataloader()])
+    for task in sequence:
+        fit(module, task, [*three(max_claim=0.3), TaskInferenceCallback("all")], 8)
+        inference = inference_of(module.ledger)
+        readout = inference.read(module, lambda: module(x))
+        scores = {name: inference.infer(readout, name).scores[:, 0] for name in inference.strategies}
+        seen.append((inference.tasks[0], scores))
+    return module, sequence, seen
+
+
+def test_all_that_the_network_allows_is_fitted(every):
+    module, _, _ = every
+    inference = inference_of(module.ledger)
+    assert inference.strategies[0] == "reconstruction_logits"
+    assert set(inference.strategies) == set(STRATEGIES)
+    assert inference.training == {}
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_what_is_kept_of_a_task_and_its_scores_stay_bitwise_when_later_tasks_come(every, name):
+    _, _, seen = every
+    first, scores = seen[0]
+    for known, later in seen[1:]:
+        assert known.fitted[name].keys() == first.fitted[name].keys()
+        assert all(torch.equal(known.fitted[name][key], value) for key, value in first.fitted[name].items())
+        assert torch.equal(known.calibration[name], first.calibration[name])
+        assert torch.equal(later[name], scores[name])
+
+
+def test_predictions_name_class_task_and_none(every):
+    module, sequence, _ = every
+    x, y = next(iter(sequence[1].test_dataloader()))
+    found = module.predict(x)
+    assert found.classes.shape == found.tasks.shape == found.scores.shape == y.shape
+    assert found.probabilities.shape == (len(y), 11)
+    torch.testing.assert_close(found.probabilities.sum(dim=1), torch.ones(len(y)))
+    assert float((found.classes == y).float().mean()) > 0.7
+    assert float((found.tasks == 1).float().mean()) > 0.7
+    assert torch.equal(found.classes == -1, found.tasks == -1)
+    assert not found.probabilities.requires_grad
+    assert float(module.predict(100 * torch.rand(50, 1, 8, 8)).probabilities[:, -1].mean()) > 0.9
+    assert bool((module.predict(100 * torch.rand(50, 1, 8, 8)).classes == -1).all())
+
+
+def test_other_strategies_predict_on_request(every):
+    module, sequence, _ = every
+    x, _ = next(iter(sequence[0].test_dataloader()))
+    a, b = module.predict(x), module.predict(x, strategy="plain")
+    assert not torch.equal(a.probabilities, b.probabilities)
+    with pytest.raises(ContinualError, match="was not fitted when the tasks were sealed"):
+        module.predict(x, strategy="magic")
+
+
+def test_a_trainer_predicts(every):
+    module, sequence, _ = every
+    loader = sequence[2].test_dataloader()
+    found = quiet_trainer(callbacks=[]).predict(module, dataloaders=loader)
+    expected = module.predict(next(iter(loader))[0])
+    assert torch.equal(found[0].classes, expected.classes)
+    assert torch.equal(found[0].probabilities, expected.probabilities)
+
+
+def test_a_loaded_module_predicts_bitwise_the_same(every, tmp_path):
+    module, sequence, _ = every
+    x, _ = next(iter(sequence[1].test_dataloader()))
+    torch.save(module.state_dict(), tmp_path / "state.pt")
+    other = ContinualModule(classifier(seed=5))
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for a, b in zip(other.predict(x), module.predict(x), strict=True):
+        assert torch.equal(a, b)
+
+
+class OwnWay(Classifier):
+    def predict_step(self, batch, batch_idx):
+        return "mine"
+
+
+def test_a_predict_step_of_the_users_stays():
+    module = OwnWay(MLP(shape=(1, 8, 8), classes=10, hidden=(16,)))
+    module, (task,) = learned("energy", count=1, module=module, epochs=2)
+    assert quiet_trainer(callbacks=[]).predict(module, dataloaders=task.test_dataloader())[0] == "mine"
+
+
+def test_nothing_learned_predicts_nothing():
+    with pytest.raises(ContinualError, match="knows no task that it could infer: seal one first"):
+        ContinualModule(classifier()).predict(torch.zeros(1, 1, 8, 8))
+
+
+def test_callbacks_alone_predict_too():
+    module, task = classifier(), tasks()[0]
+    fit(module, task, [*three(), TaskInferenceCallback()], 8)
+    x, y = next(iter(task.test_dataloader()))
+    assert float((predict_any(module, x).classes == y).float().mean()) > 0.8
+
+
+def test_statistics_leave_training_as_it_is():
+    found = []
+    for callbacks in ([], [TaskInferenceCallback("statistics")]):
+        module = classifier()
+        for task in tasks(2):
+            torch.manual_seed(1)
+            fit(module, task, [*three(), *callbacks], 4)
+        found.append(named_tensors(module))
+    assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
+    assert inference_of(state_of(module).ledger).strategies == ("subspaces_energy",)
+
+
+@pytest.mark.parametrize("network", ["cnn", "resnet"])
+def test_networks_without_a_linear_first_layer_are_inferred_by_statistics(network):
+    module, sequence = learned("auto", count=2, network=network)
+    assert inference_of(module.ledger).strategies == ("subspaces_energy",)
+    assert module.predict(next(iter(sequence[0].test_dataloader()))[0]).classes.ndim == 1
+
+
+def test_domains_have_outputs_of_their_own_and_predictions_name_the_class():
+    module, sequence = learned("auto", sequence=permuted_tasks(images(), count=2, batch_size=32), epochs=12)
+    for number, task in enumerate(sequence):
+        x, y = next(iter(task.test_dataloader()))
+        found = module.predict(x)
+        assert found.probabilities.shape[1] == 11
+        assert float((found.tasks == number).float().mean()) > 0.8
+        assert float((found.classes == y).float().mean()) > 0.6
+
+
+# The head in training
+
+
+class Own(LightningModule):
+    """Adds the head's loss by itself: what the callback is to do on any module."""
+
+    def __init__(self, heads=None, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = MLP(shape=(1, 8, 8), classes=10, hidden=(12, 10))
+        self.options = options
+
+    def forward(self, x):
+        return self.network(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Manual(Own):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
+def still():
+    """A task whose batches come in one order."""
+    data = images().train.of_classes([0, 1])
+    loader = DataLoader(TensorDataset(data.images, data.labels), 32)
+    return Task("still", {"train": loader, "val": loader}, classes=[0, 1])
+
+
+def one_step(module, task, callback, **options):
+    """The weights after one batch of LEARN."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        callbacks = [*three(after=1.0)[1:], *([] if callback is None else [callback])]
+        quiet_trainer(max_steps=1, callbacks=callbacks, **options).fit(module, datamodule=task)
+    return {name: tensor.detach().clone() for name, tensor in named_tensors(module).items()}
+
+
+def expected_step(task, weight, batches=1):
+    """The same step with the head's loss written out."""
+    module = Own()
+    fit_free = Own()
+    one_step(fit_free, task, TaskInferenceCallback(weight=weight))  # for its structure and ledger
+    state = state_of(fit_free)
+    sites = Sites.of(module, state.structure, state.ledger, task.name)
+    head = inference_of(state.ledger)
+    with seeded(0, task.name, "task inference"):
+        found = view_of(module, task, sites, task.train_dataloader(), 2000)
+    strategy = STRATEGIES[head.strategies[0]]
+    assert isinstance(strategy, Reconstruction)
+    fitted = strategy.begin(*found, 2, head.unit, keyed_generator(0, task.name, "task inference"))
+    loader = iter(task.train_dataloader())
+    for _ in range(batches):
+        x, y = next(loader)
+        readout = read(module, [sites], lambda x=x: setattr(module, "logits", module(x)), keep_graph=True)
+        shown = module.logits.masked_fill(~torch.isin(torch.arange(10), torch.tensor(task.classes)), torch.finfo().min)
+        loss = F.cross_entropy(shown, y) + weight * strategy.loss(fitted, View.of(readout, sites), y - task.classes[0])
+        (loss / batches).backward()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.startswith("network.5"):
+                parameter.grad[2:] = 0
+            parameter -= 0.1 * parameter.grad
+    return {name: tensor.detach() for name, tensor in named_tensors(module).items()}
+
+
+@pytest.mark.parametrize("kind", [Own, Manual])
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+def test_the_heads_loss_joins_the_modules_own_in_any_loop(kind, weight):
+    task = still()
+    found = one_step(kind(), task, TaskInferenceCallback(weight=weight))
+    expected = expected_step(task, weight)
+    plain = one_step(kind(), task, None)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+    assert any(not torch.allclose(plain[name], tensor, atol=1e-4) for name, tensor in expected.items())
+
+
+def test_accumulated_gradients_have_the_heads_share():
+    task = still()
+    found = one_step(Own(), task, TaskInferenceCallback(weight=2.0), accumulate_grad_batches=2)
+    for name, tensor in expected_step(task, 2.0, batches=2).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "bf16-mixed"}, {"precision": "bf16-true"}, {"gradient_clip_val": 0.1}]
+)
+def test_heads_train_under_other_settings(options):
+    module, sequence = learned("auto", count=2, epochs=10, **options)
+    found = [module.predict(next(iter(task.test_dataloader()))[0]).tasks for task in sequence]
+    assert float((found[0] == 0).float().mean()) > 0.6
+    assert float((found[1] == 1).float().mean()) > 0.6
+
+
+def test_hooks_go_when_a_fit_ends_or_fails():
+    class Failing(Own):
+        def on_train_batch_end(self, *args):
+            if self.global_step == 3:
+                raise RuntimeError("stop")
+
+    for kind in (Own, Failing):
+        module = kind()
+        hooks = [len(child._forward_hooks) + len(child._forward_pre_hooks) for child in module.modules()]
+        with pytest.raises(RuntimeError) if kind is Failing else warnings.catch_warnings():
+            fit(module, tasks()[0], [*three(), TaskInferenceCallback()], 2)
+        assert [len(child._forward_hooks) + len(child._forward_pre_hooks) for child in module.modules()] == hooks
+        assert state_of(module).collect is None
+
+
+def test_a_head_that_no_batch_trains_says_so():
+    class Twice(Own):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return F.cross_entropy(self(torch.cat([x, x])), torch.cat([y, y]))
+
+    with pytest.warns(UserWarning, match="the head was never trained"):
+        fit(Twice(), tasks()[0], [*three(after=1.0), TaskInferenceCallback()], 1)
+
+
+def regression():
+    x = torch.randn(64, 1, 8, 8)
+    loader = DataLoader(TensorDataset(x, x.flatten(1)[:, :2]), 16)
+    data = {"train": loader, "val": loader}
+    return Task(
+        "numbers",
+        data,
+        outputs=[0, 1],
+        metric=MeanSquaredError(),
+        evaluate=lambda module, batch: (module(batch[0])[:, :2], batch[1]),
+    )
+
+
+class Regression(Own):
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self(batch[0])[:, :2], batch[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_without_classes_are_left_alone_or_refused():
+    module, task = Regression(), regression()
+    fit(module, task, [*three(), TaskInferenceCallback()], 2)
+    assert inference_of(state_of(module).ledger).tasks == []
+    with pytest.raises(ContinualError, match=r"task_inference=energy: task 'numbers' has no classes.*=auto"):
+        fit(Regression(), task, [*three(), TaskInferenceCallback("energy")], 2)
+    with pytest.raises(ContinualError, match="task_inference=all: task 'numbers' has no classes"):
+        fit(Regression(), task, [*three(), TaskInferenceCallback("all")], 2)
+
+
+def test_a_strategy_that_the_network_does_not_allow_is_refused_before_training():
+    module = Classifier(CNN(shape=(1, 8, 8), classes=10, channels=(8, 8), hidden=8))
+    before = [p.clone() for p in module.parameters()]
+    with pytest.raises(ContinualError, match=r"task_inference=reconstruction: it needs a first layer that is linear"):
+        fit(module, tasks()[0], [*three(), TaskInferenceCallback("reconstruction")], 2)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("options", [{"strategy": "magic"}, {"weight": 0}, {"lr": -1.0}])
+def test_wrong_options_are_refused(options):
+    with pytest.raises(ContinualError, match=f"task_inference: {next(iter(options))} must be"):
+        TaskInferenceCallback(**options)
+
+
+# In the runner
+
+
+def sequence_runner(root, **options):
+    return SequentialTaskRunner(
+        classifier(), tasks(), trainer=quiet_trainer, epochs=4, invariance_epochs=3, root=root, **options
+    )
+
+
+def test_the_runner_scores_every_strategy_after_every_task(tmp_path):
+    result = sequence_runner(tmp_path, task_inference="all").run()
+    assert set(result.strategies) == set(STRATEGIES)
+    document = result.class_incremental
+    assert document["strategy"] == "reconstruction_logits"
+    assert document["network_parameters"] == sum(p.numel() for p in classifier().parameters())
+    for scores in result.strategies.values():
+        found = scores.as_dict()
+        matrix = torch.tensor(found["accuracy_matrix"])
+        assert matrix.shape == (3, 3)
+        assert float(matrix.triu(1).abs().max()) == 0.0  # classes that were not yet seen are never told
+        assert found["average_accuracy"] == pytest.approx(float(matrix[-1].mean()))
+        assert found["none_auroc"][-1] is None
+        assert all(0 <= value <= 1 for value in found["none_auroc"][:-1])
+    # Whoever knows the task does at least as well, within one strategy's own outputs.
+    for told, known in zip(document["accuracy_matrix"][-1], result.accuracy.matrix[-1].tolist(), strict=True):
+        assert told <= known + 1e-6
+    # The head alone against chance: three tasks of two classes.
+    assert document["average_accuracy"] > 0.6
+    assert document["stored_floats"] > 0
+
+
+def test_without_partitions_the_highest_of_all_outputs_decides(tmp_path):
+    result = sequence_runner(tmp_path, method="finetune").run()
+    document = result.class_incremental
+    assert document["strategy"] == "joint"
+    matrix = torch.tensor(document["accuracy_matrix"])
+    assert float(matrix[0, 0]) > 0.9
+    assert float(matrix[2, 2]) > 0.7
+    assert float(matrix[2].mean()) < 0.8  # sub-networks of their own have 0.9 and more
+
+
+@pytest.mark.slow
+def test_a_run_that_stopped_between_phases_goes_on_bitwise(tmp_path):
+    whole = sequence_runner(tmp_path / "whole").run()
+    for stop in range(2, 12, 3):
+        first = sequence_runner(tmp_path / str(stop))
+        phase = first.phase
+
+        def until(name, step, phase=phase, first=first, stop=stop):
+            if len(first.progress.finished) == stop:
+                raise KeyboardInterrupt
+            phase(name, step)
+
+        first.phase = until
+        with pytest.raises(KeyboardInterrupt):
+            first.run()
+        again = sequence_runner(tmp_path / str(stop)).run()
+        assert again.weights_sha256 == whole.weights_sha256
+        assert again.class_incremental == whole.class_incremental
+
+
+def test_another_strategy_is_another_run(tmp_path):
+    sequence_runner(tmp_path, task_inference="energy").start()
+    with pytest.raises(ContinualError, match="holds a run with task_inference="):
+        sequence_runner(tmp_path, task_inference="plain").start()
+
+
+def test_partitions_during_training_begin_the_head_anew():
+    module = ContinualModule(classifier())
+    task = tasks()[0]
+    callbacks = [PartitionCallback(every_n_epochs=2), *three()[1:], TaskInferenceCallback()]
+    fit(module, task, callbacks, 6)
+    (known,) = inference_of(module.ledger).tasks
+    own = sum(int(site.own.sum()) for site in known.sites.hidden)
+    assert known.fitted["reconstruction_logits"]["encoder"].shape[1] == own
+
+
+def test_optimisers_that_skip_steps_leave_the_head_alone():
+    """No step of the module's, no step of the head's."""
+    module, task = Own(), tasks()[0]
+    callback = TaskInferenceCallback()
+    steps = []
+    original = torch.optim.Adam.step
+
+    def counted(self, *args, **kwargs):
+        steps.append(1)
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", counted)
+        trainer = quiet_trainer(max_epochs=1, accumulate_grad_batches=3, callbacks=[*three(after=1.0), callback])
+        trainer.fit(module, datamodule=task)
+    assert len(steps) == trainer.global_step
+
+
+def test_a_module_of_parametrised_outputs_is_left_alone():
+    head = nn.utils.parametrizations.weight_norm(nn.Linear(12, 10))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), head)
+    module = Classifier(net, optimizer=partial(torch.optim.Adam, lr=0.003))
+    fit(module, tasks()[0], [*three(), TaskInferenceCallback()], 2)
+    assert inference_of(state_of(module).ledger).strategies == ()

@@ -1,0 +1,235 @@
+"""Scores that say whose task an input is: each against a slow plain reference."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_cf import ContinualError
+from lightning_cf.ledger import NeuronLedger
+from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, View, read
+from lightning_cf.task_inference.reconstruction import Reconstruction
+from lightning_cf.task_inference.statistics import InputSubspaces, LocalSubspaces, Mahalanobis
+from lightning_cf.tracing import trace
+
+
+def view(samples=40, inputs=6, hidden=(5, 4), classes=2, seed=0):
+    """A task's view of random data, through a network of two hidden layers all of whose units are its own."""
+    g = torch.Generator().manual_seed(seed)
+    return View(
+        torch.randn(samples, inputs, generator=g),
+        tuple(torch.randn(samples, width, generator=g).relu() for width in hidden),
+        torch.randn(samples, classes, generator=g),
+        tuple(torch.ones(width, dtype=torch.bool) for width in hidden),
+        (torch.randn(hidden[0], inputs, generator=g), torch.randn(hidden[1], hidden[0], generator=g)),
+    )
+
+
+def labels(samples=40, classes=2):
+    return torch.arange(samples) % classes
+
+
+@given(
+    tasks=st.integers(1, 5),
+    seed=st.integers(0, 10_000),
+    name=st.sampled_from(sorted(STRATEGIES)),
+)
+@settings(max_examples=60, deadline=None)
+def test_probabilities_are_a_distribution_over_tasks_and_none(tasks, seed, name):
+    g = torch.Generator().manual_seed(seed)
+    scores = 3 * torch.randn(7, tasks, generator=g)
+    mean, spread = torch.randn(tasks, generator=g), torch.rand(tasks, generator=g) + 0.1
+    found = STRATEGIES[name].probabilities(scores, mean, spread, mean - 2 * spread)
+    assert found.shape == (7, tasks + 1)
+    assert bool((found >= 0).all())
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(7))
+    assert torch.equal(found[:, :-1].argmax(dim=1), scores.argmax(dim=1))
+
+
+def test_plain_is_a_sigmoid_for_one_task_and_a_softmax_with_neither_for_more():
+    scores, rest = torch.tensor([[2.0], [-1.0]]), torch.zeros(1)
+    found = STRATEGIES["plain"].probabilities(scores, rest, rest + 1, rest)
+    torch.testing.assert_close(found[:, 0], scores[:, 0].sigmoid())
+    scores = torch.tensor([[2.0, -1.0, 0.5]])
+    found = STRATEGIES["plain"].probabilities(scores, rest, rest, rest)
+    torch.testing.assert_close(found, torch.tensor([[2.0, -1.0, 0.5, 0.0]]).softmax(dim=1))
+
+
+def test_scores_of_outputs():
+    logits = torch.tensor([[2.0, 0.0, -1.0]])
+    seen = View(None, (), logits)
+    assert float(STRATEGIES["energy"].score({}, seen)) == pytest.approx(float(np.log(np.exp([2.0, 0.0, -1.0]).sum())))
+    p = float(logits.softmax(dim=1).max())
+    assert float(STRATEGIES["max_softmax"].score({}, seen)) == pytest.approx(float(np.log(p / (1 - p))), rel=1e-5)
+    assert float(STRATEGIES["joint"].score({}, seen)) == 2.0
+    assert float(STRATEGIES["max_softmax"].score({}, View(None, (), logits[:, :1]))) == 2.0
+
+
+def test_mahalanobis_equals_the_reference_where_all_directions_are_kept():
+    seen, strategy = view(), Mahalanobis(rank=100)
+    fitted = strategy.fit(seen, labels(), 2, seen)
+    x = torch.cat(seen.hidden, dim=1).double().numpy()
+    y = labels().numpy()
+    means = np.stack([x[y == label].mean(0) for label in (0, 1)])
+    centred = x - means[y]
+    values, vectors = np.linalg.eigh(centred.T @ centred / len(x))
+    # One direction, the least, stands for all that lies beside the others.
+    inverse = vectors @ np.diag(1 / np.maximum(values, values.mean() * 1e-4)) @ vectors.T
+    distance = np.stack([np.einsum("ni,ij,nj->n", x - m, inverse, x - m) for m in means]).min(0)
+    np.testing.assert_allclose(-strategy.score(fitted, seen).numpy(), distance, rtol=1e-3, atol=1e-3)
+
+
+def test_local_sub_spaces_equal_the_reference():
+    seen, strategy = view(), LocalSubspaces(clusters=1, rank=3)
+    fitted = strategy.fit(seen, labels(), 2, seen)
+    x = torch.cat(seen.hidden, dim=1).double().numpy() / fitted["scale"].double().numpy()
+    y, found = labels().numpy(), []
+    for label in (0, 1):
+        own = x[y == label]
+        centred = x - own.mean(0)
+        _, _, axes = np.linalg.svd(own - own.mean(0))
+        found.append((centred**2).sum(1) - ((centred @ axes[:3].T) ** 2).sum(1))
+    np.testing.assert_allclose(-strategy.score(fitted, seen).numpy(), np.min(found, axis=0), rtol=1e-3, atol=1e-3)
+
+
+def test_clusters_follow_what_lies_apart():
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    x = torch.cat([c + 0.1 * torch.randn(60, 2, generator=torch.Generator().manual_seed(1)) for c in centres])
+    seen = View(x, (), torch.zeros(180, 1))
+    fitted = InputSubspaces(clusters=3, rank=1).fit(seen, torch.zeros(180, dtype=torch.long), 1, seen)
+    nearest = torch.cdist(centres, fitted["centres"]).amin(dim=1)
+    assert float(nearest.max()) < 0.2
+
+
+def residual(fitted, seen, label):
+    """The formulas of ``Reconstruction``, a sample at a time."""
+    found = []
+    for n in range(len(seen.inputs)):
+        h = torch.cat([x[n] for x in seen.hidden])
+        z = h @ fitted["encoder"][label] + fitted["code"][label]
+        u = (z @ fitted["decoder"][label] + fitted["top"][label]).clamp_min(0)
+        v = (u @ seen.chain[1] + fitted["below"][label]).clamp_min(0)
+        y = v @ seen.chain[0] + fitted["mean"][label]
+        found.append(((seen.inputs[n] - y) ** 2).mean() / fitted["unit"])
+    return torch.stack(found)
+
+
+def begun(seen, **options):
+    strategy = Reconstruction(**options)
+    fitted = strategy.begin(seen, labels(), 2, 2.0, torch.Generator().manual_seed(3))
+    return strategy, {
+        name: value + 0.1 * torch.randn(value.shape) for name, value in fitted.items() if name != "unit"
+    } | {"unit": fitted["unit"]}
+
+
+def test_reconstruction_equals_the_formulas():
+    torch.manual_seed(0)
+    seen = view()
+    strategy, fitted = begun(seen)
+    found = torch.stack([residual(fitted, seen, label) for label in (0, 1)], dim=1)
+    torch.testing.assert_close(strategy.score(fitted, seen), -found.amin(dim=1).log(), rtol=1e-4, atol=1e-5)
+    own = found.gather(1, labels()[:, None]).mean()
+    torch.testing.assert_close(strategy.loss(fitted, seen, labels()), own, rtol=1e-4, atol=1e-5)
+    with_logits = found - 0.5 * seen.logits.log_softmax(dim=1)
+    both = Reconstruction("both", logits=0.5).score(fitted, seen)
+    torch.testing.assert_close(both, -with_logits.amin(dim=1).log(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_starts_at_the_mean_of_each_class():
+    seen = view()
+    fitted = Reconstruction().begin(seen, labels(), 2, 1.0, torch.Generator())
+    for label in (0, 1):
+        torch.testing.assert_close(fitted["mean"][label], seen.inputs[labels() == label].mean(dim=0))
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+
+
+def owned(structure, owners, *, phase="invariance"):
+    """A ledger with a task for each number among the owners."""
+    ledger = NeuronLedger.for_structure(structure)
+    for number in range(1 + max(max(o) for o in owners)):
+        ledger.reserve(f"t{number}", [2 * number, 2 * number + 1])
+        ledger.begin(f"t{number}", [2 * number, 2 * number + 1])
+        ledger.tasks[-1].phase = "sealed"
+    ledger.tasks[-1].phase = phase
+    for group, owner in zip(structure.groups, owners, strict=True):
+        ledger.owners[group.name] = torch.tensor(owner)
+    return ledger
+
+
+def test_a_task_sees_its_own_units_and_earlier_ones():
+    net, x = network(), torch.randn(3, 1, 3, 3)
+    structure = trace(net, x)
+    ledger = owned(structure, [[0, 1, -1, 1, 0, -1], [1, 0, -1, 1, 0]])
+    first, second = (Sites.of(net, structure, ledger, name) for name in ("t0", "t1"))
+    assert first.inputs == "1.weight"
+    assert [site.columns.tolist() for site in first.hidden] == [[0, 4], [1, 4]]
+    assert [site.columns.tolist() for site in second.hidden] == [[0, 1, 3, 4], [0, 1, 3, 4]]
+    assert [site.own.tolist() for site in second.hidden] == [[False, True, True, False], [True, False, True, False]]
+    assert [(link.weight, link.rows.tolist()) for link in second.chain] == [
+        ("1.weight", [0, 1, 3, 4]),
+        ("3.weight", [0, 3]),
+    ]
+    assert second.chain[1].columns.tolist() == [0, 1, 3, 4]
+    assert second.outputs.tolist() == [2, 3]
+    readout = read(net, [second], lambda: net(x))
+    seen = View.of(readout, second)
+    assert torch.equal(seen.inputs, x.flatten(1))
+    assert torch.equal(seen.hidden[0], net[1](x.flatten(1)).relu()[:, [0, 1, 3, 4]])
+    assert torch.equal(seen.logits, net(x)[:, 2:])
+    assert torch.equal(seen.chain[1], net[3].weight[[0, 3]][:, [0, 1, 3, 4]])
+    again = Sites.from_state_dict(second.state_dict())
+    assert again.state_dict().keys() == second.state_dict().keys()
+    assert torch.equal(View.of(readout, again).hidden[1], seen.hidden[1])
+
+
+def test_a_partition_takes_rows_away_from_a_head_and_changes_none():
+    net, x = network(), torch.randn(12, 1, 3, 3)
+    structure = trace(net, x)
+    before = Sites.of(net, structure, owned(structure, [[0] + [-1] * 5, [0] + [-1] * 4]), "t0")
+    ledger = owned(structure, [[0, 1, -1, 1, -1, -1], [1, 0, -1, 1, -1]])
+    ledger.tasks[-1].phase = "learn"
+    ledger.owners = {group.name: torch.tensor([0, *[-1] * (group.size - 1)]) for group in structure.groups}
+    learning = Sites.of(net, structure, ledger, "t1")
+    assert [site.own.sum() for site in learning.hidden] == [5, 4]
+    after = Sites.of(net, structure, owned(structure, [[0, 1, -1, 1, -1, -1], [0, -1, 1, 1, -1]]), "t1")
+    strategy = Reconstruction()
+    seen = View.of(read(net, [learning], lambda: net(x)), learning)
+    fitted = strategy.begin(seen, labels(12), 2, 1.0, torch.Generator().manual_seed(0))
+    fitted["below"], fitted["top"] = torch.randn(2, 6), torch.randn(2, 4)
+    narrowed = strategy.narrowed(fitted, learning, after)
+    kept = [0, 2, 6, 7]  # of the own units 1 to 5 and 1 to 4: 1 and 3, and 2 and 3
+    assert torch.equal(narrowed["encoder"], fitted["encoder"][:, kept])
+    assert torch.equal(narrowed["decoder"], fitted["decoder"][:, :, [1, 2]])
+    assert torch.equal(narrowed["top"], fitted["top"][:, [1, 2]])
+    assert torch.equal(narrowed["below"], fitted["below"][:, [0, 1, 3]])
+    assert before.chain
+
+
+def test_no_head_goes_back_through_layers_that_are_not_linear():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    structure = trace(net, torch.randn(2, 1, 3, 3))
+    sites = Sites.of(net, structure, owned(structure, [[0] * 4, [0] * 5]), "t0")
+    assert sites.chain == ()
+    assert sites.inputs == "0.weight"
+    assert len(sites.hidden) == 2
+
+
+def test_tokens_and_positions_count_by_their_mean():
+    net = nn.Sequential(nn.Conv1d(2, 4, 1), nn.ReLU(), nn.Conv1d(4, 3, 1), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+    x = torch.randn(3, 2, 7)
+    structure = trace(net, x)
+    sites = Sites.of(net, structure, owned(structure, [[0] * 4]), "t0")
+    seen = View.of(read(net, [sites], lambda: net(x)), sites)
+    torch.testing.assert_close(seen.hidden[0], net[0](x).relu().mean(dim=2))
+    torch.testing.assert_close(seen.logits, net(x)[:, :2])
+
+
+def test_unknown_strategies_are_refused():
+    with pytest.raises(ContinualError, match=r"must be auto, statistics, all or one of plain, .*; got 'magic'"):
+        TaskInference(("magic",))
