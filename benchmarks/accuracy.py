@@ -21,7 +21,13 @@ def name(method: str, seed: int) -> str:
 def main() -> None:
     options = arguments()
     jobs = {
-        name(method, seed): ["experiment=split_mnist", f"data_dir={options.data_dir}", f"seed={seed}", *overrides]
+        name(method, seed): [
+            "experiment=split_mnist",
+            "task_inference=none",
+            f"data_dir={options.data_dir}",
+            f"seed={seed}",
+            *overrides,
+        ]
         for method, overrides in METHODS.items()
         for seed in options.seeds
     }

@@ -17,7 +17,7 @@ def main() -> None:
         where = [f"data_dir={options.data_dir}"] if data == "split_mnist" else []
         for variant, more in variants(*epochs).items():
             for seed in options.seeds:
-                jobs[name(data, variant, seed)] = [*overrides, *where, f"seed={seed}", *more]
+                jobs[name(data, variant, seed)] = [*overrides, *where, "task_inference=none", f"seed={seed}", *more]
     found = run_all(options, jobs)
     stages, forgetting = [], []
     for title, (data, _, epochs) in DATA.items():

@@ -81,6 +81,7 @@ def _run(folder: Path, data_dir: str, job: Job) -> None:
             perturbation=perturbations[perturbation]() if perturbation else None, subspace=subspace
         ),
         masking=cf.MaskedGradientCallback(subspace=subspace),
+        task_inference=None,
         isolation=job["isolation"],
         seed=job["seed"],
         root=folder / _path(folder, job).stem,

@@ -47,7 +47,8 @@ def summary(results: Mapping[str, Result]) -> str:
         ]
         for name, result in results.items()
     ]
-    head = ["method", "", "task-incremental", "class-incremental", "forgetting", "backward", "forward", "seconds"]
+    scenario = next(iter(results.values())).scenario
+    head = ["method", "", "task-incremental", scenario, "forgetting", "backward", "forward", "seconds"]
     return table(head, rows)
 
 

@@ -15,6 +15,17 @@ from lightning_cf.metrics import AccuracyMatrix
 from lightning_cf.progress import RunProgress
 from lightning_cf.state import ContinualState
 from lightning_cf.steps import weights_sha256
+from lightning_cf.tasks import Task
+
+
+def scenario_of(tasks: Sequence[Task]) -> str:
+    """What a sequence is called where nobody names the task (van de Ven et al. 2022).
+
+    "class-incremental" where each task brings classes of its own, "domain-incremental" where classes return in another
+    domain. Where the task is named, either is task-incremental.
+    """
+    classes = [label for task in tasks for label in task.classes or []]
+    return "class-incremental" if len(set(classes)) == len(classes) else "domain-incremental"
 
 
 @dataclass(frozen=True)
@@ -23,6 +34,7 @@ class Result:
 
     Attributes:
         tasks: their names, in order.
+        scenario: what they are where nobody names the task: "class-incremental" or "domain-incremental".
         accuracy: the accuracy matrix with its averages.
         capacity: free share of each layer after each task; empty without partitions.
         partition: one entry for each task and layer.
@@ -36,6 +48,7 @@ class Result:
     """
 
     tasks: list[str]
+    scenario: str
     accuracy: AccuracyMatrix
     capacity: dict[str, list[float]]
     partition: list[dict[str, Any]]
@@ -52,7 +65,7 @@ class Result:
         progress: RunProgress,
         module: nn.Module,
         state: ContinualState,
-        tasks: Sequence[str],
+        tasks: Sequence[Task],
         constant_predictor: Sequence[float | None],
     ) -> Result:
         """Gathers what a run left."""
@@ -60,7 +73,8 @@ class Result:
         for row in progress.rows:
             accuracy.update(row)
         return cls(
-            tasks=list(tasks),
+            tasks=[task.name for task in tasks],
+            scenario=scenario_of(tasks),
             accuracy=accuracy,
             capacity=progress.capacity,
             partition=[dict(record) for record in state.ledger.records],
@@ -82,7 +96,12 @@ class Result:
         if not self.strategies:
             return None
         strategy, scores = next(iter(self.strategies.items()))
-        return {**scores.as_dict(), "strategy": strategy, "network_parameters": self.network_parameters}
+        return {
+            "scenario": self.scenario,
+            "strategy": strategy,
+            **scores.as_dict(),
+            "network_parameters": self.network_parameters,
+        }
 
     def as_dict(
         self, *, compare: Mapping[str, Result] | None = None, seed: int, config: Mapping[str, Any]

@@ -242,7 +242,7 @@ class SequentialTaskRunner:
                 )
                 for task in self.tasks
             ]
-        return Result.of(self.progress, self.module, self.state, [task.name for task in self.tasks], constant)
+        return Result.of(self.progress, self.module, self.state, self.tasks, constant)
 
     # What they need
 

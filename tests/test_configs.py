@@ -10,7 +10,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from lightning_cf import InvarianceCallback, MaskedGradientCallback, PartitionCallback
+from lightning_cf import InvarianceCallback, MaskedGradientCallback, PartitionCallback, TaskInferenceCallback
 from lightning_cf.options import PartitionKeywords
 from lightning_cf.perturbation import Perturbation
 
@@ -18,6 +18,8 @@ CONF = Path(__file__).parent.parent / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 NEEDED = {
     ("tasks", "split_mnist"): ["data_dir=somewhere"],
+    ("tasks", "permuted_mnist"): ["data_dir=somewhere"],
+    ("experiment", "class_incremental"): ["data_dir=somewhere"],
     ("experiment", "split_mnist"): ["data_dir=somewhere"],
     ("invariance", "default"): ["invariance.perturbation={_target_:lightning_cf.Ablate}"],
     ("subspace", "given"): ["subspace.bases=bases.pt"],
@@ -36,10 +38,15 @@ def test_every_choice_composes_and_makes_what_it_says(group, choice, tmp_path, m
     torch.save({"network.1": torch.eye(64)[:, :4]}, "bases.pt")
     config = composed(f"{group}={choice}", *NEEDED.get((group, choice), []))
     assert not OmegaConf.missing_keys(config)
-    names = ("partition", "invariance", "masking")
-    partition, invariance, masking = (instantiate(config[name], _convert_="all") for name in names)
-    kinds = {"partition": PartitionCallback, "invariance": InvarianceCallback, "masking": MaskedGradientCallback}
-    for name, made in zip(names, (partition, invariance, masking), strict=True):
+    kinds = {
+        "partition": PartitionCallback,
+        "invariance": InvarianceCallback,
+        "masking": MaskedGradientCallback,
+        "task_inference": TaskInferenceCallback,
+    }
+    callbacks = [instantiate(config[name], _convert_="all") for name in kinds]
+    _, invariance, masking, _ = callbacks
+    for name, made in zip(kinds, callbacks, strict=True):
         assert (made is None) if (group, choice) == (name, "none") else isinstance(made, kinds[name])
     if choice != "none":
         assert isinstance(invariance.perturbation, Perturbation)
@@ -55,6 +62,7 @@ def test_every_choice_composes_and_makes_what_it_says(group, choice, tmp_path, m
         ("partition", PartitionCallback, PartitionKeywords.__annotations__),
         ("invariance", InvarianceCallback, {}),
         ("masking", MaskedGradientCallback, {}),
+        ("task_inference", TaskInferenceCallback, {}),
     ],
 )
 def test_every_option_of_the_callbacks_has_a_key(name, callback, more):
@@ -68,6 +76,7 @@ def test_the_configured_defaults_are_the_packages_own():
     assert instantiate(config.partition).settings() == partition.settings()
     assert instantiate(config.invariance).settings() == invariance.settings()
     assert instantiate(config.masking).settings() == MaskedGradientCallback().settings()
+    assert instantiate(config.task_inference).settings() == TaskInferenceCallback().settings()
 
 
 def measure(a, bias_a, b, bias_b):
