@@ -109,8 +109,10 @@ def residual(fitted, seen, label):
     for n in range(len(seen.inputs)):
         h = torch.cat([x[n] for x in seen.hidden])
         z = h @ fitted["encoder"][label] + fitted["code"][label]
-        u = (z @ fitted["decoder"][label] + fitted["top"][label]).clamp_min(0)
-        v = (u @ seen.chain[1] + fitted["below"][label]).clamp_min(0)
+        u = z @ fitted["decoder"][label] + fitted["top"][label]
+        u = torch.where(u > 0, u, 0.1 * u)
+        v = u @ seen.chain[1] + fitted["below"][label]
+        v = torch.where(v > 0, v, 0.1 * v)
         y = v @ seen.chain[0] + fitted["mean"][label]
         found.append(((seen.inputs[n] - y) ** 2).mean() / fitted["unit"])
     return torch.stack(found)

@@ -18,6 +18,9 @@ from lightning_cf.task_inference.strategies import Fitted, Strategy, TaskScores
 SHARPNESS = 8.0
 """Probabilities fall with this power of the residual."""
 
+LEAK = 0.1
+"""Slope below zero in the decoder: without one, its units die for good where the network learns at a high rate."""
+
 
 class Reconstruction(Strategy):
     """The residual of the class that gives the input back best.
@@ -25,8 +28,8 @@ class Reconstruction(Strategy):
     For class ``c``, with ``h`` the task's own units of the first two layers (of the first, where there is one)::
 
         z = h E_c + e_c                     a code
-        u = relu(z D_c + d_c)               own units of the second layer
-        v = relu(u W2 + b_c)                units of the first layer that the task may read
+        u = leaky(z D_c + d_c)              own units of the second layer
+        v = leaky(u W2 + b_c)               units of the first layer that the task may read
         y = v W1 + m_c                      the input
         r_c = mean (x - y)² / unit
 
@@ -151,8 +154,8 @@ def _own(view: View) -> Float[Tensor, "batch units"]:
 def _residual(fitted: Fitted, view: View, label: int) -> Float[Tensor, "batch"]:
     assert view.inputs is not None
     code = _own(view) @ fitted["encoder"][label] + fitted["code"][label]
-    x = F.relu(code @ fitted["decoder"][label] + fitted["top"][label])
+    x = F.leaky_relu(code @ fitted["decoder"][label] + fitted["top"][label], LEAK)
     if len(view.chain) > 1:
-        x = F.relu(x @ view.chain[1] + fitted["below"][label])
+        x = F.leaky_relu(x @ view.chain[1] + fitted["below"][label], LEAK)
     back = x @ view.chain[0] + fitted["mean"][label]
     return (view.inputs - back).square().mean(dim=1) / fitted["unit"]
