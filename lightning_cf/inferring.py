@@ -37,7 +37,7 @@ SAMPLES = 20_000
 CHOICES = ("auto", "statistics", "all")
 """What may stand for a strategy's name."""
 
-ORDER = ("reconstruction_logits", "subspaces_energy", "energy")
+ORDER = ("reconstruction_logits", "mahalanobis_energy", "energy")
 """The best ones first, as measured in benchmarks; the first one is trained with the network."""
 
 

@@ -250,5 +250,5 @@ def test_two_processes_forget_nothing_and_agree_with_one(tmp_path):
     one, _ = run(tmp_path / "one", *options)
     assert two["forgetting"] == 0.0
     assert abs(two["average_accuracy"] - one["average_accuracy"]) <= 0.02
-    assert done.stdout.count("average accuracy") == 1
+    assert done.stdout.count("task-incremental") == 1
     assert json.loads((tmp_path / "two" / "exact" / "settings.json").read_text())["processes"] == 2
