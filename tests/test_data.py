@@ -8,7 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_cf.data import ImageSplits, TensorImages, digits, mnist, permuted_tasks, rotated_tasks, split_tasks
+from lightning_cf.data import (
+    ImageSplits,
+    RandomAffine,
+    TensorImages,
+    digits,
+    mnist,
+    permuted_tasks,
+    rotated_tasks,
+    split_tasks,
+)
 from lightning_cf.errors import ContinualError
 
 
@@ -299,3 +308,37 @@ def test_a_missing_file_is_named_with_the_way_out(arrays, tmp_path):
 def test_mnist_needs_a_folder():
     with pytest.raises(ContinualError, match="MNIST needs data_dir=FOLDER"):
         mnist(None)
+
+
+def test_augmentation_changes_training_images_alone_before_the_domain_does():
+    torch.manual_seed(0)
+    plain, changed = (permuted_tasks(digits(), count=2, batch_size=32, augment=a)[1] for a in (None, RandomAffine()))
+    for stage in ("val", "test"):
+        (x, _), (y, _) = (next(iter(getattr(task, f"{stage}_dataloader")())) for task in (plain, changed))
+        assert torch.equal(x, y)
+    torch.manual_seed(1)
+    x, _ = next(iter(plain.train_dataloader()))
+    torch.manual_seed(1)
+    y, _ = next(iter(changed.train_dataloader()))
+    assert x.shape == y.shape
+    assert not torch.equal(x, y)
+    dark = x.amax(dim=0) == 0  # the same pixels stay dark in both: the change came before the permutation
+    assert float(y[:, dark].mean()) < 0.02
+
+
+def test_a_random_affine_map_moves_no_further_than_it_says():
+    image = torch.zeros(200, 1, 11, 11)
+    image[:, 0, 5, 5] = 1
+    torch.manual_seed(0)
+    moved = RandomAffine(degrees=0, scale=0, shear=0, translate=0.2)(image)
+    rows = (moved.sum(dim=3)[:, 0] * torch.arange(11.0)).sum(dim=1) / moved.sum(dim=(1, 2, 3))
+    assert float((rows - 5).abs().max()) <= 0.2 * 11 + 1e-3
+    assert float((rows - 5).std()) > 0.5
+    turned = RandomAffine(degrees=90, scale=0, shear=0, translate=0)(image)
+    torch.testing.assert_close(turned.amax(dim=(1, 2, 3)), torch.ones(200), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("options", [{"degrees": -1}, {"scale": True}])
+def test_wrong_augmentations_are_refused(options):
+    with pytest.raises(ContinualError, match=f"RandomAffine: {next(iter(options))} must be"):
+        RandomAffine(**options)

@@ -14,7 +14,6 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.task_inference.combined import STRATEGIES
 from lightning_cf.task_inference.readout import Readout, Sites, View, read
 from lightning_cf.task_inference.reconstruction import Reconstruction
-from lightning_cf.task_inference.strategies import Strategy
 
 REJECTED = 0.01
 """Share of a task's own held-out inputs that its threshold takes for none of the known ones."""
@@ -228,9 +227,3 @@ def check_strategies(names: Sequence[str]) -> None:
         if name not in STRATEGIES:
             known = ", ".join(STRATEGIES)
             raise ContinualError(f"task_inference must be auto, statistics, all or one of {known}; got {name!r}.")
-
-
-def strategy_named(name: str) -> Strategy:
-    """The strategy that configurations call so."""
-    check_strategies([name])
-    return STRATEGIES[name]

@@ -42,7 +42,6 @@ class Reconstruction(Strategy):
     """
 
     raw, needs = True, "chain"
-    trained = True
 
     def __init__(self, name: str = "reconstruction", logits: float = 0.0, code: int = 14) -> None:
         self.name = name  # type: ignore[misc]
@@ -114,10 +113,6 @@ class Reconstruction(Strategy):
             if len(chosen):
                 total = total + _residual(fitted, view.part(chosen), label).sum()
         return total / max(len(labels), 1)
-
-    def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
-        """The temperature at which the task's own probabilities are true on held-out data."""
-        return {}
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
         """Minus the logarithm of the smallest residual."""
