@@ -238,7 +238,13 @@ def test_a_sweep_names_a_metric_that_results_do_not_have(tmp_path):
 @pytest.mark.slow
 def test_two_processes_partition_in_training_and_learn_one_sub_space(tmp_path):
     options = ["epochs=4", "invariance_epochs=3", "compare=false", "model.network.hidden=[40]", "tasks.order=[0,1,2,3]"]
-    options += ["partition.every_n_steps=7", "isolation=perturb", "subspace=learned", "subspace.steps=4"]
+    options += [
+        "partition.every_n_steps=7",
+        "isolation=perturb",
+        "subspace=learned",
+        "subspace.steps=4",
+        "task_inference=none",
+    ]
     two, _ = run(tmp_path, *options, "trainer=ddp", "devices=2")
     assert all(len(record["claims"]) > 1 for record in two["partition"])
     assert two["average_accuracy"] > 0.8
