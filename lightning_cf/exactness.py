@@ -71,7 +71,7 @@ def check_exact(
 
 def _check_branches(module: nn.Module, structure: Structure, example: Any, forward: Forward) -> None:
     """Whether a network that looks at its input goes the same way through its layers for other samples too."""
-    found = structure.branches[0]
+    found = next((branch for branch in structure.branches if branch.unknown), structure.branches[0])
     unseen = [n for n, p in module.named_parameters() if p.requires_grad and n not in structure.entries]
     if unseen:
         layers = list(dict.fromkeys(map(layer_of, unseen)))
