@@ -9,6 +9,7 @@ METHODS = {
     "exact": ["task_inference=all"],
     "finetune": ["method=finetune"],
     "joint": ["method=joint"],
+    "joint, over all outputs": ["method=joint", "masking.mask_outputs=false"],
 }
 BESIDE = ("input_gaussian", "input_subspaces")
 """Models of the input that stand beside the network."""

@@ -93,7 +93,8 @@ def train(config: DictConfig, root: Path) -> dict[str, Any]:
             root.mkdir(parents=True, exist_ok=True)
             write_atomically(root / "config.json", json.dumps(resolved, indent=2))
         tasks = next(iter(runners.values())).tasks
-        bar.total = len(names) * len(tasks) * (config.epochs + config.invariance_epochs)
+        fits = sum(1 if runner.method == "joint" else len(tasks) for runner in runners.values())
+        bar.total = fits * (config.epochs + config.invariance_epochs)
         results: dict[str, Result] = {}
         for name, runner in runners.items():
             bar.title = name
@@ -130,6 +131,7 @@ def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> Sequentia
         isolation="perturb" if name == "perturb" else "exact",
         method=method,
         pretrained=config.pretrained or False,
+        score_on=config.score_on,
         seed=config.seed,
         root=root,
     )

@@ -40,6 +40,7 @@ from lightning_cf.tasks import Batches, Task, single
 
 Method = Literal["partition", "finetune", "joint"]
 METHODS = ("partition", "finetune", "joint")
+SCORED = ("test", "validation")
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -64,6 +65,8 @@ class SequentialTaskRunner:
             together. Both train as many epochs as the two phases have.
         pretrained: whether the module was trained on the first task before (paragraph 28), so that its LEARN is left
             out: True, or a checkpoint with its weights, of Lightning or of ``torch.save(module.state_dict(), path)``.
+        score_on: ``"test"``: test data, or what judges partitions where a task has none; ``"validation"``: always the
+            latter, to choose options by.
         seed: what everything random depends on.
         root: folder for checkpoints, records and logs. A run started again on it goes on after its last finished phase.
     """
@@ -84,6 +87,7 @@ class SequentialTaskRunner:
         isolation: Isolation = "exact",
         method: Method = "partition",
         pretrained: bool | str | Path = False,
+        score_on: Literal["test", "validation"] = "test",
         seed: int = 0,
         root: str | Path,
     ) -> None:
@@ -94,6 +98,7 @@ class SequentialTaskRunner:
         self.invariance_epochs = check_count("runner", "invariance_epochs", invariance_epochs, least=0)
         check_choice("runner", "isolation", isolation, ISOLATIONS)
         check_choice("runner", "method", method, METHODS)
+        self.score_on = check_choice("runner", "score_on", score_on, SCORED)
         self.isolation: Isolation = isolation
         self.method: Method = method
         self.seed = check_count("runner", "seed", seed, least=0)
@@ -227,7 +232,7 @@ class SequentialTaskRunner:
             self.progress.rows.append([self.score_of(task) for task in self.tasks])
             inference = self.inference()
             if inference is not None:
-                tests = [(task, _test_batches(task)) for task in self.tasks]
+                tests = [(task, self.scoring_batches(task)) for task in self.tasks]
                 score_strategies(self.module, inference, tests, self.progress.strategies)
         if self.method == "partition" and len(self.progress.rows) > 1:
             for layer, share in self.state.ledger.capacity().items():
@@ -238,7 +243,7 @@ class SequentialTaskRunner:
         with on_device(self.module, self.host.strategy.root_device), isolate_rng():
             constant = [
                 constant_predictor(
-                    self.module, task, _test_batches(task), shown=self.state.showing(self.module, [task])
+                    self.module, task, self.scoring_batches(task), shown=self.state.showing(self.module, [task])
                 )
                 for task in self.tasks
             ]
@@ -335,10 +340,15 @@ class SequentialTaskRunner:
         """How many tasks are still to come, the current one counted."""
         return len(self.tasks) - len(self.state.ledger.tasks) + 1
 
+    def scoring_batches(self, task: Task) -> Batches:
+        """The data that a task is scored on."""
+        tests = self.score_on == "test" and "test_dataloader" in task.__dict__
+        return single(task.test_dataloader()) if tests else task.judging_batches()
+
     def score_of(self, task: Task) -> float:
-        """The task's score on its test data, on its own outputs; higher is better."""
+        """The task's score on the data that it is scored on, on its own outputs; higher is better."""
         with self.state.showing(self.module, [task]):
-            score = evaluate(self.module, task, _test_batches(task))
+            score = evaluate(self.module, task, self.scoring_batches(task))
         return -score if task.metric is not None and task.metric.higher_is_better is False else score
 
     def inference(self) -> TaskInference | None:
@@ -363,6 +373,7 @@ class SequentialTaskRunner:
             "epochs": self.epochs,
             "invariance_epochs": self.invariance_epochs,
             "seed": self.seed,
+            "score_on": self.score_on,
             "tasks": {task.name: list(self.state.outputs_of(task)) for task in self.tasks},
             "pretrained": self.pretrained if isinstance(self.pretrained, bool) else str(self.pretrained),
             "partition": None if self.partitioning is None else self.partitioning.settings(),
@@ -372,7 +383,3 @@ class SequentialTaskRunner:
             "network": {group.name: group.size for group in self.state.structure.groups},
             "processes": self.host.world_size,
         }
-
-
-def _test_batches(task: Task) -> Batches:
-    return single(task.test_dataloader()) if "test_dataloader" in task.__dict__ else task.judging_batches()

@@ -27,6 +27,7 @@ from lightning_cf import (
     Task,
 )
 from lightning_cf.data import permuted_tasks
+from lightning_cf.evaluation import evaluate
 from lightning_cf.ledger import FREE
 from lightning_cf.models import MLP
 from lightning_cf.state import state_of
@@ -90,6 +91,35 @@ def test_joint_training_scores_every_task(tmp_path):
     assert result.accuracy.matrix.shape == (1, 3)
     assert result.accuracy.average > 0.85
     assert result.accuracy.forgetting == 0.0
+
+
+def test_joint_training_over_all_outputs_compares_them(tmp_path):
+    together = runner(tmp_path / "all", method="joint", masking=MaskedGradientCallback(mask_outputs=False)).run()
+    apart = runner(tmp_path / "own", method="joint").run()
+    scores = [result.strategies["joint"].as_dict()["average_accuracy"] for result in (together, apart)]
+    assert scores[0] > 0.93 > scores[1]
+    assert together.accuracy.average == pytest.approx(scores[0])  # with no view of one task, both ask the same
+
+
+def test_options_are_chosen_on_validation_data(tmp_path):
+    class Strange(type(tasks()[0].data)):
+        def test_dataloader(self):
+            raise AssertionError("test data were asked for")
+
+    def sequence():
+        found = tasks(2)
+        for task in found:
+            task.data.__class__ = Strange
+        return [Task(task.name, task.data, classes=task.classes) for task in found]
+
+    options = {"epochs": 1, "invariance_epochs": 1, "score_on": "validation"}
+    run = runner(tmp_path, sequence=sequence(), **options)
+    result = run.run()
+    for task, score in zip(run.tasks, result.accuracy.matrix[-1].tolist(), strict=True):
+        with state_of(run.module).showing(run.module, [task]):
+            assert score == evaluate(run.module, task, task.judging_batches())
+    with pytest.raises(AssertionError, match="test data"):
+        runner(tmp_path / "test", sequence=sequence(), **{**options, "score_on": "test"}).run()
 
 
 @pytest.mark.parametrize(
@@ -259,6 +289,7 @@ def untraceable():
         ({"invariance_epochs": -1}, ContinualError, "invariance_epochs must be .* got -1"),
         ({"isolation": "none"}, ContinualError, "isolation must be one of exact, perturb, got 'none'"),
         ({"method": "magic"}, ContinualError, "method must be one of partition, finetune, joint, got 'magic'"),
+        ({"score_on": "train"}, ContinualError, "score_on must be one of test, validation, got 'train'"),
         ({"trainer": partial(quiet_trainer, max_epochs=3)}, ContinualError, "the trainer sets max_epochs=3"),
         (
             {"module": untraceable()},
