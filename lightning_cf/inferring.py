@@ -37,7 +37,7 @@ SAMPLES = 20_000
 CHOICES = ("auto", "statistics", "all")
 """What may stand for a strategy's name."""
 
-ORDER = ("reconstruction_logits", "mahalanobis_energy", "energy")
+ORDER = ("reconstruction_logits", "subspaces", "energy")
 """The best ones first, as measured in benchmarks; the first one is trained with the network."""
 
 
@@ -86,6 +86,7 @@ def choose_strategies(module: LightningModule, state: ContinualState, task: Task
     if wanted not in possible:
         needs = {
             "chain": "a first layer that is linear and reads the input itself",
+            "first": "a first layer that is linear, reads the input itself and alone computes its units",
             "hidden": "hidden units that a linear layer or convolution reads",
             "inputs": "a linear layer or convolution that reads the input itself",
         }.get(STRATEGIES[wanted].needs, "")
@@ -111,6 +112,7 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
         return f"the targets of task '{task.name}' are no labels, one a sample.", []
     sites = Sites.of(module, state.structure, state.ledger, task.name)
     has = {"": True, "inputs": sites.inputs is not None, "hidden": bool(sites.hidden)}
+    has["first"] = bool(sites.hidden) and sites.hidden[0].producer == sites.inputs is not None
     has["chain"] = bool(sites.chain) and pair and len(sites.hidden) >= len(sites.chain)
     return "", [name for name, strategy in STRATEGIES.items() if has[strategy.needs]]
 

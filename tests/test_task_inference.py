@@ -1,5 +1,7 @@
 """Scores that say whose task an input is: each against a slow plain reference."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -81,10 +83,21 @@ def test_mahalanobis_equals_the_reference_where_all_directions_are_kept():
     np.testing.assert_allclose(-strategy.score(fitted, seen).numpy(), distance, rtol=1e-3, atol=1e-3)
 
 
-def test_local_sub_spaces_equal_the_reference():
+def test_the_first_layer_counts_before_its_activation():
+    seen = replace(view(), before=view(seed=1).hidden)
+    alone = replace(seen, hidden=(), before=seen.before[:1])
+    first, whole = STRATEGIES["first_layer"], Mahalanobis()
+    found = first.score(first.fit(seen, labels(), 2, seen), seen)
+    assert torch.equal(found, whole.score(whole.fit(alone, labels(), 2, alone), alone))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_local_sub_spaces_equal_the_reference(before):
     seen, strategy = view(), LocalSubspaces(clusters=1, rank=3)
+    if before:
+        seen = replace(seen, before=tuple(x - 1 for x in seen.hidden[::-1]))
     fitted = strategy.fit(seen, labels(), 2, seen)
-    x = torch.cat(seen.hidden, dim=1).double().numpy() / fitted["scale"].double().numpy()
+    x = torch.cat(seen.before or seen.hidden, dim=1).double().numpy() / fitted["scale"].double().numpy()
     y, found = labels().numpy(), []
     for label in (0, 1):
         own = x[y == label]
@@ -185,7 +198,10 @@ def test_a_task_sees_its_own_units_and_earlier_ones():
     assert torch.equal(seen.hidden[0], net[1](x.flatten(1)).relu()[:, [0, 1, 3, 4]])
     assert torch.equal(seen.logits, net(x)[:, 2:])
     assert torch.equal(seen.chain[1], net[3].weight[[0, 3]][:, [0, 1, 3, 4]])
+    assert torch.equal(seen.before[0], net[1](x.flatten(1))[:, [0, 1, 3, 4]])
+    assert torch.equal(seen.before[1], net[3](net[1](x.flatten(1)).relu())[:, [0, 1, 3, 4]])
     again = Sites.from_state_dict(second.state_dict())
+    assert torch.equal(View.of(readout, again).before[1], seen.before[1])
     assert again.state_dict().keys() == second.state_dict().keys()
     assert torch.equal(View.of(readout, again).hidden[1], seen.hidden[1])
 
@@ -220,6 +236,33 @@ def test_no_head_goes_back_through_layers_that_are_not_linear():
     assert sites.chain == ()
     assert sites.inputs == "0.weight"
     assert len(sites.hidden) == 2
+
+
+def test_units_are_seen_before_their_activation_where_one_linear_layer_computes_them():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.inner = nn.Conv2d(1, 4, 3), nn.Linear(4, 6)
+            self.more, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.conv(x).relu().flatten(1)
+            x = self.inner(x).relu()
+            return self.head((x + self.more(x)).relu())
+
+    net, x = Residual(), torch.randn(5, 1, 3, 3)
+    structure = trace(net, x)
+    ledger = owned(structure, [[0] * 4, [0, 0, -1, 0, -1, 0]])
+    sites = Sites.of(net, structure, ledger, "t0")
+    assert [site.producer for site in sites.hidden] == [None, None]  # a convolution; a sum of two layers
+    seen = View.of(read(net, [sites], lambda: net(x)), sites)
+    assert all(map(torch.equal, seen.before, seen.hidden))
+    one = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    structure = trace(one, torch.randn(2, 4))
+    sites = Sites.of(one, structure, owned(structure, [[0, 0, -1, 0, -1, 0]]), "t0")
+    tokens = torch.randn(3, 7, 4)
+    seen = View.of(read(one, [sites], lambda: one(tokens)), sites)  # of many tokens, the mean of what is read
+    torch.testing.assert_close(seen.before[0], one[0](tokens).tanh().mean(dim=1)[:, [0, 1, 3, 5]])
 
 
 def test_tokens_and_positions_count_by_their_mean():

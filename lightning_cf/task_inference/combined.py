@@ -10,7 +10,13 @@ from torch import Tensor
 
 from lightning_cf.task_inference.readout import View
 from lightning_cf.task_inference.reconstruction import Reconstruction
-from lightning_cf.task_inference.statistics import InputGaussian, InputSubspaces, LocalSubspaces, Mahalanobis
+from lightning_cf.task_inference.statistics import (
+    FirstLayer,
+    InputGaussian,
+    InputSubspaces,
+    LocalSubspaces,
+    Mahalanobis,
+)
 from lightning_cf.task_inference.strategies import Energy, Fitted, Joint, MaxSoftmax, Plain, Strategy
 
 
@@ -56,6 +62,7 @@ STRATEGIES: dict[str, Strategy] = {
         Energy(),
         MaxSoftmax(),
         Mahalanobis(),
+        FirstLayer(),
         LocalSubspaces(),
         Sum("mahalanobis_energy", [Mahalanobis(), Energy()]),
         Sum("subspaces_energy", [LocalSubspaces(), Energy()]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,11 +29,15 @@ class Site:
         weight: name of that weight.
         columns: the input columns (Linear) or channels (convolution) that hold units of this task or of earlier ones.
         own: which of these are the task's own.
+        producer: name of the weight of the only layer that computes these units, where it is linear; else None.
+        rows: rows of that layer that hold units of this task or of earlier ones.
     """
 
     weight: str
     columns: Int64[Tensor, "columns"]
     own: Bool[Tensor, "columns"]
+    producer: str | None
+    rows: Int64[Tensor, "rows"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,10 @@ class Sites:
                 if len(source[inside].unique()) == group.size:
                     owners = owner[source.clamp_min(0)]
                     columns = (inside & (owners >= 0) & (owners <= number)).nonzero().flatten()
-                    hidden.append(Site(name, columns, owners[columns] == number))
+                    producer, rows = _producer(module, structure, group.first, group.size)
+                    held = owner[rows]
+                    rows = ((held >= 0) & (held <= number)).nonzero().flatten()
+                    hidden.append(Site(name, columns, owners[columns] == number, producer, rows))
                     break
         heads = cls.output_layers(structure)
         first, outputs = _first_layer(module, structure), torch.tensor(ledger.reserved[task])
@@ -104,7 +111,7 @@ class Sites:
         """As plain containers and tensors."""
         return {
             "inputs": self.inputs,
-            "hidden": [(site.weight, site.columns, site.own) for site in self.hidden],
+            "hidden": [(s.weight, s.columns, s.own, s.producer, s.rows) for s in self.hidden],
             "heads": dict(self.heads),
             "outputs": self.outputs,
             "chain": [(link.weight, link.rows, link.columns) for link in self.chain],
@@ -113,7 +120,10 @@ class Sites:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Sites:
         """What :meth:`state_dict` described."""
-        hidden = tuple(Site(weight, columns.cpu(), own.cpu()) for weight, columns, own in state["hidden"])
+        hidden = tuple(
+            Site(weight, columns.cpu(), own.cpu(), producer, rows.cpu())
+            for weight, columns, own, producer, rows in state["hidden"]
+        )
         heads = {path: columns.cpu() for path, columns in state["heads"].items()}
         chain = tuple(Link(weight, rows.cpu(), columns.cpu()) for weight, rows, columns in state["chain"])
         return cls(state["inputs"], hidden, heads, state["outputs"].cpu(), chain)
@@ -129,6 +139,23 @@ def _first_layer(module: nn.Module, structure: Structure) -> str | None:
             if rows and bool((use.source == NO_UNIT).all()) and bool((use.target != NO_UNIT).any()):
                 return name
     return None
+
+
+def _producer(
+    module: nn.Module, structure: Structure, first: int, size: int
+) -> tuple[str | None, Int64[Tensor, "rows"]]:
+    """The only layer that computes a group's units, if it is linear, and the unit of each of its rows."""
+    layers, found = dict(module.named_modules()), []
+    for name, uses in structure.entries.items():
+        target = uses[0].target.flatten()
+        if uses[0].role == "weight" and bool(((target >= first) & (target < first + size)).any()):
+            found.append((name, target))
+    if len(found) == 1:
+        ((name, target),) = found
+        units = torch.arange(first, first + size)
+        if isinstance(layers.get(layer_of(name)), nn.Linear) and torch.equal(target.sort().values, units):
+            return name, target
+    return None, torch.empty(0, dtype=torch.long)
 
 
 def _chain(
@@ -171,6 +198,7 @@ class Readout:
     Attributes:
         inputs: what its first layer reads, one row a sample; None where no layer reads it.
         read: by weight, what its layer reads: one row a sample, the mean over tokens or positions.
+        given: by weight of a linear layer, what it computes, where that is one row a sample.
         outputs: raw values of all output columns, one row a sample, the mean over tokens or positions.
         weights: the network's parameters by name.
     """
@@ -179,6 +207,7 @@ class Readout:
     read: Mapping[str, Float[Tensor, "batch columns"]]
     outputs: Float[Tensor, "batch outputs"]
     weights: Mapping[str, Tensor]
+    given: Mapping[str, Float[Tensor, "batch rows"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -191,6 +220,7 @@ class View:
         logits: raw values of the task's own outputs.
         own: for each site, which of its units are the task's own.
         chain: the parts of weights that lead units back to the input, the first layer's first.
+        before: for each site the same units before their activation, where one linear layer computes them.
     """
 
     inputs: Float[Tensor, "batch values"] | None
@@ -198,6 +228,7 @@ class View:
     logits: Float[Tensor, "batch classes"]
     own: tuple[Bool[Tensor, "_"], ...] = ()
     chain: tuple[Float[Tensor, "_ _"], ...] = ()
+    before: tuple[Float[Tensor, "batch _"], ...] = ()
 
     @classmethod
     def of(cls, readout: Readout, sites: Sites) -> View:
@@ -209,12 +240,17 @@ class View:
             for link in sites.chain
         )
         own = tuple(site.own.to(device) for site in sites.hidden)
-        return cls(readout.inputs, hidden, readout.outputs[:, sites.outputs.to(device)], own, chain)
+        before = tuple(
+            readout.given[s.producer][:, s.rows.to(device)] if s.producer in readout.given else x
+            for s, x in zip(sites.hidden, hidden, strict=True)
+        )
+        return cls(readout.inputs, hidden, readout.outputs[:, sites.outputs.to(device)], own, chain, before)
 
     def part(self, chosen: Tensor) -> View:
         """Some samples of it."""
         inputs = None if self.inputs is None else self.inputs[chosen]
-        return replace(self, inputs=inputs, hidden=tuple(x[chosen] for x in self.hidden), logits=self.logits[chosen])
+        hidden, before = (tuple(x[chosen] for x in units) for units in (self.hidden, self.before))
+        return replace(self, inputs=inputs, hidden=hidden, before=before, logits=self.logits[chosen])
 
     @classmethod
     def joined(cls, views: Iterable[View]) -> View:
@@ -222,8 +258,10 @@ class View:
         views = list(views)
         given = [view.inputs for view in views if view.inputs is not None]
         hidden = tuple(torch.cat(parts) for parts in zip(*(view.hidden for view in views), strict=True))
+        before = tuple(torch.cat(parts) for parts in zip(*(view.before for view in views), strict=True))
         logits = torch.cat([view.logits for view in views])
-        return replace(views[0], inputs=torch.cat(given) if given else None, hidden=hidden, logits=logits)
+        inputs = torch.cat(given) if given else None
+        return replace(views[0], inputs=inputs, hidden=hidden, before=before, logits=logits)
 
 
 def read(module: nn.Module, tasks: Iterable[Sites], run: Callable[[], Any], *, keep_graph: bool = False) -> Readout:
@@ -238,7 +276,8 @@ def read(module: nn.Module, tasks: Iterable[Sites], run: Callable[[], Any], *, k
     tasks = list(tasks)
     names = {site.weight for sites in tasks for site in sites.hidden}
     first = next((sites.inputs for sites in tasks if sites.inputs is not None), None)
-    recorder = Recorder(module, {*names, *([] if first is None else [first])}, tasks[-1].heads)
+    producers = {site.producer for sites in tasks for site in sites.hidden if site.producer is not None}
+    recorder = Recorder(module, {*names, *producers, *([] if first is None else [first])}, tasks[-1].heads)
     with ExitStack() as stack:
         if not keep_graph:
             stack.enter_context(torch.no_grad())
@@ -257,6 +296,7 @@ class Recorder(TorchFunctionMode):
         self.module, self.heads, self.parameters = module, heads, parameters
         self.names = {id(parameters[name]): name for name in names}
         self.found: dict[str, Tensor] = {}
+        self.given: dict[str, Tensor] = {}
         self.columns: dict[str, Tensor] = {}
 
     def watching(self) -> ExitStack:
@@ -281,6 +321,10 @@ class Recorder(TorchFunctionMode):
             if name is not None:
                 x = args[0] if args else kwargs["input"]
                 self.found[name] = x if func is F.linear else x.movedim(1, -1)
+                result = func(*args, **kwargs)
+                if func is F.linear and result.ndim == 2:
+                    self.given[name] = result
+                return result
         return func(*args, **kwargs)
 
     def readout(self, first: str | None) -> Readout:
@@ -294,7 +338,8 @@ class Recorder(TorchFunctionMode):
                 outputs = outputs.index_copy(1, columns.to(outputs.device), parts[path][:, : len(columns)])
         inputs = None if first is None else self.found[first].float().reshape(batch, -1)
         read = {name: _by_sample(x, batch) for name, x in self.found.items()}
-        return Readout(inputs, read, outputs, self.parameters)
+        given = {name: x.float() for name, x in self.given.items() if len(x) == batch}
+        return Readout(inputs, read, outputs, self.parameters, given)
 
 
 def _by_sample(x: Tensor, batch: int) -> Float[Tensor, "batch columns"]:

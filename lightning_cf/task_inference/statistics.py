@@ -16,7 +16,8 @@ Samples = Float[Tensor, "samples features"]
 
 
 def _hidden(view: View) -> Samples:
-    return torch.cat(view.hidden, dim=1)
+    """The units that the task may read, before their activation where one linear layer computes them."""
+    return torch.cat(view.before or view.hidden, dim=1)
 
 
 class Mahalanobis(Strategy):
@@ -36,11 +37,29 @@ class Mahalanobis(Strategy):
 
     def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
         """Means and whitening."""
-        return _gaussian(_hidden(view), labels, classes, self.rank)
+        return _gaussian(self.units(view), labels, classes, self.rank)
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
         """Minus the squared distance to the nearest mean."""
-        return -_distance(_hidden(view), fitted).amin(dim=1)
+        return -_distance(self.units(view), fitted).amin(dim=1)
+
+    def units(self, view: View) -> Samples:
+        """What the distance is taken in."""
+        return _hidden(view)
+
+
+class FirstLayer(Mahalanobis):
+    """As :class:`Mahalanobis`, over the first layer's units before their activation, which are linear in the input.
+
+    What no class of the task has, such as pixels in another order, leaves the few directions in which these units vary
+    together; behind an activation, and a layer further, that shows less.
+    """
+
+    name, needs = "first_layer", "first"
+
+    def units(self, view: View) -> Samples:
+        """Those of the first layer."""
+        return view.before[0]
 
 
 def _gaussian(x: Samples, labels: Int64[Tensor, "samples"], classes: int, rank: int) -> dict[str, Tensor]:
@@ -81,7 +100,7 @@ class LocalSubspaces(Strategy):
 
     name, needs = "subspaces", "hidden"
 
-    def __init__(self, clusters: int = 4, rank: int = 8) -> None:
+    def __init__(self, clusters: int = 2, rank: int = 8) -> None:
         self.clusters, self.rank = clusters, rank
 
     def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:

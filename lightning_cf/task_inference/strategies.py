@@ -25,7 +25,7 @@ class Strategy(ABC):
         name: what configurations and results call it.
         raw: whether the scores of all tasks share a unit, so that they are compared as they are; else each task's are
             brought to mean 0 and deviation 1 over held-out data of its own.
-        needs: "", or what of the network the strategy cannot do without: "inputs", "hidden" or "chain".
+        needs: "", or what of the network the strategy cannot do without: "inputs", "hidden", "first" or "chain".
     """
 
     name: ClassVar[str]
