@@ -153,13 +153,13 @@ def test_statistics_leave_training_as_it_is():
             fit(module, task, [*three(), *callbacks], 4)
         found.append(named_tensors(module))
     assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
-    assert inference_of(state_of(module).ledger).strategies == ("mahalanobis_energy",)
+    assert inference_of(state_of(module).ledger).strategies == ("subspaces",)
 
 
 @pytest.mark.parametrize("network", ["cnn", "resnet"])
 def test_networks_without_a_linear_first_layer_are_inferred_by_statistics(network):
     module, sequence = learned("auto", count=2, network=network)
-    assert inference_of(module.ledger).strategies == ("mahalanobis_energy",)
+    assert inference_of(module.ledger).strategies == ("subspaces",)
     assert module.predict(next(iter(sequence[0].test_dataloader()))[0]).classes.ndim == 1
 
 

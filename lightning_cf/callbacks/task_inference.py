@@ -102,7 +102,7 @@ class TaskInferenceCallback(ContinualCallback):
         if self._heads is not None and not self._heads.attached:
             warnings.warn(
                 "task_inference: the head was never trained: no batch of (input, label) pairs met a forward pass over"
-                " as many samples. Use a strategy that is not trained, such as mahalanobis_energy.",
+                " as many samples. Use a strategy that is not trained, such as subspaces.",
                 stacklevel=2,
             )
         self._release()
