@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,154 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_cf.claim_folding import consumers, input_units
-from lightning_cf.ledger import FREE, NeuronLedger
-from lightning_cf.structure import NO_UNIT, Structure, eval_mode, layer_of
+from lightning_cf.structure import eval_mode
+from lightning_cf.task_inference.sites import Sites
 
 _LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a task sees hidden units: in what the layer with some weight reads.
-
-    Attributes:
-        weight: name of that weight.
-        columns: the input columns (Linear) or channels (convolution) that hold units of this task or of earlier ones.
-        own: which of these are the task's own.
-    """
-
-    weight: str
-    columns: Int64[Tensor, "columns"]
-    own: Bool[Tensor, "columns"]
-
-
-@dataclass(frozen=True)
-class Link:
-    """A part of a linear layer's weight, by which its units can be led back to what they read.
-
-    Attributes:
-        weight: its name.
-        rows: those of units that the task may read; of the last layer in a chain, of its own.
-        columns: those that hold units which the task may read, or the network's input.
-    """
-
-    weight: str
-    rows: Int64[Tensor, "rows"]
-    columns: Int64[Tensor, "columns"]
-
-
-@dataclass(frozen=True)
-class Sites:
-    """Everything that a task's scores may look at.
-
-    Attributes:
-        inputs: name of the first layer's weight, which reads the network's input itself; None where no linear layer
-            or convolution does.
-        hidden: one a group of units, in the order of the forward pass.
-        heads: path of each output layer, with the output columns that it computes.
-        outputs: the task's own output columns, one a class.
-        chain: linear layers from the input on, each of which reads the units of the one before and nothing else.
-    """
-
-    inputs: str | None
-    hidden: tuple[Site, ...]
-    heads: Mapping[str, Int64[Tensor, "_"]]
-    outputs: Int64[Tensor, "classes"]
-    chain: tuple[Link, ...] = ()
-
-    @classmethod
-    def of(cls, module: nn.Module, structure: Structure, ledger: NeuronLedger, task: str) -> Sites:
-        """Finds them for a task that has its claim, or that learns: then all free units are its own."""
-        number, owner = ledger.index(task), ledger.owner_of_units(structure)
-        if ledger.tasks[number].phase == "learn":
-            owner = torch.where(owner == FREE, number, owner)
-        readers = consumers(module, structure)
-        hidden = []
-        for group in structure.groups:
-            for name, use in readers:
-                source = input_units(use)
-                inside = (source >= group.first) & (source < group.first + group.size)
-                if len(source[inside].unique()) == group.size:
-                    owners = owner[source.clamp_min(0)]
-                    columns = (inside & (owners >= 0) & (owners <= number)).nonzero().flatten()
-                    hidden.append(Site(name, columns, owners[columns] == number))
-                    break
-        heads = cls.output_layers(structure)
-        first, outputs = _first_layer(module, structure), torch.tensor(ledger.reserved[task])
-        return cls(first, tuple(hidden), heads, outputs, _chain(module, structure, owner, number, first))
-
-    @staticmethod
-    def output_layers(structure: Structure) -> dict[str, Int64[Tensor, "_"]]:
-        """Path of each layer that computes outputs, with its output columns."""
-        found = {}
-        for layer in structure.head.layers:
-            columns = structure.entries[f"{layer}.weight"][0].target.flatten() - structure.head.first
-            found[layer] = columns[columns >= 0]
-        return found
-
-    def state_dict(self) -> dict[str, Any]:
-        """As plain containers and tensors."""
-        return {
-            "inputs": self.inputs,
-            "hidden": [(site.weight, site.columns, site.own) for site in self.hidden],
-            "heads": dict(self.heads),
-            "outputs": self.outputs,
-            "chain": [(link.weight, link.rows, link.columns) for link in self.chain],
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Sites:
-        """What :meth:`state_dict` described."""
-        hidden = tuple(Site(weight, columns.cpu(), own.cpu()) for weight, columns, own in state["hidden"])
-        heads = {path: columns.cpu() for path, columns in state["heads"].items()}
-        chain = tuple(Link(weight, rows.cpu(), columns.cpu()) for weight, rows, columns in state["chain"])
-        return cls(state["inputs"], hidden, heads, state["outputs"].cpu(), chain)
-
-
-def _first_layer(module: nn.Module, structure: Structure) -> str | None:
-    """The weight of the first layer that reads the network's input and nothing else."""
-    parameters = dict(module.named_parameters())
-    for name, uses in structure.entries.items():
-        use = uses[0]
-        if name in parameters and len(uses) == 1 and use.role == "weight" and parameters[name].ndim > 1:
-            rows = use.target.numel() == use.target.shape[0]
-            if rows and bool((use.source == NO_UNIT).all()) and bool((use.target != NO_UNIT).any()):
-                return name
-    return None
-
-
-def _chain(
-    module: nn.Module, structure: Structure, owner: Int64[Tensor, "units"], number: int, first: str | None
-) -> tuple[Link, ...]:
-    """The first layer and the one behind it, where both are linear."""
-    layers = dict(module.named_modules())
-    links: list[Link] = []
-    rows_before: Tensor | None = None
-    names = [] if first is None else [first, *(name for name, _ in consumers(module, structure))]
-    for name in names:
-        use = structure.entries[name][0]
-        target, source = use.target.flatten(), use.source.flatten()
-        plain = isinstance(layers.get(layer_of(name)), nn.Linear) and len(structure.entries[name]) == 1
-        group = structure.groups[min(len(links), len(structure.groups) - 1)]
-        hidden = set(target.tolist()) == set(range(group.first, group.first + group.size))
-        reads = bool((source == NO_UNIT).all()) if rows_before is None else torch.equal(source, rows_before)
-        if not (plain and hidden and reads and len(links) < DEPTH):
-            continue
-        owners = owner[target]
-        rows = ((owners >= 0) & (owners <= number)).nonzero().flatten()
-        columns = torch.arange(module.get_parameter(name).shape[1]) if rows_before is None else links[-1].rows
-        links.append(Link(name, rows, columns))
-        rows_before = target
-    if links:
-        last = links[-1]
-        owners = owner[structure.entries[last.weight][0].target.flatten()]
-        links[-1] = Link(last.weight, (owners == number).nonzero().flatten(), last.columns)
-    return tuple(links)
-
-
-DEPTH = 2
-"""How many layers of a chain are kept."""
 
 
 @dataclass(frozen=True)
@@ -173,12 +29,15 @@ class Readout:
         read: by weight, what its layer reads: one row a sample, the mean over tokens or positions.
         outputs: raw values of all output columns, one row a sample, the mean over tokens or positions.
         weights: the network's parameters by name.
+        others: what it shows of the same batch with its input changed, by the name of the change (see ``variants``);
+            without the inputs.
     """
 
     inputs: Float[Tensor, "batch values"] | None
     read: Mapping[str, Float[Tensor, "batch columns"]]
     outputs: Float[Tensor, "batch outputs"]
     weights: Mapping[str, Tensor]
+    others: Mapping[str, Readout] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -191,6 +50,7 @@ class View:
         logits: raw values of the task's own outputs.
         own: for each site, which of its units are the task's own.
         chain: the parts of weights that lead units back to the input, the first layer's first.
+        others: the view of the same samples with their input changed, by the name of the change.
     """
 
     inputs: Float[Tensor, "batch values"] | None
@@ -198,6 +58,7 @@ class View:
     logits: Float[Tensor, "batch classes"]
     own: tuple[Bool[Tensor, "_"], ...] = ()
     chain: tuple[Float[Tensor, "_ _"], ...] = ()
+    others: Mapping[str, View] = field(default_factory=dict)
 
     @classmethod
     def of(cls, readout: Readout, sites: Sites) -> View:
@@ -209,12 +70,17 @@ class View:
             for link in sites.chain
         )
         own = tuple(site.own.to(device) for site in sites.hidden)
-        return cls(readout.inputs, hidden, readout.outputs[:, sites.outputs.to(device)], own, chain)
+        others = {name: cls.of(other, sites) for name, other in readout.others.items()}
+        return cls(readout.inputs, hidden, readout.outputs[:, sites.outputs.to(device)], own, chain, others)
 
-    def part(self, chosen: Tensor) -> View:
+    def part(self, chosen: Tensor | slice) -> View:
         """Some samples of it."""
         inputs = None if self.inputs is None else self.inputs[chosen]
-        return replace(self, inputs=inputs, hidden=tuple(x[chosen] for x in self.hidden), logits=self.logits[chosen])
+        hidden, others = (
+            tuple(x[chosen] for x in self.hidden),
+            {n: view.part(chosen) for n, view in self.others.items()},
+        )
+        return replace(self, inputs=inputs, hidden=hidden, logits=self.logits[chosen], others=others)
 
     @classmethod
     def joined(cls, views: Iterable[View]) -> View:
@@ -223,7 +89,9 @@ class View:
         given = [view.inputs for view in views if view.inputs is not None]
         hidden = tuple(torch.cat(parts) for parts in zip(*(view.hidden for view in views), strict=True))
         logits = torch.cat([view.logits for view in views])
-        return replace(views[0], inputs=torch.cat(given) if given else None, hidden=hidden, logits=logits)
+        others = {name: cls.joined(view.others[name] for view in views) for name in views[0].others}
+        inputs = torch.cat(given) if given else None
+        return replace(views[0], inputs=inputs, hidden=hidden, logits=logits, others=others)
 
 
 def read(module: nn.Module, tasks: Iterable[Sites], run: Callable[[], Any], *, keep_graph: bool = False) -> Readout:
