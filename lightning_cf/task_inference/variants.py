@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 Inputs = Shaped[Tensor, "batch ..."]
@@ -37,15 +37,17 @@ def changed(batch: Any, name: str) -> Any:
 def strange(x: Inputs, generator: torch.Generator) -> Inputs:
     """Samples whose values are the batch's and whose structure is not: what a task's data never looks like.
 
-    Half of them, as drawn, hold a block of another sample; the other half their own blocks in another order. Nothing
-    is computed with values, so integers work too. One that comes out as it was is the sample itself: see ``differs``.
+    Half of them, as drawn, have the order in a block reversed; four in ten have their blocks in another order; one in
+    ten holds a block of another sample. Nothing is computed with values, so integers work too. One that comes out as it
+    was is the sample itself: see ``differs``.
 
     Args:
         x: at least one dimension beside the batch.
         generator: on the CPU.
     """
-    coin = torch.rand(len(x), generator=generator) < 0.5
-    return torch.where(_along(coin, x), exchanged(x, generator), permuted(x, generator))
+    draw = torch.rand(len(x), generator=generator)
+    found = torch.where(_along(draw < 0.1, x), exchanged(x, generator), permuted(x, generator))
+    return torch.where(_along(draw < 0.5, x), found, mirrored(x, generator))
 
 
 def differs(x: Inputs, others: Inputs) -> Bool[Tensor, "batch"]:
@@ -58,16 +60,23 @@ def exchanged(x: Inputs, generator: torch.Generator) -> Inputs:
     order = torch.randperm(len(x), generator=generator)
     partner = torch.empty_like(order)
     partner[order] = order.roll(1)
-    inside = torch.ones(len(x), dtype=torch.bool)
-    inside = _along(inside, x)
+    inside = _along(torch.ones(len(x), dtype=torch.bool), x).cpu()
     for dim, cut in _cuts(x, generator):
-        size = x.shape[dim]
-        length = (size * (0.3 + 0.4 * torch.rand(len(x), generator=generator))).round().long().clamp(1, size - 1)
-        start = (torch.rand(len(x), generator=generator) * (size - length + 1)).long()
-        place = torch.arange(size)
-        block = (place >= start[:, None]) & (place < (start + length)[:, None])
-        inside = inside & _across(block | ~cut[:, None], x, dim)
+        first, last = _block(x, dim, 0.3, 0.7, generator)
+        place = torch.arange(x.shape[dim])
+        inside = inside & _across((place >= first) & (place <= last) | ~cut[:, None], x, dim)
     return torch.where(inside.to(x.device), x[partner.to(x.device)], x)
+
+
+def mirrored(x: Inputs, generator: torch.Generator) -> Inputs:
+    """Each sample with the order of a block, along each dimension that is cut, reversed: 0.3 of its size to all."""
+    for dim, cut in _cuts(x, generator):
+        first, last = _block(x, dim, 0.3, 1.0, generator)
+        place = torch.arange(x.shape[dim])
+        inside = (place >= first) & (place <= last) & cut[:, None]
+        place = torch.where(inside, first + last - place, place)
+        x = x.gather(dim, _across(place, x, dim).to(x.device).expand(x.shape))
+    return x
 
 
 def permuted(x: Inputs, generator: torch.Generator) -> Inputs:
@@ -92,6 +101,17 @@ def _cuts(x: Inputs, generator: torch.Generator) -> list[tuple[int, Bool[Tensor,
     one = torch.randint(len(dims), (len(x),), generator=generator)
     cut[torch.arange(len(x)), one] = True
     return [(dim, cut[:, number]) for number, dim in enumerate(dims)]
+
+
+def _block(
+    x: Inputs, dim: int, least: float, most: float, generator: torch.Generator
+) -> tuple[Int64[Tensor, "batch 1"], Int64[Tensor, "batch 1"]]:
+    """First and last place of a block along a dimension of each sample, of some share of its size."""
+    size = x.shape[dim]
+    share = least + (most - least) * torch.rand(len(x), 1, generator=generator)
+    length = (size * share).round().long().clamp(1 if most < 1 else 2, size - 1 if most < 1 else size)
+    first = (torch.rand(len(x), 1, generator=generator) * (size - length + 1)).long()
+    return first, first + length - 1
 
 
 def _along(values: Shaped[Tensor, "batch"], x: Inputs) -> Shaped[Tensor, "batch ..."]:
