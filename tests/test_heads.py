@@ -256,7 +256,12 @@ def test_what_they_need_is_refused_where_it_is_not_there():
             return F.cross_entropy(self(batch[0]), batch[-1])
 
     with pytest.raises(ContinualError, match=r"=rotations: it needs .input, label. pairs.*last two dimensions.*=auto"):
-        fit(Classifier(MLP((1, 6, 8), 10, (12,))), task(x, y), [*three(), TaskInferenceCallback("rotations")], 1)
+        fit(
+            Classifier(MLP(shape=(1, 6, 8), classes=10, hidden=(12,))),
+            task(x, y),
+            [*three(), TaskInferenceCallback("rotations")],
+            1,
+        )
     images_ = torch.randn(64, 1, 8, 8)
     for name in ("neither", "neither_mahalanobis"):
         with pytest.raises(ContinualError, match=rf"={name}: it needs .*pairs.*'odd' does not have"):

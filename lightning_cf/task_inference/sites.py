@@ -73,7 +73,7 @@ class Sites:
         number, owner = ledger.index(task), ledger.owner_of_units(structure)
         if ledger.tasks[number].phase == "learn":
             owner = torch.where(owner == FREE, number, owner)
-        readers = consumers(module, structure)
+        readers = [(name, use) for name, use in consumers(module, structure) if _is_seen(module, name)]
         hidden = []
         for group in structure.groups:
             for name, use in readers:
@@ -116,6 +116,12 @@ class Sites:
         return cls(state["inputs"], hidden, heads, state["outputs"].cpu(), chain)
 
 
+def _is_seen(module: nn.Module, name: str) -> bool:
+    """Whether what a weight's layer reads can be watched: within a recurrent layer nothing can."""
+    layer = dict(module.named_modules()).get(layer_of(name))
+    return not isinstance(layer, (nn.RNNBase, nn.RNNCellBase))
+
+
 def _first_layer(module: nn.Module, structure: Structure) -> str | None:
     """The weight of the first layer that reads the network's input and nothing else."""
     parameters = dict(module.named_parameters())
@@ -123,7 +129,12 @@ def _first_layer(module: nn.Module, structure: Structure) -> str | None:
         use = uses[0]
         if name in parameters and len(uses) == 1 and use.role == "weight" and parameters[name].ndim > 1:
             rows = use.target.numel() == use.target.shape[0]
-            if rows and bool((use.source == NO_UNIT).all()) and bool((use.target != NO_UNIT).any()):
+            if (
+                rows
+                and _is_seen(module, name)
+                and bool((use.source == NO_UNIT).all())
+                and bool((use.target != NO_UNIT).any())
+            ):
                 return name
     return None
 
