@@ -174,8 +174,15 @@ def learned(strategy, sequence, module, epochs=6, **options):
     return module
 
 
-@pytest.mark.parametrize("strategy", ["neither", "rotations"])
-@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}, {"precision": "bf16-true"}])
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("neither", {}),
+        ("rotations", {}),
+        ("neither", {"precision": "bf16-mixed"}),
+        ("rotations", {"precision": "bf16-true"}),
+    ],
+)
 def test_they_tell_tasks_apart_and_name_none(strategy, options):
     sequence = tasks(2)
     module = learned(strategy, sequence, classifier(), 12, **options)

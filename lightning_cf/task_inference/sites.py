@@ -128,13 +128,8 @@ def _first_layer(module: nn.Module, structure: Structure) -> str | None:
     for name, uses in structure.entries.items():
         use = uses[0]
         if name in parameters and len(uses) == 1 and use.role == "weight" and parameters[name].ndim > 1:
-            rows = use.target.numel() == use.target.shape[0]
-            if (
-                rows
-                and _is_seen(module, name)
-                and bool((use.source == NO_UNIT).all())
-                and bool((use.target != NO_UNIT).any())
-            ):
+            rows = use.target.numel() == use.target.shape[0] and _is_seen(module, name)
+            if rows and bool((use.source == NO_UNIT).all()) and bool((use.target != NO_UNIT).any()):
                 return name
     return None
 
