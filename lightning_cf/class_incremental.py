@@ -115,8 +115,8 @@ def _over(module: LightningModule, inference: TaskInference, task: Task, batches
     """What each strategy says of a task's test data."""
     parts: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in inference.strategies}
     for batch in batches:
-        forward = Kept(partial(predict, module, task, batch))
-        readout = inference.read(module, forward)
+        forward = Kept(partial(predict, module, task))
+        readout = inference.read(module, forward, batch)
         for name in inference.strategies:
             inferred = inference.infer(readout, name)
             best = inferred.scores.argmax(dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,8 @@ from lightning_cf.task_inference import (
     TaskInference,
     View,
     check_strategies,
-    read,
 )
+from lightning_cf.task_inference.inference import read_all, variants_of
 from lightning_cf.tasks import Task
 
 SAMPLES = 20_000
@@ -36,6 +36,18 @@ SAMPLES = 20_000
 
 CHOICES = ("auto", "statistics", "all")
 """What may stand for a strategy's name."""
+
+NEEDS = {
+    "chain": "a first layer that is linear and reads the input itself",
+    "first": "a first layer that is linear, reads the input itself and alone computes its units",
+    "hidden": "hidden units that a linear layer or convolution reads",
+    "inputs": "a linear layer or convolution that reads the input itself",
+    "samples": "(input, label) pairs, the input one tensor of several values a sample, and hidden units that a linear"
+    " layer or convolution reads",
+    "square": "(input, label) pairs, the input one tensor whose last two dimensions are equal, and hidden units that a"
+    " linear layer or convolution reads",
+}
+"""What a strategy may need of the network and of the batches."""
 
 ORDER = ("reconstruction_logits", "subspaces", "energy")
 """The best ones first, as measured in benchmarks; the first one is trained with the network."""
@@ -84,15 +96,10 @@ def choose_strategies(module: LightningModule, state: ContinualState, task: Task
             return ()
         return (best, *(name for name in possible if name != best)) if wanted == "all" else (best,)
     if wanted not in possible:
-        needs = {
-            "chain": "a first layer that is linear and reads the input itself",
-            "first": "a first layer that is linear, reads the input itself and alone computes its units",
-            "hidden": "hidden units that a linear layer or convolution reads",
-            "inputs": "a linear layer or convolution that reads the input itself",
-        }.get(STRATEGIES[wanted].needs, "")
+        needs = NEEDS.get(STRATEGIES[wanted].needs, "")
+        lacks = f"it needs {needs}, which {type(module).__name__} with task '{task.name}' does not have."
         raise ContinualError(
-            f"task_inference={wanted}: {reason or f'it needs {needs}, which {type(module).__name__} does not have.'}"
-            " Use task_inference=auto, which takes what the network allows."
+            f"task_inference={wanted}: {reason or lacks} Use task_inference=auto, which takes what the network allows."
         )
     return (wanted,)
 
@@ -114,6 +121,9 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     has = {"": True, "inputs": sites.inputs is not None, "hidden": bool(sites.hidden)}
     has["first"] = bool(sites.hidden) and sites.hidden[0].producer == sites.inputs is not None
     has["chain"] = bool(sites.chain) and pair and len(sites.hidden) >= len(sites.chain)
+    x = batch[0] if pair and isinstance(batch[0], Tensor) and len(batch[0]) == len(predictions) else torch.empty(0)
+    has["samples"] = bool(sites.hidden) and x.ndim > 1 and x[0].numel() > 1
+    has["square"] = has["samples"] and x.ndim > 2 and x.shape[-1] == x.shape[-2]
     return "", [name for name, strategy in STRATEGIES.items() if has[strategy.needs]]
 
 
@@ -130,7 +140,8 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState) ->
     sites = Sites.of(module, state.structure, state.ledger, task.name)
     with isolate_rng():
         training = view_of(module, task, sites, task.train_dataloader(), SAMPLES)
-        held_out = view_of(module, task, sites, task.judging_batches(), SAMPLES)
+        variants = variants_of(inference.strategies)
+        held_out = view_of(module, task, sites, task.judging_batches(), SAMPLES, variants)
     if training is None or held_out is None:
         warnings.warn(f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.", stacklevel=2)
         return
@@ -157,29 +168,34 @@ def highest_output(module: LightningModule, state: ContinualState, tasks: Iterab
 
 
 class Kept:
-    """A call whose result is kept.
+    """A function whose last result is kept.
 
     Args:
         function: what to call.
     """
 
-    def __init__(self, function: Callable[[], Any]) -> None:
+    def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
         self.found: Any = None
 
-    def __call__(self) -> None:
+    def __call__(self, batch: Any) -> None:
         """Calls it."""
-        self.found = self.function()
+        self.found = self.function(batch)
 
 
 def view_of(
-    module: LightningModule, task: Task, sites: Sites, batches: Iterable[Any], count: int
+    module: LightningModule,
+    task: Task,
+    sites: Sites,
+    batches: Iterable[Any],
+    count: int,
+    variants: Sequence[str] = (),
 ) -> tuple[View, Int64[Tensor, "samples"]] | None:
     """A task's view of some of its data, and the labels from 0 on; None where targets are no labels."""
     views, labels, seen = [], [], 0
     for batch in batches:
-        forward = Kept(partial(predict, module, task, batch))
-        readout = read(module, [sites], forward)
+        forward = Kept(partial(predict, module, task))
+        readout = read_all(module, [sites], forward, batch, variants)
         own = positions_of(task.classes or [], forward.found[1], len(readout.outputs))
         if own is None:
             return None
@@ -212,5 +228,5 @@ def predict_any(module: LightningModule, x: Any, strategy: str | None = None) ->
         )
     x = in_precision_of(module, x)
     with forward_context(module):
-        readout = inference.read(module, partial(call, module, x))
+        readout = inference.read(module, partial(call, module), x, strategy or inference.strategies[0])
     return inference.predict(readout, ledger.width, strategy)

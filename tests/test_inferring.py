@@ -53,7 +53,7 @@ def every():
     for task in sequence:
         fit(module, task, [*three(max_claim=0.3), TaskInferenceCallback("all")], 8)
         inference = inference_of(module.ledger)
-        readout = inference.read(module, lambda: module(x))
+        readout = inference.read(module, module, x)
         scores = {name: inference.infer(readout, name).scores[:, 0] for name in inference.strategies}
         seen.append((inference.tasks[0], scores))
     return module, sequence, seen
@@ -298,7 +298,7 @@ def test_a_head_that_no_batch_trains_says_so():
             x, y = batch
             return F.cross_entropy(self(torch.cat([x, x])), torch.cat([y, y]))
 
-    with pytest.warns(UserWarning, match="the head was never trained"):
+    with pytest.warns(UserWarning, match="the head of reconstruction was never trained"):
         fit(Twice(), tasks()[0], [*three(after=1.0), TaskInferenceCallback()], 1)
 
 

@@ -12,8 +12,13 @@ from torch import nn
 from lightning_cf import ContinualError
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, View, read
+from lightning_cf.task_inference.combined import Sum
+from lightning_cf.task_inference.neither import Neither
 from lightning_cf.task_inference.reconstruction import Reconstruction
+from lightning_cf.task_inference.rotations import Rotations
 from lightning_cf.task_inference.statistics import InputSubspaces, LocalSubspaces, Mahalanobis
+from lightning_cf.task_inference.trained import heads_of
+from lightning_cf.task_inference.variants import VARIANTS
 from lightning_cf.tracing import trace
 
 
@@ -159,6 +164,89 @@ def test_a_head_starts_at_the_mean_of_each_class():
         torch.testing.assert_close(fitted["mean"][label], seen.inputs[labels() == label].mean(dim=0))
 
 
+def turned(classes=2):
+    """A view with views of strange and of rotated inputs; only some of the units are the task's own."""
+    names = ["strange", *VARIANTS]
+    others = {name: view(9 if name == "strange" else 40, classes=classes, seed=n + 1) for n, name in enumerate(names)}
+    own = (torch.tensor([True, False, True, True, False]), torch.tensor([False, True, True, False]))
+    others = {name: replace(other, own=own) for name, other in others.items()}
+    return replace(view(classes=classes), own=own, others=others)
+
+
+def linear(fitted, seen, n):
+    """The outputs of a head for one sample."""
+    h = torch.cat([hidden[n][own] for hidden, own in zip(seen.hidden, seen.own, strict=True)])
+    return (h[:, None] * fitted["weight"]).sum(dim=0) + fitted["bias"]
+
+
+def drawn(strategy, seen, classes):
+    fitted = strategy.begin(seen, labels(), classes, 1.0, torch.Generator())
+    assert all(bool((value == 0).all()) for value in fitted.values())
+    g = torch.Generator().manual_seed(4)
+    return {name: torch.randn(value.shape, generator=g) for name, value in fitted.items()}
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_neither_equals_the_formulas(classes):
+    strategy, seen = Neither(), turned(classes)
+    fitted = drawn(strategy, seen, classes)
+    assert fitted["weight"].shape == (5, 1)
+    odds, losses = [], []
+    for n in range(40):
+        known, none = seen.logits[n].exp().sum(), linear(fitted, seen, n).exp()[0]
+        odds.append((known / none).log())
+        losses.append(-(seen.logits[n, n % classes].exp() / (known + none)).log())
+    torch.testing.assert_close(strategy.score(fitted, seen), torch.stack(odds), rtol=1e-4, atol=1e-5)
+    strange, missed = seen.others["strange"], []
+    for n in range(9):
+        known, none = strange.logits[n].exp().sum(), linear(fitted, strange, n).exp()[0]
+        missed.append(-(none / (known + none)).log())
+    expected = (torch.stack(losses).mean() + torch.stack(missed).mean()) / 2
+    target = labels(classes=classes)
+    torch.testing.assert_close(strategy.loss(fitted, seen, target), expected, rtol=1e-4, atol=1e-5)
+    without = replace(seen, others={"strange": strange.part(slice(0))})
+    torch.testing.assert_close(strategy.loss(fitted, without, target), torch.stack(losses).mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_rotations_equal_the_formulas(classes):
+    strategy, once, seen = Rotations(), Rotations("once", ensemble=False), turned(classes)
+    fitted = drawn(strategy, seen, classes)
+    assert fitted["weight"].shape == (5, 4 * classes)
+    views = [seen, *(seen.others[name] for name in VARIANTS)]
+    logs = torch.stack([torch.stack([linear(fitted, v, n).log_softmax(0) for v in views]) for n in range(40)])
+    found = [[logs[n, range(4), range(4 * c, 4 * c + 4)].mean() for c in range(classes)] for n in range(40)]
+    expected = torch.tensor(found).amax(dim=1)
+    torch.testing.assert_close(strategy.score(fitted, seen), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(once.score(fitted, seen), logs[:, 0, ::4].amax(dim=1), rtol=1e-4, atol=1e-5)
+    own = torch.stack([-logs[n, k, 4 * (n % classes) + k] for n in range(40) for k in range(4)]).mean()
+    torch.testing.assert_close(strategy.loss(fitted, seen, labels(classes=classes)), own, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sum_keeps_the_head_of_a_part_and_wants_what_the_part_wants():
+    seen = turned()
+    both = Sum("both", [Rotations(), Mahalanobis()])
+    fitted = drawn(Rotations(), seen, 2)
+    kept = both.keep(seen, labels(), 2, seen, {"rotations": fitted})
+    assert both.variants == tuple(VARIANTS)
+    assert both.needs == "square"
+    assert torch.equal(kept["rotations.weight"], fitted["weight"])
+    a, b = Rotations().score(fitted, seen), Mahalanobis().score(Mahalanobis().fit(seen, labels(), 2, seen), seen)
+    expected = (a - a.mean()) / a.std(correction=0) + (b - b.mean()) / b.std(correction=0)
+    torch.testing.assert_close(both.score(kept, seen), expected, rtol=1e-4, atol=1e-4)
+    assert [head.head for head in heads_of([both, *STRATEGIES.values()])] == ["rotations", "reconstruction", "neither"]
+
+
+def test_views_of_changed_inputs_are_cut_and_joined_with_the_view():
+    seen = turned()
+    seen = replace(seen, others={name: other for name, other in seen.others.items() if name != "strange"})
+    parts = [seen.part(torch.arange(40) < 15), seen.part(slice(15, 40))]
+    again = View.joined(parts)
+    for one, other in zip(again.others.values(), seen.others.values(), strict=True):
+        assert torch.equal(one.logits, other.logits)
+        assert torch.equal(one.hidden[1], other.hidden[1])
+
+
 def network(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Flatten(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
@@ -227,6 +315,10 @@ def test_a_partition_takes_rows_away_from_a_head_and_changes_none():
     assert torch.equal(narrowed["top"], fitted["top"][:, [1, 2]])
     assert torch.equal(narrowed["below"], fitted["below"][:, [0, 1, 3]])
     assert before.chain
+    linear = {"weight": torch.randn(9, 3), "bias": torch.randn(3)}
+    less = Rotations().narrowed(linear, learning, after)
+    assert torch.equal(less["weight"], linear["weight"][kept])
+    assert torch.equal(less["bias"], linear["bias"])
 
 
 def test_no_head_goes_back_through_layers_that_are_not_linear():

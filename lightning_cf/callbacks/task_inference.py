@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 
+from lightning_cf.callbacks.heads import Heads
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.contexts import seeded
 from lightning_cf.errors import ContinualError, check_choice
@@ -21,30 +18,28 @@ from lightning_cf.inferring import (
     choose_strategies,
     inference_of,
     keep_inference,
-    positions_of,
     view_of,
 )
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.state import ContinualState, state_of
-from lightning_cf.structure import layer_of
-from lightning_cf.task_inference import STRATEGIES, Readout, Sites, TaskInference, View
-from lightning_cf.task_inference.reconstruction import Reconstruction
+from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference
+from lightning_cf.task_inference.trained import heads_of
 from lightning_cf.tasks import Task
 
 
 class TaskInferenceCallback(ContinualCallback):
     """Keeps of each task what its inputs look like to its sub-network, so that predictions need no task's name.
 
-    Most strategies take statistics when a task is sealed. The reconstruction head is trained while the claimed units
-    train on (INVARIANCE): its loss is added to whatever loss the module has, at the network's outputs, so that any
+    Most strategies take statistics when a task is sealed. Others have a head (``task_inference.trained``) that trains
+    with the task's units: its loss is added to whatever loss the module has, at the network's outputs, so that any
     loop works; it has an optimiser of its own. What is kept goes into checkpoints with the ledger.
 
     Args:
         strategy: the name of one of ``lightning_cf.task_inference.STRATEGIES``; ``"auto"`` takes the best that the
             network allows, ``"statistics"`` the best of those that leave training as it is, ``"all"`` fits every one.
-        weight: of the head's loss beside the module's own.
-        lr: the head's learning rate in INVARIANCE, which falls along a cosine; a quarter of it while the task learns.
-        seed: the head's first values depend on (seed, task) and nothing else.
+        weight: of the heads' loss beside the module's own.
+        lr: the heads' learning rate in INVARIANCE, which falls along a cosine; a quarter of it while the task learns.
+        seed: the heads' first values depend on (seed, task) and nothing else.
     """
 
     def __init__(self, strategy: str = "auto", *, weight: float = 3.0, lr: float = 0.008, seed: int = 0) -> None:
@@ -54,7 +49,7 @@ class TaskInferenceCallback(ContinualCallback):
         for name, value in (("weight", weight), ("lr", lr)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ContinualError(f"task_inference: {name} must be above 0, got {value!r}.")
-        self._heads: _Heads | None = None
+        self._heads: Heads | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the task; chooses strategies at the first one."""
@@ -71,7 +66,8 @@ class TaskInferenceCallback(ContinualCallback):
         if self._heads is None or self._heads.revision != state.ledger.revision:
             self._begin(trainer, pl_module, state)
         if self._heads is not None:
-            self._heads.labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+            where = (state.ledger.current.phase, trainer.fit_loop.total_batch_idx, trainer.global_rank)
+            self._heads.begin_batch(batch, (self.seed, state.ledger.current.name, "task inference", *where))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Scales the heads' loss as the module's own is scaled."""
@@ -86,7 +82,7 @@ class TaskInferenceCallback(ContinualCallback):
     ) -> None:
         """The heads take a step where the module took one."""
         if self._heads is not None:
-            self._heads.labels = None
+            self._heads.end_batch()
             if trainer.global_step > self._heads.stepped:
                 self._heads.stepped = trainer.global_step
                 self._heads.step(trainer)
@@ -99,10 +95,11 @@ class TaskInferenceCallback(ContinualCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the heads into the ledger, where the seal finds them."""
         self._keep(pl_module)
-        if self._heads is not None and not self._heads.attached:
+        idle = [] if self._heads is None else self._heads.idle()
+        if idle:
             warnings.warn(
-                "task_inference: the head was never trained: no batch of (input, label) pairs met a forward pass over"
-                " as many samples. Use a strategy that is not trained, such as subspaces.",
+                f"task_inference: the head of {' and '.join(idle)} was never trained: no batch of (input, label) pairs"
+                " met a forward pass over as many samples. Use a strategy that is not trained, such as subspaces.",
                 stacklevel=2,
             )
         self._release()
@@ -126,8 +123,8 @@ class TaskInferenceCallback(ContinualCallback):
         task = task_of(trainer, type(self).__name__)
         if inference is None or task.classes is None:
             return
-        names = [name for name in inference.strategies if isinstance(STRATEGIES[name], Reconstruction)]
-        if not names:
+        strategies = heads_of(STRATEGIES[name] for name in inference.strategies)
+        if not strategies:
             return
         sites = Sites.of(module, state.structure, state.ledger, task.name)
         with seeded(self.seed, task.name, "task inference"):
@@ -135,27 +132,26 @@ class TaskInferenceCallback(ContinualCallback):
         if found is None:
             return
         view, labels = found
-        assert view.inputs is not None
-        if not inference.unit:
+        if not inference.unit and view.inputs is not None:
             inference.unit = float(view.inputs.var(dim=0).mean().clamp_min(1e-12))
             if trainer.world_size > 1:
                 inference.unit = trainer.strategy.broadcast(inference.unit)
-        generator = keyed_generator(self.seed, task.name, "task inference")
-        strategy = STRATEGIES[names[0]]
-        assert isinstance(strategy, Reconstruction)
-        trained, before = inference.training.get(names[0]), inference.training_sites
-        if trained is None or before is None:
-            trained = strategy.begin(view, labels, len(task.classes), inference.unit, generator)
-        else:
-            trained = strategy.narrowed(trained, before, sites)
-        if trainer.world_size > 1:
-            trained = trainer.strategy.broadcast({name: value.cpu() for name, value in trained.items()})
+        values = {}
+        for strategy in strategies:
+            trained, before = inference.training.get(strategy.head), inference.training_sites
+            if trained is None or before is None:
+                generator = keyed_generator(self.seed, task.name, "task inference")
+                trained = strategy.begin(view, labels, len(task.classes), inference.unit, generator)
+            else:
+                trained = strategy.narrowed(trained, before, sites)
+            if trainer.world_size > 1:
+                trained = trainer.strategy.broadcast({name: value.cpu() for name, value in trained.items()})
+            values[strategy.head] = trained
         steps = int(min(trainer.estimated_stepping_batches, 10**9)) - trainer.global_step
         learns = state.ledger.current is not None and state.ledger.current.phase == "learn"
         lr = self.lr / 4 if learns else self.lr  # where all free units train, the higher rate now and then kills them
-        self._heads = _Heads(module, sites, strategy, trained, list(task.classes), lr, max(1, steps))
-        self._heads.names, self._heads.revision = names, state.ledger.revision
-        self._heads.stepped = trainer.global_step
+        self._heads = Heads(module, task, sites, strategies, values, lr, max(1, steps))
+        self._heads.revision, self._heads.stepped = state.ledger.revision, trainer.global_step
         state.collect = partial(self._keep, module)
         keep_inference(state.ledger, inference)
 
@@ -164,7 +160,7 @@ class TaskInferenceCallback(ContinualCallback):
         if self._heads is not None and state is not None and state.ledger.current is not None:
             inference = inference_of(state.ledger)
             if inference is not None:
-                inference.training = {name: self._heads.values() for name in self._heads.names}
+                inference.training = self._heads.values()
                 inference.training_sites = self._heads.sites
                 keep_inference(state.ledger, inference)
 
@@ -182,104 +178,3 @@ def prepare(module: LightningModule, state: ContinualState, task: Task, wanted: 
     if state.ledger.inference is None:
         names = choose_strategies(module, state, task, wanted)
         keep_inference(state.ledger, TaskInference(names))
-
-
-class _Heads:
-    """The reconstruction head of the current task, in training: added to the loss by the last layer's output."""
-
-    def __init__(
-        self,
-        module: LightningModule,
-        sites: Sites,
-        strategy: Reconstruction,
-        values: dict[str, Tensor],
-        classes: list[int],
-        lr: float,
-        steps: int,
-    ) -> None:
-        self.module, self.sites, self.strategy, self.classes = module, sites, strategy, classes
-        self.fixed = {"unit": values["unit"].to(module.device)}
-        given = {name: value.detach().clone().to(module.device) for name, value in values.items() if name != "unit"}
-        self.trained = {name: nn.Parameter(value) for name, value in given.items()}
-        self.optimizer = torch.optim.Adam(self.trained.values(), lr=lr)
-        warm = max(1, min(50, steps // 20))
-        self.schedule = LambdaLR(
-            self.optimizer, lambda i: min((i + 1) / warm, 0.5 * (1 + math.cos(math.pi * min(i, steps) / steps)) + 1e-3)
-        )
-        self.names: list[str] = []
-        self.revision, self.stepped = -1, 0
-        self.labels: Any = None
-        self.scale, self.unscale = 0.0, 1.0
-        self.attached = False
-        self.seen: dict[str, Tensor] = {}
-        self.hooks = ExitStack()
-        self.watched = {sites.inputs or "", *(site.weight for site in sites.hidden[: len(sites.chain)])}
-        for name in self.watched:
-            layer = module.get_submodule(layer_of(name))
-            self.hooks.callback(layer.register_forward_pre_hook(partial(self._see, name)).remove)
-        for path in sites.heads:
-            self.hooks.callback(module.get_submodule(path).register_forward_hook(self._attach).remove)
-
-    def values(self) -> dict[str, Tensor]:
-        """What is trained and what goes with it."""
-        return {**{name: p.detach().clone() for name, p in self.trained.items()}, **self.fixed}
-
-    def step(self, trainer: Trainer) -> None:
-        """A step of the head's own optimiser, on gradients averaged over processes."""
-        for parameter in self.trained.values():
-            if parameter.grad is not None:
-                parameter.grad /= self.unscale
-                if trainer.world_size > 1:
-                    parameter.grad = trainer.strategy.reduce(parameter.grad, reduce_op="mean")
-        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        if gradients and all(bool(gradient.isfinite().all()) for gradient in gradients):
-            self.optimizer.step()
-            self.schedule.step()
-        self.optimizer.zero_grad()
-
-    def _see(self, name: str, layer: nn.Module, inputs: Any) -> None:
-        if self.labels is not None and torch.is_grad_enabled():
-            self.seen[name] = inputs[0] if isinstance(layer, nn.Linear) else inputs[0].movedim(1, -1)
-
-    def _attach(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        seen, self.seen = self.seen, {}
-        if not torch.is_grad_enabled() or not self.watched <= seen.keys():
-            return None
-        labels = positions_of(self.classes, self.labels, len(output))
-        if labels is None:
-            return None
-        with torch.autocast(output.device.type, enabled=False):
-            read = {n: x.float().reshape(len(output), -1, x.shape[-1]).mean(1) for n, x in seen.items()}
-            readout = Readout(
-                seen[self.sites.inputs or ""].float().reshape(len(output), -1),
-                read,
-                output.new_zeros(len(output), int(self.sites.outputs.max()) + 1, dtype=torch.float32),
-                dict(self.module.named_parameters()),
-            )
-            partial_sites = Sites(
-                self.sites.inputs,
-                self.sites.hidden[: len(self.sites.chain)],
-                self.sites.heads,
-                self.sites.outputs,
-                self.sites.chain,
-            )
-            loss = self.strategy.loss({**self.trained, **self.fixed}, View.of(readout, partial_sites), labels)
-        self.attached = True
-        attached: Tensor = _Attached.apply(output, loss, self)  # type: ignore[no-untyped-call]
-        return attached
-
-
-class _Attached(torch.autograd.Function):
-    """Gives its input on, and a gradient of its own to a loss: so a loss joins another one in any loop."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, loss: Tensor, owner: _Heads) -> Tensor:
-        """Its input."""
-        ctx.owner, ctx.dtype = owner, loss.dtype
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        """The gradient, and the scale of the loss that joined."""
-        (gradient,) = gradients
-        return gradient, torch.tensor(ctx.owner.scale, dtype=ctx.dtype, device=gradient.device), None

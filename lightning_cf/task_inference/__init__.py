@@ -2,7 +2,8 @@
 
 from lightning_cf.task_inference.combined import STRATEGIES
 from lightning_cf.task_inference.inference import Inferred, Known, Prediction, TaskInference, check_strategies
-from lightning_cf.task_inference.readout import Readout, Sites, View, read
+from lightning_cf.task_inference.readout import Readout, View, read
+from lightning_cf.task_inference.sites import Sites
 from lightning_cf.task_inference.strategies import Strategy
 
 __all__ = [

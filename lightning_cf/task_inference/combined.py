@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from lightning_cf.task_inference.neither import Neither
 from lightning_cf.task_inference.readout import View
 from lightning_cf.task_inference.reconstruction import Reconstruction
+from lightning_cf.task_inference.rotations import Rotations
 from lightning_cf.task_inference.statistics import (
     FirstLayer,
     InputGaussian,
@@ -32,12 +34,20 @@ class Sum(Strategy):
         self.name = name  # type: ignore[misc]
         self.parts = list(parts)
         self.needs = next((part.needs for part in parts if part.needs), "")  # type: ignore[misc]
+        self.variants = tuple(dict.fromkeys(name for part in parts for name in part.variants))
 
-    def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
+    def keep(
+        self,
+        view: View,
+        labels: Int64[Tensor, "samples"],
+        classes: int,
+        held_out: View,
+        trained: Mapping[str, Fitted],
+    ) -> dict[str, Tensor]:
         """What each part keeps, and the mean and deviation of its score."""
         found: dict[str, Tensor] = {}
         for part in self.parts:
-            fitted = part.fit(view, labels, classes, held_out)
+            fitted = part.keep(view, labels, classes, held_out, trained)
             score = part.score(fitted, held_out)
             scale = torch.stack([score.mean(), score.std(correction=0).clamp_min(1e-6)])
             found |= {f"{part.name}.{key}": value for key, value in {**fitted, "calibration": scale}.items()}
@@ -68,6 +78,10 @@ STRATEGIES: dict[str, Strategy] = {
         Sum("subspaces_energy", [LocalSubspaces(), Energy()]),
         Reconstruction(),
         Reconstruction("reconstruction_logits", 0.02),
+        Neither(),
+        Sum("neither_mahalanobis", [Neither(), Mahalanobis()]),
+        Rotations(),
+        Rotations("rotations_once", ensemble=False),
         InputGaussian(),
         InputSubspaces(),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.task_inference.combined import STRATEGIES
-from lightning_cf.task_inference.readout import Readout, Sites, View, read
-from lightning_cf.task_inference.reconstruction import Reconstruction
+from lightning_cf.task_inference.readout import Readout, View, read
+from lightning_cf.task_inference.sites import Sites
+from lightning_cf.task_inference.trained import heads_of
+from lightning_cf.task_inference.variants import changed
 
 REJECTED = 0.01
 """Share of a task's own held-out inputs that its threshold takes for none of the known ones."""
@@ -79,7 +82,7 @@ class TaskInference:
         strategies: names of those that are fitted; the first one predicts.
         tasks: what is kept of each, in the order in which they were learned.
         unit: the variance of the first task's input, in which residuals are measured; 0 before it is known.
-        training: by strategy, what is trained with the current task.
+        training: by head (see ``trained``), what is trained with the current task.
         training_sites: where that looks.
     """
 
@@ -106,13 +109,14 @@ class TaskInference:
             held_out: its view of held-out data, which calibrates.
         """
         view, labels = training
+        trained = {}
+        for head in heads_of(STRATEGIES[name] for name in self.strategies):
+            if head.head in self.training and self.training_sites is not None:
+                values = head.narrowed(self.training[head.head], self.training_sites, known.sites)
+                trained[head.head] = {key: value.to(view.logits.device) for key, value in values.items()}
         for name in self.strategies:
             strategy = STRATEGIES[name]
-            trained = self.training.get(name, {})
-            if isinstance(strategy, Reconstruction) and self.training_sites is not None:
-                trained = strategy.narrowed(trained, self.training_sites, known.sites)
-            trained = {key: value.to(view.logits.device) for key, value in trained.items()}
-            fitted = {**strategy.fit(view, labels, len(known.classes), held_out), **trained}
+            fitted = strategy.keep(view, labels, len(known.classes), held_out, trained)
             score = strategy.score(fitted, held_out)
             known.fitted[name] = {key: value.detach().cpu() for key, value in fitted.items()}
             spread = score.std(correction=0).clamp_min(1e-6)
@@ -171,9 +175,17 @@ class TaskInference:
         tasks = best.masked_fill(best == none, -1)
         return Prediction(classes, probabilities, tasks, inferred.scores.amax(dim=1))
 
-    def read(self, module: nn.Module, run: Callable[[], Any]) -> Readout:
-        """Runs the network on a batch and reads what the known tasks look at."""
-        return read(module, [task.sites for task in self.tasks], run)
+    def read(self, module: nn.Module, run: Callable[[Any], Any], batch: Any, strategy: str | None = None) -> Readout:
+        """Runs the network on a batch, and on what else the strategies want of it, and reads what the tasks look at.
+
+        Args:
+            module: the network.
+            run: runs it on a batch.
+            batch: an input, or a tuple whose first is the input.
+            strategy: the one that will be asked, if it is one only.
+        """
+        names = self.strategies if strategy is None else (strategy,)
+        return read_all(module, [task.sites for task in self.tasks], run, batch, variants_of(names))
 
     def stored_floats(self, strategy: str | None = None) -> int:
         """How many numbers a strategy keeps beside the network, of all tasks together."""
@@ -219,6 +231,29 @@ class TaskInference:
         training = {name: {k: v.cpu() for k, v in trained.items()} for name, trained in state["training"].items()}
         sites = None if state["training_sites"] is None else Sites.from_state_dict(state["training_sites"])
         return cls(tuple(state["strategies"]), tasks, state["unit"], training, sites)
+
+
+def variants_of(names: Sequence[str]) -> tuple[str, ...]:
+    """The changes of the input that some strategies look at; names that there are not have none."""
+    known = [STRATEGIES[name] for name in names if name in STRATEGIES]
+    return tuple(dict.fromkeys(variant for strategy in known for variant in strategy.variants))
+
+
+def read_all(
+    module: nn.Module, tasks: Sequence[Sites], run: Callable[[Any], Any], batch: Any, variants: Sequence[str]
+) -> Readout:
+    """What a network shows of a batch, and of the batch with its input changed.
+
+    Args:
+        module: the network.
+        tasks: what to look at.
+        run: runs the network on a batch.
+        batch: an input, or a tuple whose first is the input.
+        variants: names of the changes.
+    """
+    others = {name: read(module, tasks, partial(run, changed(batch, name))) for name in variants}
+    others = {name: replace(other, inputs=None) for name, other in others.items()}
+    return replace(read(module, tasks, partial(run, batch)), others=others)
 
 
 def check_strategies(names: Sequence[str]) -> None:

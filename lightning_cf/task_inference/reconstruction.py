@@ -12,8 +12,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_cf.task_inference.readout import Sites, View
-from lightning_cf.task_inference.strategies import Fitted, Strategy, TaskScores
+from lightning_cf.task_inference.readout import View
+from lightning_cf.task_inference.sites import Sites
+from lightning_cf.task_inference.strategies import Fitted, TaskScores
+from lightning_cf.task_inference.trained import Trained, own_places, own_units, places
 
 SHARPNESS = 8.0
 """Probabilities fall with this power of the residual."""
@@ -22,7 +24,7 @@ LEAK = 0.1
 """Slope below zero in the decoder: without one, its units die for good where the network learns at a high rate."""
 
 
-class Reconstruction(Strategy):
+class Reconstruction(Trained):
     """The residual of the class that gives the input back best.
 
     For class ``c``, with ``h`` the task's own units of the first two layers (of the first, where there is one)::
@@ -41,7 +43,7 @@ class Reconstruction(Strategy):
         code: how many numbers the code of a class has.
     """
 
-    raw, needs = True, "chain"
+    head, fixed, raw, needs = "reconstruction", ("unit",), True, "chain"
 
     def __init__(self, name: str = "reconstruction", logits: float = 0.0, code: int = 14) -> None:
         self.name = name  # type: ignore[misc]
@@ -50,17 +52,9 @@ class Reconstruction(Strategy):
     def begin(
         self, view: View, labels: Int64[Tensor, "samples"], classes: int, unit: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Starting values of what is trained, and the unit.
-
-        Args:
-            view: the task's view of some of its training data.
-            labels: of these, from 0 on.
-            classes: how many there are.
-            unit: the variance of the first task's input.
-            generator: what the values depend on, with the sizes.
-        """
+        """Random weights, the mean of each class, zeros, and the unit."""
         assert view.inputs is not None
-        own, top = _own(view).shape[1], len(view.chain[-1])
+        own, top = own_units(view, len(view.chain)).shape[1], len(view.chain[-1])
 
         def drawn(*shape: int) -> Tensor:
             values: Tensor = torch.randn(shape, generator=generator) / shape[-2] ** 0.5
@@ -83,26 +77,15 @@ class Reconstruction(Strategy):
         return found
 
     def narrowed(self, fitted: Fitted, before: Sites, after: Sites) -> dict[str, Tensor]:
-        """What was trained while all free units were the task's own, less what its partition took away.
-
-        Args:
-            fitted: as trained.
-            before: where it looked.
-            after: where it is to look.
-        """
-        encoder, start = [], 0
-        for old, new in zip(before.hidden[: len(before.chain)], after.hidden[: len(after.chain)], strict=True):
-            own = old.columns[old.own]
-            encoder.append(start + _places(own, new.columns[new.own]))
-            start += len(own)
+        """Without what belongs to units that are no more the task's own, or that it may no more read."""
         found = {
             **fitted,
-            "encoder": fitted["encoder"][:, torch.cat(encoder)],
-            "decoder": fitted["decoder"][:, :, _places(before.chain[-1].rows, after.chain[-1].rows)],
-            "top": fitted["top"][:, _places(before.chain[-1].rows, after.chain[-1].rows)],
+            "encoder": fitted["encoder"][:, own_places(before, after, len(before.chain))],
+            "decoder": fitted["decoder"][:, :, places(before.chain[-1].rows, after.chain[-1].rows)],
+            "top": fitted["top"][:, places(before.chain[-1].rows, after.chain[-1].rows)],
         }
         if "below" in fitted:
-            found["below"] = fitted["below"][:, _places(before.chain[0].rows, after.chain[0].rows)]
+            found["below"] = fitted["below"][:, places(before.chain[0].rows, after.chain[0].rows)]
         return found
 
     def loss(self, fitted: Fitted, view: View, labels: Int64[Tensor, "samples"]) -> Float[Tensor, ""]:
@@ -135,20 +118,9 @@ class Reconstruction(Strategy):
         return torch.cat([known[:, None] * tasks, 1 - known[:, None]], dim=1)
 
 
-def _places(among: Int64[Tensor, "_"], wanted: Int64[Tensor, "_"]) -> Int64[Tensor, "_"]:
-    """Where the wanted numbers stand among others, which are in ascending order."""
-    return torch.searchsorted(among, wanted)
-
-
-def _own(view: View) -> Float[Tensor, "batch units"]:
-    """The task's own units in the layers of the chain."""
-    pairs = list(zip(view.hidden, view.own, strict=True))[: len(view.chain)]
-    return torch.cat([hidden[:, own] for hidden, own in pairs], dim=1)
-
-
 def _residual(fitted: Fitted, view: View, label: int) -> Float[Tensor, "batch"]:
     assert view.inputs is not None
-    code = _own(view) @ fitted["encoder"][label] + fitted["code"][label]
+    code = own_units(view, len(view.chain)) @ fitted["encoder"][label] + fitted["code"][label]
     x = F.leaky_relu(code @ fitted["decoder"][label] + fitted["top"][label], LEAK)
     if len(view.chain) > 1:
         x = F.leaky_relu(x @ view.chain[1] + fitted["below"][label], LEAK)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -25,12 +25,18 @@ class Strategy(ABC):
         name: what configurations and results call it.
         raw: whether the scores of all tasks share a unit, so that they are compared as they are; else each task's are
             brought to mean 0 and deviation 1 over held-out data of its own.
-        needs: "", or what of the network the strategy cannot do without: "inputs", "hidden", "first" or "chain".
+        needs: "", or what of the network and the data the strategy cannot do without: "inputs", "hidden", "first",
+            "chain", "samples" or "square" (``inferring.NEEDS`` says what each means).
+        variants: names of the changes of the input (``variants.VARIANTS``) that its score looks at, beside the input
+            as it stands; each is a further forward pass at test time.
+        parts: the strategies that it consists of.
     """
 
     name: ClassVar[str]
     raw: ClassVar[bool] = False
     needs: ClassVar[str] = ""
+    variants: tuple[str, ...] = ()
+    parts: Sequence[Strategy] = ()
 
     def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
         """What to keep of a task, found on its data once it is sealed.
@@ -42,6 +48,17 @@ class Strategy(ABC):
             held_out: its view of data that it was not trained on.
         """
         return {}
+
+    def keep(
+        self,
+        view: View,
+        labels: Int64[Tensor, "samples"],
+        classes: int,
+        held_out: View,
+        trained: Mapping[str, Fitted],
+    ) -> dict[str, Tensor]:
+        """What to keep of a task: what is fitted, with what was trained, by head (see ``trained``)."""
+        return self.fit(view, labels, classes, held_out)
 
     @abstractmethod
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:

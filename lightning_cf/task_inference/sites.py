@@ -1,0 +1,190 @@
+"""Where a task's scores may look: its input, the hidden units that it may read, its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor, nn
+
+from lightning_cf.claim_folding import consumers, input_units
+from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.structure import NO_UNIT, Structure, layer_of
+
+DEPTH = 2
+"""How many layers of a chain are kept."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a task sees hidden units: in what the layer with some weight reads.
+
+    Attributes:
+        weight: name of that weight.
+        columns: the input columns (Linear) or channels (convolution) that hold units of this task or of earlier ones.
+        own: which of these are the task's own.
+        producer: name of the weight of the only layer that computes these units, where it is linear; else None.
+        rows: rows of that layer that hold units of this task or of earlier ones.
+    """
+
+    weight: str
+    columns: Int64[Tensor, "columns"]
+    own: Bool[Tensor, "columns"]
+    producer: str | None
+    rows: Int64[Tensor, "rows"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A part of a linear layer's weight, by which its units can be led back to what they read.
+
+    Attributes:
+        weight: its name.
+        rows: those of units that the task may read; of the last layer in a chain, of its own.
+        columns: those that hold units which the task may read, or the network's input.
+    """
+
+    weight: str
+    rows: Int64[Tensor, "rows"]
+    columns: Int64[Tensor, "columns"]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Everything that a task's scores may look at.
+
+    Attributes:
+        inputs: name of the first layer's weight, which reads the network's input itself; None where no linear layer
+            or convolution does.
+        hidden: one a group of units, in the order of the forward pass.
+        heads: path of each output layer, with the output columns that it computes.
+        outputs: the task's own output columns, one a class.
+        chain: linear layers from the input on, each of which reads the units of the one before and nothing else.
+    """
+
+    inputs: str | None
+    hidden: tuple[Site, ...]
+    heads: Mapping[str, Int64[Tensor, "_"]]
+    outputs: Int64[Tensor, "classes"]
+    chain: tuple[Link, ...] = ()
+
+    @classmethod
+    def of(cls, module: nn.Module, structure: Structure, ledger: NeuronLedger, task: str) -> Sites:
+        """Finds them for a task that has its claim, or that learns: then all free units are its own."""
+        number, owner = ledger.index(task), ledger.owner_of_units(structure)
+        if ledger.tasks[number].phase == "learn":
+            owner = torch.where(owner == FREE, number, owner)
+        readers = [(name, use) for name, use in consumers(module, structure) if _is_seen(module, name)]
+        hidden = []
+        for group in structure.groups:
+            for name, use in readers:
+                source = input_units(use)
+                inside = (source >= group.first) & (source < group.first + group.size)
+                if len(source[inside].unique()) == group.size:
+                    owners = owner[source.clamp_min(0)]
+                    columns = (inside & (owners >= 0) & (owners <= number)).nonzero().flatten()
+                    producer, rows = _producer(module, structure, group.first, group.size)
+                    held = owner[rows]
+                    rows = ((held >= 0) & (held <= number)).nonzero().flatten()
+                    hidden.append(Site(name, columns, owners[columns] == number, producer, rows))
+                    break
+        heads = cls.output_layers(structure)
+        first, outputs = _first_layer(module, structure), torch.tensor(ledger.reserved[task])
+        return cls(first, tuple(hidden), heads, outputs, _chain(module, structure, owner, number, first))
+
+    @staticmethod
+    def output_layers(structure: Structure) -> dict[str, Int64[Tensor, "_"]]:
+        """Path of each layer that computes outputs, with its output columns."""
+        found = {}
+        for layer in structure.head.layers:
+            columns = structure.entries[f"{layer}.weight"][0].target.flatten() - structure.head.first
+            found[layer] = columns[columns >= 0]
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain containers and tensors."""
+        return {
+            "inputs": self.inputs,
+            "hidden": [(s.weight, s.columns, s.own, s.producer, s.rows) for s in self.hidden],
+            "heads": dict(self.heads),
+            "outputs": self.outputs,
+            "chain": [(link.weight, link.rows, link.columns) for link in self.chain],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Sites:
+        """What :meth:`state_dict` described."""
+        hidden = tuple(
+            Site(weight, columns.cpu(), own.cpu(), producer, rows.cpu())
+            for weight, columns, own, producer, rows in state["hidden"]
+        )
+        heads = {path: columns.cpu() for path, columns in state["heads"].items()}
+        chain = tuple(Link(weight, rows.cpu(), columns.cpu()) for weight, rows, columns in state["chain"])
+        return cls(state["inputs"], hidden, heads, state["outputs"].cpu(), chain)
+
+
+def _is_seen(module: nn.Module, name: str) -> bool:
+    """Whether what a weight's layer reads can be watched: within a recurrent layer nothing can."""
+    layer = dict(module.named_modules()).get(layer_of(name))
+    return not isinstance(layer, (nn.RNNBase, nn.RNNCellBase))
+
+
+def _first_layer(module: nn.Module, structure: Structure) -> str | None:
+    """The weight of the first layer that reads the network's input and nothing else."""
+    parameters = dict(module.named_parameters())
+    for name, uses in structure.entries.items():
+        use = uses[0]
+        if name in parameters and len(uses) == 1 and use.role == "weight" and parameters[name].ndim > 1:
+            rows = use.target.numel() == use.target.shape[0] and _is_seen(module, name)
+            if rows and bool((use.source == NO_UNIT).all()) and bool((use.target != NO_UNIT).any()):
+                return name
+    return None
+
+
+def _producer(
+    module: nn.Module, structure: Structure, first: int, size: int
+) -> tuple[str | None, Int64[Tensor, "rows"]]:
+    """The only layer that computes a group's units, if it is linear, and the unit of each of its rows."""
+    layers, found = dict(module.named_modules()), []
+    for name, uses in structure.entries.items():
+        target = uses[0].target.flatten()
+        if uses[0].role == "weight" and bool(((target >= first) & (target < first + size)).any()):
+            found.append((name, target))
+    if len(found) == 1:
+        ((name, target),) = found
+        units = torch.arange(first, first + size)
+        if isinstance(layers.get(layer_of(name)), nn.Linear) and torch.equal(target.sort().values, units):
+            return name, target
+    return None, torch.empty(0, dtype=torch.long)
+
+
+def _chain(
+    module: nn.Module, structure: Structure, owner: Int64[Tensor, "units"], number: int, first: str | None
+) -> tuple[Link, ...]:
+    """The first layer and the one behind it, where both are linear."""
+    layers = dict(module.named_modules())
+    links: list[Link] = []
+    rows_before: Tensor | None = None
+    names = [] if first is None else [first, *(name for name, _ in consumers(module, structure))]
+    for name in names:
+        use = structure.entries[name][0]
+        target, source = use.target.flatten(), use.source.flatten()
+        plain = isinstance(layers.get(layer_of(name)), nn.Linear) and len(structure.entries[name]) == 1
+        group = structure.groups[min(len(links), len(structure.groups) - 1)]
+        hidden = set(target.tolist()) == set(range(group.first, group.first + group.size))
+        reads = bool((source == NO_UNIT).all()) if rows_before is None else torch.equal(source, rows_before)
+        if not (plain and hidden and reads and len(links) < DEPTH):
+            continue
+        owners = owner[target]
+        rows = ((owners >= 0) & (owners <= number)).nonzero().flatten()
+        columns = torch.arange(module.get_parameter(name).shape[1]) if rows_before is None else links[-1].rows
+        links.append(Link(name, rows, columns))
+        rows_before = target
+    if links:
+        last = links[-1]
+        owners = owner[structure.entries[last.weight][0].target.flatten()]
+        links[-1] = Link(last.weight, (owners == number).nonzero().flatten(), last.columns)
+    return tuple(links)
