@@ -17,7 +17,7 @@ METHODS = {
 WEIGHTS, RATES = (3, 10), (0.004, 0.008)
 """What the options of the experiment were chosen from, on validation data with the first seed."""
 
-BESIDE = ("input_gaussian", "input_subspaces")
+BESIDE = ("input_gaussian", "input_subspaces", "input_autoencoder")
 """Models of the input that stand beside the network."""
 
 

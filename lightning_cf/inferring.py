@@ -28,6 +28,7 @@ from lightning_cf.task_inference import (
     check_strategies,
 )
 from lightning_cf.task_inference.inference import read_all, variants_of
+from lightning_cf.task_inference.trained import changes_input
 from lightning_cf.tasks import Task
 
 SAMPLES = 20_000
@@ -79,7 +80,7 @@ def choose_strategies(module: LightningModule, state: ContinualState, task: Task
         state: of it, with the task begun.
         task: the first one.
         wanted: a strategy's name; ``auto`` for the best that the network allows, ``statistics`` for the best that
-            leaves training as it is, ``all`` for all that the network allows.
+            leaves training as it is, ``all`` for all that the network allows and that train over unchanged inputs.
 
     Raises:
         ContinualError: for a strategy that there is not, or that the network or the task does not allow.
@@ -94,7 +95,8 @@ def choose_strategies(module: LightningModule, state: ContinualState, task: Task
             raise ContinualError(f"task_inference=all: {reason} Leave it out: task_inference=null.")
         if best is None:
             return ()
-        return (best, *(name for name in possible if name != best)) if wanted == "all" else (best,)
+        others = (name for name in possible if name != best and not changes_input(STRATEGIES[name]))
+        return (best, *others) if wanted == "all" else (best,)
     if wanted not in possible:
         needs = NEEDS.get(STRATEGIES[wanted].needs, "")
         lacks = f"it needs {needs}, which {type(module).__name__} with task '{task.name}' does not have."

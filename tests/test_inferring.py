@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -51,7 +52,8 @@ def every():
     module, sequence, seen = ContinualModule(classifier()), tasks(), []
     x = torch.cat([batch[0] for task in sequence for batch in task.test_dataloader()])
     for task in sequence:
-        fit(module, task, [*three(max_claim=0.3), TaskInferenceCallback("all")], 8)
+        with patch("lightning_cf.inferring.changes_input", return_value=False):  # those too, though none runs so
+            fit(module, task, [*three(max_claim=0.3), TaskInferenceCallback("all")], 8)
         inference = inference_of(module.ledger)
         readout = inference.read(module, module, x)
         scores = {name: inference.infer(readout, name).scores[:, 0] for name in inference.strategies}
@@ -65,6 +67,27 @@ def test_all_that_the_network_allows_is_fitted(every):
     assert inference.strategies[0] == "reconstruction_logits"
     assert set(inference.strategies) == set(STRATEGIES)
     assert inference.training == {}
+
+
+def over_rows():
+    """A linear layer that reads the rows of an image one by one."""
+    return nn.Sequential(nn.Flatten(1, 2), nn.Linear(8, 16), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+
+
+def parametrised():
+    """Linear layers whose weights are computed."""
+    first, second = (nn.utils.parametrizations.weight_norm(nn.Linear(n, 12)) for n in (64, 12))
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), nn.Linear(12, 10))
+
+
+@pytest.mark.parametrize("make", [over_rows, parametrised])
+def test_networks_that_no_head_leads_back_through_have_statistics(make):
+    module = ContinualModule(Classifier(make(), optimizer=partial(torch.optim.Adam, lr=0.003)))
+    for task in tasks(2):
+        fit(module, task, [*three(), TaskInferenceCallback("auto")], 2)
+    (kept,) = inference_of(module.ledger).strategies
+    assert kept in ("subspaces", "energy")
+    assert len(module.predict(torch.rand(5, 1, 8, 8)).classes) == 5
 
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_cf import ContinualError
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, View, read
+from lightning_cf.task_inference.autoencoder import InputAutoencoder
 from lightning_cf.task_inference.combined import Sum
 from lightning_cf.task_inference.neither import Neither
 from lightning_cf.task_inference.reconstruction import Reconstruction
@@ -48,7 +49,7 @@ def test_probabilities_are_a_distribution_over_tasks_and_none(tasks, seed, name)
     g = torch.Generator().manual_seed(seed)
     scores = 3 * torch.randn(7, tasks, generator=g)
     mean, spread = torch.randn(tasks, generator=g), torch.rand(tasks, generator=g) + 0.1
-    found = STRATEGIES[name].probabilities(scores, mean, spread, mean - 2 * spread)
+    found = STRATEGIES[name].probabilities(scores, spread, mean - 2 * spread)
     assert found.shape == (7, tasks + 1)
     assert bool((found >= 0).all())
     torch.testing.assert_close(found.sum(dim=1), torch.ones(7))
@@ -57,10 +58,10 @@ def test_probabilities_are_a_distribution_over_tasks_and_none(tasks, seed, name)
 
 def test_plain_is_a_sigmoid_for_one_task_and_a_softmax_with_neither_for_more():
     scores, rest = torch.tensor([[2.0], [-1.0]]), torch.zeros(1)
-    found = STRATEGIES["plain"].probabilities(scores, rest, rest + 1, rest)
+    found = STRATEGIES["plain"].probabilities(scores, rest + 1, rest)
     torch.testing.assert_close(found[:, 0], scores[:, 0].sigmoid())
     scores = torch.tensor([[2.0, -1.0, 0.5]])
-    found = STRATEGIES["plain"].probabilities(scores, rest, rest, rest)
+    found = STRATEGIES["plain"].probabilities(scores, rest, rest)
     torch.testing.assert_close(found, torch.tensor([[2.0, -1.0, 0.5, 0.0]]).softmax(dim=1))
 
 
@@ -370,3 +371,22 @@ def test_tokens_and_positions_count_by_their_mean():
 def test_unknown_strategies_are_refused():
     with pytest.raises(ContinualError, match=r"must be auto, statistics, all or one of plain, .*; got 'magic'"):
         TaskInference(("magic",))
+
+
+def test_an_autoencoder_gives_its_own_inputs_back_and_draws_nothing_from_the_global_stream():
+    g = torch.Generator().manual_seed(0)
+    near, far = (torch.randn(200, 2, generator=g) @ torch.randn(2, 12, generator=g) for _ in range(2))
+    seen, strategy = View(near, (), torch.zeros(200, 2)), InputAutoencoder(width=8, steps=300)
+    before = torch.get_rng_state()
+    fitted = strategy.fit(seen, labels(200), 2, seen)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        again = strategy.fit(seen, labels(200), 2, seen)
+    assert all(torch.equal(again[name], value) for name, value in fitted.items())
+    assert not any(value.requires_grad for value in fitted.values())
+    code = ((near - fitted["mean"]) @ fitted["encoder"] + fitted["code"]).clamp_min(0)
+    residual = (near - (code @ fitted["decoder"] + fitted["mean"])).square().mean(dim=1)
+    torch.testing.assert_close(strategy.score(fitted, seen), -residual)
+    assert float(residual.mean()) < 0.2 * float(near.var())
+    assert float(strategy.score(fitted, View(far, (), seen.logits)).mean()) < -4 * float(residual.mean())

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from lightning_cf.task_inference.autoencoder import InputAutoencoder
 from lightning_cf.task_inference.neither import Neither
 from lightning_cf.task_inference.readout import View
 from lightning_cf.task_inference.reconstruction import Reconstruction
@@ -84,6 +85,7 @@ STRATEGIES: dict[str, Strategy] = {
         Rotations("rotations_once", ensemble=False),
         InputGaussian(),
         InputSubspaces(),
+        InputAutoencoder(),
     )
 }
-"""All strategies by name; the last two are models of the input beside the network."""
+"""All strategies by name; the last three are models of the input beside the network."""

@@ -150,8 +150,8 @@ class TaskInference:
         found, (mean, spread, threshold) = torch.stack(scores, dim=1), calibration.T
         if not chosen.raw:
             found, threshold = (found - mean) / spread, (threshold - mean) / spread
-            mean, spread = torch.zeros_like(mean), torch.ones_like(spread)
-        probabilities = chosen.probabilities(found, mean, spread, threshold)
+            spread = torch.ones_like(spread)
+        probabilities = chosen.probabilities(found, spread, threshold)
         return Inferred(found, probabilities, torch.stack(classes, dim=1), tuple(within))
 
     def predict(self, readout: Readout, width: int, strategy: str | None = None) -> Prediction:

@@ -105,7 +105,7 @@ class Reconstruction(Trained):
         return -found.amin(dim=1).clamp_min(1e-12).log()
 
     def probabilities(
-        self, scores: TaskScores, mean: Tensor, spread: Tensor, threshold: Tensor
+        self, scores: TaskScores, spread: Tensor, threshold: Tensor
     ) -> Float[Tensor, "batch tasks_and_none"]:
         """Tasks by a power of their residual.
 

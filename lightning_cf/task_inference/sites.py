@@ -127,9 +127,12 @@ class Sites:
 
 
 def _is_seen(module: nn.Module, name: str) -> bool:
-    """Whether what a weight's layer reads can be watched: within a recurrent layer nothing can."""
+    """Whether what a weight's layer reads can be watched: not within a recurrent layer, nor where it is computed."""
     layer = dict(module.named_modules()).get(layer_of(name))
-    return not isinstance(layer, (nn.RNNBase, nn.RNNCellBase))
+    known = isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    if known and layer.weight is not dict(module.named_parameters()).get(name):
+        return False
+    return not isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) and ".parametrizations." not in name
 
 
 def _first_layer(module: nn.Module, structure: Structure) -> str | None:

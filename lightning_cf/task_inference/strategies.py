@@ -65,7 +65,7 @@ class Strategy(ABC):
         """The task's score of each sample."""
 
     def probabilities(
-        self, scores: TaskScores, mean: Tensor, spread: Tensor, threshold: Tensor
+        self, scores: TaskScores, spread: Tensor, threshold: Tensor
     ) -> Float[Tensor, "batch tasks_and_none"]:
         """One distribution over the known tasks and, last, none of them.
 
@@ -74,8 +74,7 @@ class Strategy(ABC):
 
         Args:
             scores: of each task, comparable with one another.
-            mean: of each task's score over held-out data of its own.
-            spread: their standard deviations.
+            spread: standard deviation of each task's score over held-out data of its own.
             threshold: scores below which an input is none of the task's.
         """
         best = scores.argmax(dim=1)
@@ -97,7 +96,7 @@ class Plain(Strategy):
         return view.logits.amax(dim=1)
 
     def probabilities(
-        self, scores: TaskScores, mean: Tensor, spread: Tensor, threshold: Tensor
+        self, scores: TaskScores, spread: Tensor, threshold: Tensor
     ) -> Float[Tensor, "batch tasks_and_none"]:
         """A softmax over the elements and 0."""
         return torch.cat([scores, torch.zeros_like(scores[:, :1])], dim=1).softmax(dim=1)

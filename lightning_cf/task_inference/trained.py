@@ -119,6 +119,11 @@ def places(among: Int64[Tensor, "_"], wanted: Int64[Tensor, "_"]) -> Int64[Tenso
     return torch.searchsorted(among, wanted)
 
 
+def changes_input(strategy: Strategy) -> bool:
+    """Whether it trains over changed inputs too, and so changes what all other strategies see."""
+    return any(head.changes for head in heads_of([strategy]))
+
+
 def heads_of(strategies: Iterable[Strategy]) -> list[Trained]:
     """A strategy for each head that some strategies, or their parts, have."""
     found: dict[str, Trained] = {}
