@@ -26,6 +26,7 @@ from lightning_cf.task_inference import (
     TaskInference,
     View,
     check_strategies,
+    read,
 )
 from lightning_cf.task_inference.inference import read_all, variants_of
 from lightning_cf.task_inference.trained import changes_input
@@ -113,16 +114,20 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     bare = _bare_heads(state)
     if bare:
         return f"the output layer '{bare[0]}' has no weight of its own.", []
+    sites = Sites.of(module, state.structure, state.ledger, task.name)
     with eval_mode(module), torch.no_grad(), isolate_rng():
         batch = task.check_data()
-        predictions, target = predict(module, task, batch)
+        forward = Kept(partial(predict, module, task))
+        readout = read(module, [sites], partial(forward, batch))
+    predictions, target = forward.found
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
     if positions_of(task.classes, target, len(predictions)) is None:
         return f"the targets of task '{task.name}' are no labels, one a sample.", []
-    sites = Sites.of(module, state.structure, state.ledger, task.name)
     has = {"": True, "inputs": sites.inputs is not None, "hidden": bool(sites.hidden)}
-    has["first"] = bool(sites.hidden) and sites.hidden[0].producer == sites.inputs is not None
-    has["chain"] = bool(sites.chain) and pair and len(sites.hidden) >= len(sites.chain)
+    # A layer that reads a sample in pieces, such as row by row, shows no row of values a sample.
+    one_row = sites.inputs in readout.given
+    has["first"] = one_row and bool(sites.hidden) and sites.hidden[0].producer == sites.inputs
+    has["chain"] = one_row and bool(sites.chain) and pair and len(sites.hidden) >= len(sites.chain)
     x = batch[0] if pair and isinstance(batch[0], Tensor) and len(batch[0]) == len(predictions) else torch.empty(0)
     has["samples"] = bool(sites.hidden) and x.ndim > 1 and x[0].numel() > 1
     has["square"] = has["samples"] and x.ndim > 2 and x.shape[-1] == x.shape[-2]

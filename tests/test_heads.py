@@ -286,7 +286,7 @@ def test_a_head_that_no_batch_trains_says_so():
 @pytest.mark.slow
 def test_a_run_that_stopped_goes_on_bitwise(tmp_path):
     def runner(root):
-        options = {"trainer": quiet_trainer, "epochs": 3, "invariance_epochs": 2, "task_inference": "all"}
+        options = {"trainer": quiet_trainer, "epochs": 3, "invariance_epochs": 2, "task_inference": "neither"}
         return SequentialTaskRunner(classifier(), tasks(2), root=root, **options)
 
     whole = runner(tmp_path / "whole").run()
