@@ -13,11 +13,16 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def arguments() -> argparse.Namespace:
+def options_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data-dir", required=True, help="folder that holds MNIST/raw")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    parser = options_parser()
     parser.add_argument("--processes", type=int, default=2, help="runs at the same time, where a benchmark can")
     return parser.parse_args()
 
