@@ -9,9 +9,12 @@ from common import arguments, markdown, percent, run_all, write_section
 MNIST = ["experiment=class_incremental"]
 METHODS = {
     "exact": ["task_inference=all"],
-    "perturb": ["isolation=perturb"],
     "finetune": ["method=finetune"],
     "joint": ["method=joint"],
+}
+ON_DIGITS = {
+    **METHODS,
+    "perturb": ["isolation=perturb"],
     "joint, over all outputs": ["method=joint", "masking.mask_outputs=false"],
 }
 WEIGHTS, RATES = (3, 10), (0.004, 0.008)
@@ -49,26 +52,29 @@ def choose(options: Namespace) -> None:
 
 
 def report(options: Namespace) -> None:
-    jobs = {}
-    for method, overrides in METHODS.items():
-        for seed in options.seeds:
-            place = [f"data_dir={options.data_dir}", f"seed={seed}"]
-            jobs[f"class_incremental-{slug(method)}-{seed}"] = [*MNIST, *place, *overrides]
-            jobs[f"class_incremental-digits-{slug(method)}-{seed}"] = [f"seed={seed}", *overrides]
-    found = run_all(options, jobs)
-    for title, prefix in {"": "class_incremental", "-digits": "class_incremental-digits"}.items():
-        write_methods(f"class-incremental{title}", prefix, found, options.seeds)
-        write_strategies(f"strategies{title}", [found[f"{prefix}-exact-{seed}"] for seed in options.seeds])
+    mnist = [*MNIST, f"data_dir={options.data_dir}"]
+    for title, methods, common in (("", METHODS, mnist), ("-digits", ON_DIGITS, [])):
+        jobs = {
+            f"class_incremental{title}-{slug(method)}-{seed}": [*common, f"seed={seed}", *overrides]
+            for method, overrides in methods.items()
+            for seed in options.seeds
+        }
+        found = run_all(options, jobs)
+        by_method = {
+            method: [found[f"class_incremental{title}-{slug(method)}-{seed}"] for seed in options.seeds]
+            for method in methods
+        }
+        write_section(f"class-incremental{title}", methods_table(by_method))
+        write_section(f"strategies{title}", strategies_table(by_method["exact"]))
 
 
 def slug(method: str) -> str:
     return method.replace(", ", "-").replace(" ", "-")
 
 
-def write_methods(section: str, prefix: str, found: dict[str, dict], seeds: list[int]) -> None:
+def methods_table(found: dict[str, list[dict]]) -> str:
     rows = []
-    for method in METHODS:
-        results = [found[f"{prefix}-{slug(method)}-{seed}"] for seed in seeds]
+    for method, results in found.items():
         told = [r["class_incremental"] for r in results]
         kept = [t["stored_floats"] if method in ("exact", "perturb") else 0 for t in told]
         rows.append(
@@ -83,10 +89,10 @@ def write_methods(section: str, prefix: str, found: dict[str, dict], seeds: list
             ]
         )
     head = ["method", "task-incremental %", "class-incremental %", "each seed", "forgetting", "floats kept", "seconds"]
-    write_section(section, markdown(head, rows))
+    return markdown(head, rows)
 
 
-def write_strategies(section: str, results: list[dict]) -> None:
+def strategies_table(results: list[dict]) -> str:
     rows = []
     names = list(results[0]["task_inference"])
     for name in [*(n for n in names if n not in BESIDE), *(n for n in names if n in BESIDE)]:
@@ -102,7 +108,7 @@ def write_strategies(section: str, results: list[dict]) -> None:
             ]
         )
     head = ["strategy", "class-incremental %", "task told %", "AUROC of none", "floats kept"]
-    write_section(section, markdown(head, rows))
+    return markdown(head, rows)
 
 
 if __name__ == "__main__":

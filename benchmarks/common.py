@@ -14,15 +14,20 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def arguments(seeds: Sequence[int] = (0, 1, 2)) -> argparse.Namespace:
+def options_parser(seeds: Sequence[int] = (0, 1, 2)) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data-dir", required=True, help="folder that holds MNIST/raw")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
-    parser.add_argument("--processes", type=int, default=2, help="runs at the same time, where a benchmark can")
     parser.add_argument(
         "--choose", action="store_true", help="compare options on validation data instead, where it can"
     )
+    return parser
+
+
+def arguments(seeds: Sequence[int] = (0, 1, 2)) -> argparse.Namespace:
+    parser = options_parser(seeds)
+    parser.add_argument("--processes", type=int, default=2, help="runs at the same time, where a benchmark can")
     return parser.parse_args()
 
 
