@@ -129,9 +129,8 @@ class Sites:
 def _is_seen(module: nn.Module, name: str) -> bool:
     """Whether what a weight's layer reads can be watched: not within a recurrent layer, nor where it is computed."""
     layer = dict(module.named_modules()).get(layer_of(name))
-    known = isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    if known and layer.weight is not dict(module.named_parameters()).get(name):
-        return False
+    if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return layer.weight is dict(module.named_parameters()).get(name)
     return not isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) and ".parametrizations." not in name
 
 
