@@ -55,9 +55,9 @@ def _run(runs: Path, name: str, overrides: list[str]) -> dict:
 
 
 def percent(values: list[float]) -> str:
-    """Mean and standard deviation in percent."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.mean(values):.2f} ± {100 * spread:.2f}"
+    """Mean and standard deviation in percent; a single value has none."""
+    mean = f"{100 * statistics.mean(values):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def write_section(name: str, text: str) -> None:

@@ -214,18 +214,13 @@ def _row(name: str, results: list[dict[str, dict]]) -> list[str]:
     kept = mean(t["kept"] for t in told)
     return [
         name,
-        _percent([t["told"] for t in told]),
-        _percent(untold) if untold else "needs the task",
+        percent([t["told"] for t in told]),
+        percent(untold) if untold else "needs the task",
         ", ".join(f"{100 * value:.2f}" for value in each),
-        _percent([t["forgetting"] for t in told]),
+        percent([t["forgetting"] for t in told]),
         f"{kept:.0f} ({100 * kept / NETWORK:.0f} %)",
         " + ".join(f"{mean(r[scenario]['seconds'] for r in results):.0f}" for scenario in results[0]),
     ]
-
-
-def _percent(values: list[float]) -> str:
-    """One seed has no spread."""
-    return percent(values) if len(values) > 1 else f"{100 * values[0]:.2f}"
 
 
 def write_chosen(chosen: dict[str, dict[str, Any]]) -> None:
