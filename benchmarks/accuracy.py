@@ -2,7 +2,7 @@
 
 from statistics import mean
 
-from common import arguments, markdown, percent, run_all, write_section
+from common import arguments, markdown, percent, run_methods, write_section
 
 METHODS = {
     "exact": ["isolation=exact"],
@@ -14,27 +14,11 @@ METHODS = {
 }
 
 
-def name(method: str, seed: int) -> str:
-    return f"split_mnist-{method.replace(', ', '-').replace('=', '-')}-{seed}"
-
-
 def main() -> None:
     options = arguments()
-    jobs = {
-        name(method, seed): [
-            "experiment=split_mnist",
-            "task_inference=none",
-            f"data_dir={options.data_dir}",
-            f"seed={seed}",
-            *overrides,
-        ]
-        for method, overrides in METHODS.items()
-        for seed in options.seeds
-    }
-    found = run_all(options, jobs)
+    common = ["experiment=split_mnist", "task_inference=none", f"data_dir={options.data_dir}"]
     rows = []
-    for method in METHODS:
-        results = [found[name(method, seed)] for seed in options.seeds]
+    for method, results in run_methods(options, "split_mnist", METHODS, common).items():
         free = [
             sum(shares[-1] for shares in r["capacity"].values()) / len(r["capacity"]) for r in results if r["capacity"]
         ]

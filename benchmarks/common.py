@@ -41,6 +41,31 @@ def run_all(options: argparse.Namespace, jobs: dict[str, list[str]]) -> dict[str
     return dict(zip(jobs, found, strict=True))
 
 
+def run_methods(
+    options: argparse.Namespace, name: str, methods: dict[str, list[str]], common: list[str]
+) -> dict[str, list[dict]]:
+    """The results of methods of the command line, one for each seed.
+
+    Args:
+        options: with the seeds.
+        name: of the benchmark, in front of its runs' names.
+        methods: what each overrides.
+        common: what all of them override.
+    """
+    jobs = {
+        f"{name}-{slug(method)}-{seed}": [*common, f"seed={seed}", *overrides]
+        for seed in options.seeds
+        for method, overrides in methods.items()
+    }
+    found = run_all(options, jobs)
+    return {method: [found[f"{name}-{slug(method)}-{seed}"] for seed in options.seeds] for method in methods}
+
+
+def slug(method: str) -> str:
+    """A method's name in those of its runs."""
+    return method.replace(", ", "-").replace(" ", "-").replace("=", "-")
+
+
 def _run(runs: Path, name: str, overrides: list[str]) -> dict:
     folder = runs / name
     if not (folder / "result.json").exists():

@@ -2,27 +2,16 @@
 
 from statistics import mean
 
-from common import arguments, markdown, percent, run_all, write_section
+from common import arguments, markdown, percent, run_methods, write_section
 
 METHODS = {"exact": [], "finetune": ["method=finetune"], "joint": ["method=joint"]}
 
 
 def main() -> None:
     options = arguments(seeds=[0])
-    jobs = {
-        f"permuted-{method}-{seed}": [
-            "experiment=permuted_mnist",
-            f"data_dir={options.data_dir}",
-            f"seed={seed}",
-            *overrides,
-        ]
-        for method, overrides in METHODS.items()
-        for seed in options.seeds
-    }
-    found = run_all(options, jobs)
+    common = ["experiment=permuted_mnist", f"data_dir={options.data_dir}"]
     rows = []
-    for method in METHODS:
-        results = [found[f"permuted-{method}-{seed}"] for seed in options.seeds]
+    for method, results in run_methods(options, "permuted", METHODS, common).items():
         told = [r["class_incremental"] for r in results]
         kept = mean(t["stored_floats"] for t in told) if method == "exact" else 0
         rows.append(

@@ -145,6 +145,14 @@ class FrozenEntries:
             else:
                 self.mask = mask.to(parameter.device)
 
+    def follow(self) -> None:
+        """Goes where the parameter is: a Trainer takes a module off its GPU before the last hooks of a fit run."""
+        device = self.parameter.device
+        if self.saved.device != device:
+            self.saved = self.saved.to(device)
+            self.index = None if self.index is None else self.index.to(device)
+            self.mask = None if self.mask is None else self.mask.to(device)
+
     def fill_zero(self, tensor: Tensor) -> None:
         """Fills the frozen entries of a tensor of the parameter's shape."""
         if self.index is not None:
@@ -173,6 +181,7 @@ class FrozenEntries:
 
     def moved(self) -> bool:
         """Whether some of them are not what they were, bit for bit."""
+        self.follow()
         data = self.parameter.detach()
         if self.mask is not None:
             return not _same_bits(data[self.mask], self.saved[self.mask])
@@ -181,6 +190,7 @@ class FrozenEntries:
     @torch.no_grad()
     def restore(self) -> None:
         """Puts them back."""
+        self.follow()
         if self.index is not None:
             self.parameter.index_copy_(self.axis, self.index, self.saved)
         elif self.mask is not None:

@@ -36,7 +36,7 @@ SAMPLES = 20_000
 """From how many of a task's training inputs its statistics are taken at most."""
 
 
-CHOICES = ("auto", "statistics", "all")
+CHOICES = ("auto", "statistics", "unchanged", "all")
 """What may stand for a strategy's name."""
 
 NEEDS = {
@@ -81,7 +81,8 @@ def choose_strategies(module: LightningModule, state: ContinualState, task: Task
         state: of it, with the task begun.
         task: the first one.
         wanted: a strategy's name; ``auto`` for the best that the network allows, ``statistics`` for the best that
-            leaves training as it is, ``all`` for all that the network allows and that train over unchanged inputs.
+            leaves training as it is, ``all`` for all that the network allows, ``unchanged`` for those of them that do
+            not train over changed inputs.
 
     Raises:
         ContinualError: for a strategy that there is not, or that the network or the task does not allow.
@@ -92,12 +93,13 @@ def choose_strategies(module: LightningModule, state: ContinualState, task: Task
     if wanted in CHOICES:
         order = ORDER[1:] if wanted == "statistics" else ORDER
         best = next((name for name in order if name in possible), None)
-        if best is None and wanted == "all":
-            raise ContinualError(f"task_inference=all: {reason} Leave it out: task_inference=null.")
+        several = wanted in ("all", "unchanged")
+        if best is None and several:
+            raise ContinualError(f"task_inference={wanted}: {reason} Leave it out: task_inference=null.")
         if best is None:
             return ()
-        others = (name for name in possible if name != best and not changes_input(STRATEGIES[name]))
-        return (best, *others) if wanted == "all" else (best,)
+        others = (n for n in possible if n != best and (wanted == "all" or not changes_input(STRATEGIES[n])))
+        return (best, *others) if several else (best,)
     if wanted not in possible:
         needs = NEEDS.get(STRATEGIES[wanted].needs, "")
         lacks = f"it needs {needs}, which {type(module).__name__} with task '{task.name}' does not have."

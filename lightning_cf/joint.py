@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lightning_cf.errors import ContinualError
@@ -39,18 +41,12 @@ class JointTask(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Samples of all tasks in batches of the first task's size."""
         first = self.loaders[0]
-        collate = first.collate_fn
-
-        def collate_with_task(samples: list[tuple[Any, int]]) -> tuple[Any, torch.Tensor]:
-            batch, task = zip(*samples, strict=True)
-            return collate(list(batch)), torch.tensor(task)
-
         return DataLoader(
             _Numbered([loader.dataset for loader in self.loaders]),
             batch_size=first.batch_size,
             shuffle=True,
             num_workers=first.num_workers,
-            collate_fn=collate_with_task,
+            collate_fn=partial(_joined, [loader.collate_fn for loader in self.loaders]),
             drop_last=first.drop_last,
         )
 
@@ -62,8 +58,8 @@ class JointTask(LightningDataModule):
         return samples
 
 
-class _Numbered(Dataset[tuple[Any, int]]):
-    """Samples of several data sets, each with the number of its data set."""
+class _Numbered(Dataset[Any]):
+    """Samples of several data sets, with the number of the data set that they are of."""
 
     def __init__(self, datasets: Sequence[Dataset[Any]]) -> None:
         self.joined: ConcatDataset[Any] = ConcatDataset(datasets)
@@ -71,5 +67,28 @@ class _Numbered(Dataset[tuple[Any, int]]):
     def __len__(self) -> int:
         return len(self.joined)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.joined[index], bisect_right(self.joined.cumulative_sizes, index)
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, int, Any]]:
+        """By data set: its number, how many of the samples are its, and these, fetched as torch's loader does."""
+        ends, parts = self.joined.cumulative_sizes, []
+        own: dict[int, list[int]] = {}
+        for index in indices:
+            number = bisect_right(ends, index)
+            own.setdefault(number, []).append(index - (ends[number - 1] if number else 0))
+        for number, places in own.items():
+            data = self.joined.datasets[number]
+            several = getattr(data, "__getitems__", None)
+            parts.append((number, len(places), several(places) if several else [data[place] for place in places]))
+        return parts
+
+
+def _joined(collate: Sequence[Callable[[Any], Any]], parts: list[tuple[int, int, Any]]) -> tuple[Any, torch.Tensor]:
+    """A batch of all parts, and the number of each sample's data set.
+
+    Data sets that give lists of samples are collated together, as one task's would be; those that give whole batches
+    one by one.
+    """
+    numbers = torch.cat([torch.full((count,), number) for number, count, _ in parts])
+    if all(isinstance(part, list) for _, _, part in parts):
+        return collate[0]([sample for _, _, part in parts for sample in part]), numbers
+    leaves, shapes = zip(*(tree_flatten(collate[number](part)) for number, _, part in parts), strict=True)
+    return tree_unflatten([torch.cat(values) for values in zip(*leaves, strict=True)], shapes[0]), numbers

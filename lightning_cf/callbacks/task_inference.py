@@ -36,7 +36,8 @@ class TaskInferenceCallback(ContinualCallback):
 
     Args:
         strategy: the name of one of ``lightning_cf.task_inference.STRATEGIES``; ``"auto"`` takes the best that the
-            network allows, ``"statistics"`` the best of those that leave training as it is, ``"all"`` fits every one.
+            network allows, ``"statistics"`` the best of those that leave training as it is, ``"all"`` fits every one,
+            ``"unchanged"`` every one but those that train over changed inputs, beside which all others change too.
         weight: of the heads' loss beside the module's own.
         lr: the heads' learning rate in INVARIANCE, which falls along a cosine; a quarter of it while the task learns.
         seed: the heads' first values depend on (seed, task) and nothing else.

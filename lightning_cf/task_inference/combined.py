@@ -20,7 +20,7 @@ from lightning_cf.task_inference.statistics import (
     LocalSubspaces,
     Mahalanobis,
 )
-from lightning_cf.task_inference.strategies import Energy, Fitted, Joint, MaxSoftmax, Plain, Strategy
+from lightning_cf.task_inference.strategies import Energy, Fitted, Joint, MaxSoftmax, Plain, Strategy, TaskScores
 
 
 class Sum(Strategy):
@@ -58,11 +58,48 @@ class Sum(Strategy):
         """The sum."""
         total = view.logits.new_zeros(len(view.logits))
         for part in self.parts:
-            prefix = f"{part.name}."
-            own = {key.removeprefix(prefix): value for key, value in fitted.items() if key.startswith(prefix)}
-            mean, spread = own["calibration"]
-            total = total + (part.score(own, view) - mean) / spread
+            total = total + self.calibrated(part, fitted, view)
         return total
+
+    def own(self, part: Strategy, fitted: Fitted) -> dict[str, Tensor]:
+        """What a part keeps."""
+        prefix = f"{part.name}."
+        return {key.removeprefix(prefix): value for key, value in fitted.items() if key.startswith(prefix)}
+
+    def calibrated(self, part: Strategy, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
+        """A part's score, brought to mean 0 and deviation 1."""
+        own = self.own(part, fitted)
+        mean, spread = own["calibration"]
+        scaled: Tensor = (part.score(own, view) - mean) / spread
+        return scaled
+
+
+class Aided(Sum):
+    """A raw score, whose unit all tasks share, and a little of another one, calibrated as in :class:`Sum`.
+
+    Args:
+        name: what to call it.
+        leading: has the raw score.
+        aid: has the other one.
+        share: how much of it.
+    """
+
+    raw = True
+
+    def __init__(self, name: str, leading: Strategy, aid: Strategy, share: float) -> None:
+        super().__init__(name, [leading, aid])
+        self.leading, self.aid, self.share = leading, aid, share
+
+    def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
+        """The sum."""
+        leading: Tensor = self.leading.score(self.own(self.leading, fitted), view)
+        return leading + self.share * self.calibrated(self.aid, fitted, view)
+
+    def probabilities(
+        self, scores: TaskScores, spread: Tensor, threshold: Tensor
+    ) -> Float[Tensor, "batch tasks_and_none"]:
+        """As the raw score's."""
+        return self.leading.probabilities(scores, spread, threshold)
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -79,6 +116,7 @@ STRATEGIES: dict[str, Strategy] = {
         Sum("subspaces_energy", [LocalSubspaces(), Energy()]),
         Reconstruction(),
         Reconstruction("reconstruction_logits", 0.02),
+        Aided("reconstruction_subspaces", Reconstruction("reconstruction_logits", 0.02), LocalSubspaces(), share=0.15),
         Neither(),
         Sum("neither_mahalanobis", [Neither(), Mahalanobis()]),
         Rotations(),
