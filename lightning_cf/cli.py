@@ -153,7 +153,7 @@ def _name(method: str, isolation: str) -> str:
 
 
 def _checked(config: DictConfig, root: Path) -> dict[str, Any]:
-    """The resolved configuration, refused where the run's folder holds another one."""
+    """The resolved configuration, refused where another one finished a phase in the run's folder."""
     check_choice("lightning-cf", "command", config.command, VERBS)
     check_count("lightning-cf", "seed", config.seed, least=0)
     check_choice("lightning-cf", "method", config.method, ("partition", "finetune", "joint"))
@@ -163,7 +163,7 @@ def _checked(config: DictConfig, root: Path) -> dict[str, Any]:
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     resolved["run"] = str(root)
     kept = root / "config.json"
-    if kept.exists():
+    if kept.exists() and any(root.glob("*/state.pt")):
         for key, value in read_json(kept).items():
             if key != "run" and resolved.get(key) != value:
                 raise ContinualError(

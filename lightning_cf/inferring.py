@@ -29,27 +29,12 @@ from lightning_cf.task_inference import (
     read,
 )
 from lightning_cf.task_inference.inference import read_all, variants_of
+from lightning_cf.task_inference.strategies import CHOICES, NEEDS
 from lightning_cf.task_inference.trained import changes_input
 from lightning_cf.tasks import Task
 
 SAMPLES = 20_000
 """From how many of a task's training inputs its statistics are taken at most."""
-
-
-CHOICES = ("auto", "statistics", "unchanged", "all")
-"""What may stand for a strategy's name."""
-
-NEEDS = {
-    "chain": "a first layer that is linear and reads the input itself",
-    "first": "a first layer that is linear, reads the input itself and alone computes its units",
-    "hidden": "hidden units that a linear layer or convolution reads",
-    "inputs": "a linear layer or convolution that reads the input itself",
-    "samples": "(input, label) pairs, the input one tensor of several values a sample, and hidden units that a linear"
-    " layer or convolution reads",
-    "square": "(input, label) pairs, the input one tensor whose last two dimensions are equal, and hidden units that a"
-    " linear layer or convolution reads",
-}
-"""What a strategy may need of the network and of the batches."""
 
 ORDER = ("reconstruction_logits", "subspaces", "energy")
 """The best ones first, as measured in benchmarks; the first one is trained with the network."""

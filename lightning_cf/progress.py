@@ -46,7 +46,7 @@ class RunStore:
     root: Path
 
     def open(self, module: nn.Module, state: ContinualState, settings: Mapping[str, Any]) -> RunProgress:
-        """Takes up the run that the folder holds, or starts one.
+        """Takes up the run that the folder holds, or starts one where no phase was finished yet.
 
         Raises:
             ContinualError: if the folder holds a run with other settings.
@@ -54,7 +54,7 @@ class RunStore:
         self.root.mkdir(parents=True, exist_ok=True)
         stored = self.root / "settings.json"
         wanted = json.loads(json.dumps(settings))
-        if not stored.exists():
+        if not self._state.exists():  # nothing was learned yet, so nothing is lost
             write_atomically(stored, json.dumps(wanted, indent=2))
             return RunProgress()
         found = read_json(stored)
@@ -64,8 +64,6 @@ class RunStore:
                     f"The folder {self.root} holds a run with {name}={found.get(name)!r}, not {value!r}; go on with the"
                     " same settings, or choose another folder."
                 )
-        if not self._state.exists():
-            return RunProgress()
         kept = load_tensors(self._state, f"{self._state} is damaged; remove the folder {self.root} to start anew.")
         module.load_state_dict(kept["module"])
         state.start, state.outcome = kept["start"], None

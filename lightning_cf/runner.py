@@ -290,6 +290,8 @@ class SequentialTaskRunner:
             self.partitioning.select(self.module, state)
             if self.method == "partition":
                 check_widths(state, len(self.tasks))
+        if self.inferring is not None and self.method == "partition":
+            self.inferring.check(self.module, state, self.tasks[0])
         return state
 
     def phase(self, name: str, step: Callable[[], None]) -> None:

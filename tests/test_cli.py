@@ -129,6 +129,7 @@ def test_every_group_runs_from_any_folder(tmp_path, arguments, monkeypatch, caps
         (["seed=abc"], ["seed", "whole number", "'abc'"]),
         (["+trainer.bogus=1"], ["bogus"]),
         (["~invariance"], ["invariance"]),
+        (["model=cnn", "task_inference.strategy=first_layer"], ["first_layer", "a first layer that is linear", "auto"]),
         (["tasks=split_mnist", "data_dir=nowhere"], ["train-images-idx3-ubyte", "nowhere", "data_dir"]),
     ],
 )

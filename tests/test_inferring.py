@@ -28,7 +28,7 @@ from lightning_cf.models import CNN, MLP
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.state import state_of
 from lightning_cf.structure import named_tensors
-from lightning_cf.task_inference import STRATEGIES, Sites, View, read
+from lightning_cf.task_inference import STRATEGIES, Sites, Strategy, View, read
 from lightning_cf.task_inference.reconstruction import Reconstruction
 from lightning_cf.task_inference.trained import changes_input
 
@@ -361,10 +361,71 @@ def test_a_strategy_that_the_network_does_not_allow_is_refused_before_training()
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
+def test_the_runner_refuses_it_when_it_starts_and_leaves_the_folder_to_others(tmp_path):
+    def start(strategy):
+        module = classifier("cnn")
+        before = [p.clone() for p in module.parameters()]
+        runner = SequentialTaskRunner(
+            module,
+            tasks(),
+            trainer=quiet_trainer,
+            epochs=1,
+            invariance_epochs=1,
+            task_inference=strategy,
+            root=tmp_path,
+        )
+        try:
+            runner.start()
+        finally:
+            assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+        return runner
+
+    with pytest.raises(ContinualError, match=r"task_inference=first_layer: it needs a first layer that is linear"):
+        start("first_layer")
+    assert start("subspaces").state.ledger.tasks == []
+    runner = start("auto")  # nothing was learned with the one before
+    runner.phase("baseline", runner.score)
+    with pytest.raises(ContinualError, match="holds a run with task_inference="):
+        start("subspaces")
+
+
 @pytest.mark.parametrize("options", [{"strategy": "magic"}, {"weight": 0}, {"lr": -1.0}])
 def test_wrong_options_are_refused(options):
     with pytest.raises(ContinualError, match=f"task_inference: {next(iter(options))} must be"):
         TaskInferenceCallback(**options)
+
+
+class Margin(Strategy):
+    """How far the best output of a task lies above the second, with a scale that is fitted."""
+
+    name = "margin"
+
+    def fit(self, view, labels, classes, held_out):
+        return {"scale": view.logits.std()}
+
+    def score(self, fitted, view):
+        best = view.logits.topk(2, dim=1).values
+        return (best[:, 0] - best[:, 1]) / fitted["scale"]
+
+
+def test_a_strategy_of_one_s_own_is_fitted_predicts_and_comes_back_from_a_checkpoint(tmp_path, monkeypatch):
+    module, sequence = ContinualModule(classifier()), tasks(2)
+    monkeypatch.setitem(STRATEGIES, "margin", Margin())  # and taken out when the test ends
+    for task in sequence:
+        module.add_task(task)
+    for task in sequence:
+        fit(module, task, [*three(max_claim=0.3), TaskInferenceCallback(Margin())], 4)
+    torch.save(module.state_dict(), tmp_path / "state.pt")
+    x, y = next(iter(sequence[0].test_dataloader()))
+    found = module.predict(x)
+    assert inference_of(module.ledger).strategies == ("margin",)
+    assert float((found.classes == y).float().mean()) > 0.6
+    again = ContinualModule(classifier())
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(again.predict(x).probabilities, found.probabilities)
+    monkeypatch.delitem(STRATEGIES, "margin")
+    with pytest.raises(ContinualError, match="a strategy of your own has to be registered first"):
+        again.predict(x)
 
 
 # In the runner
@@ -429,7 +490,9 @@ def test_a_run_that_stopped_between_phases_goes_on_bitwise(tmp_path):
 
 
 def test_another_strategy_is_another_run(tmp_path):
-    sequence_runner(tmp_path, task_inference="energy").start()
+    first = sequence_runner(tmp_path, task_inference="energy")
+    first.start()
+    first.phase("baseline", first.score)
     with pytest.raises(ContinualError, match="holds a run with task_inference="):
         sequence_runner(tmp_path, task_inference="plain").start()
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_cf import ContinualError
 from lightning_cf.ledger import NeuronLedger
-from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, View, read
+from lightning_cf.task_inference import STRATEGIES, Sites, Strategy, TaskInference, View, read, register
 from lightning_cf.task_inference.autoencoder import InputAutoencoder
 from lightning_cf.task_inference.combined import Sum
 from lightning_cf.task_inference.neither import Neither
@@ -238,6 +238,45 @@ def test_a_sum_keeps_the_head_of_a_part_and_wants_what_the_part_wants():
     assert [head.head for head in heads_of([both, *STRATEGIES.values()])] == ["rotations", "reconstruction", "neither"]
 
 
+def test_a_little_of_a_statistic_joins_the_head_s_score_as_it_is():
+    seen, head = view(), Reconstruction("reconstruction_logits", 0.02)
+    _, fitted = begun(seen)
+    kept = STRATEGIES["reconstruction_subspaces"].keep(seen, labels(), 2, seen, {"reconstruction": fitted})
+    aid = LocalSubspaces()
+    own = aid.score(aid.fit(seen, labels(), 2, seen), seen)
+    expected = head.score(fitted, seen) + 0.1 * (own - own.mean()) / own.std(correction=0)
+    found = STRATEGIES["reconstruction_subspaces"]
+    torch.testing.assert_close(found.score(kept, seen), expected, rtol=1e-4, atol=1e-4)
+    assert found.raw
+    assert [h.head for h in heads_of([found])] == ["reconstruction"]
+    scores, spread = torch.randn(5, 3), torch.rand(3) + 0.1
+    assert torch.equal(found.probabilities(scores, spread, spread), head.probabilities(scores, spread, spread))
+
+
+class Margin(Strategy):
+    """A user's own: how far the best output of a task lies above the second."""
+
+    name = "margin"
+
+    def score(self, fitted, view):
+        best = view.logits.topk(2, dim=1).values
+        return best[:, 0] - best[:, 1]
+
+
+@pytest.mark.parametrize("name", ["energy", "auto", "", None])
+def test_a_strategy_of_one_s_own_needs_a_name_of_its_own(name, monkeypatch):
+    monkeypatch.setattr(Margin, "name", name)
+    with pytest.raises(ContinualError, match="task_inference: Margin needs a name of its own, got"):
+        register(Margin())
+
+
+def test_a_strategy_of_one_s_own_needs_what_there_is(monkeypatch):
+    monkeypatch.setattr(Margin, "needs", "magic", raising=False)
+    with pytest.raises(ContinualError, match="task_inference: margin: needs must be one of"):
+        register(Margin())
+    assert "margin" not in STRATEGIES
+
+
 def test_views_of_changed_inputs_are_cut_and_joined_with_the_view():
     seen = turned()
     seen = replace(seen, others={name: other for name, other in seen.others.items() if name != "strange"})
@@ -369,7 +408,7 @@ def test_tokens_and_positions_count_by_their_mean():
 
 
 def test_unknown_strategies_are_refused():
-    with pytest.raises(ContinualError, match=r"must be auto, statistics, all or one of plain, .*; got 'magic'"):
+    with pytest.raises(ContinualError, match=r"must be one of auto, .*, all, plain, .*; got 'magic'; .* registered"):
         TaskInference(("magic",))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,6 @@ from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.contexts import seeded
 from lightning_cf.errors import ContinualError, check_choice
 from lightning_cf.inferring import (
-    CHOICES,
     choose_strategies,
     inference_of,
     keep_inference,
@@ -22,7 +23,8 @@ from lightning_cf.inferring import (
 )
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.state import ContinualState, state_of
-from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference
+from lightning_cf.task_inference import STRATEGIES, Sites, Strategy, TaskInference, register
+from lightning_cf.task_inference.strategies import CHOICES
 from lightning_cf.task_inference.trained import heads_of
 from lightning_cf.tasks import Task
 
@@ -35,22 +37,33 @@ class TaskInferenceCallback(ContinualCallback):
     loop works; it has an optimiser of its own. What is kept goes into checkpoints with the ledger.
 
     Args:
-        strategy: the name of one of ``lightning_cf.task_inference.STRATEGIES``; ``"auto"`` takes the best that the
-            network allows, ``"statistics"`` the best of those that leave training as it is, ``"all"`` fits every one,
-            ``"unchanged"`` every one but those that train over changed inputs, beside which all others change too.
+        strategy: the name of one of ``lightning_cf.task_inference.STRATEGIES``, or one of your own; ``"auto"`` takes
+            the best that the network allows, ``"statistics"`` the best of those that leave training as it is, ``"all"``
+            fits every one, ``"unchanged"`` every one but those that train over changed inputs, beside which all others
+            change too.
         weight: of the heads' loss beside the module's own.
         lr: the heads' learning rate in INVARIANCE, which falls along a cosine; a quarter of it while the task learns.
         seed: the heads' first values depend on (seed, task) and nothing else.
     """
 
-    def __init__(self, strategy: str = "auto", *, weight: float = 3.0, lr: float = 0.008, seed: int = 0) -> None:
+    def __init__(
+        self, strategy: str | Strategy = "auto", *, weight: float = 3.0, lr: float = 0.008, seed: int = 0
+    ) -> None:
         super().__init__()
+        strategy = register(strategy).name if isinstance(strategy, Strategy) else strategy
         self.strategy, self.weight, self.lr, self.seed = strategy, weight, lr, seed
         check_choice("task_inference", "strategy", strategy, (*CHOICES, *STRATEGIES))
         for name, value in (("weight", weight), ("lr", lr)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ContinualError(f"task_inference: {name} must be above 0, got {value!r}.")
         self._heads: Heads | None = None
+
+    def check(self, module: LightningModule, state: ContinualState, task: Task) -> None:
+        """Raises ContinualError if the network or its first task does not allow the strategy; nothing is begun."""
+        if state.ledger.inference is None and not state.ledger.tasks:
+            ledger = copy.deepcopy(state.ledger)
+            ledger.begin(task.name, task.classes or [])
+            choose_strategies(module, replace(state, ledger=ledger), task, self.strategy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the task; chooses strategies at the first one."""

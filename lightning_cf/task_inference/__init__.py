@@ -1,6 +1,6 @@
 """Which task is this input? Strategies, what they keep of each task, and predictions without a task's name."""
 
-from lightning_cf.task_inference.combined import STRATEGIES
+from lightning_cf.task_inference.combined import STRATEGIES, register
 from lightning_cf.task_inference.inference import Inferred, Known, Prediction, TaskInference, check_strategies
 from lightning_cf.task_inference.readout import Readout, View, read
 from lightning_cf.task_inference.sites import Sites
@@ -18,4 +18,5 @@ __all__ = [
     "View",
     "check_strategies",
     "read",
+    "register",
 ]

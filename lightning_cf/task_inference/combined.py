@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from lightning_cf.errors import ContinualError, check_choice
 from lightning_cf.task_inference.autoencoder import InputAutoencoder
 from lightning_cf.task_inference.neither import Neither
 from lightning_cf.task_inference.readout import View
@@ -20,7 +21,17 @@ from lightning_cf.task_inference.statistics import (
     LocalSubspaces,
     Mahalanobis,
 )
-from lightning_cf.task_inference.strategies import Energy, Fitted, Joint, MaxSoftmax, Plain, Strategy, TaskScores
+from lightning_cf.task_inference.strategies import (
+    CHOICES,
+    NEEDS,
+    Energy,
+    Fitted,
+    Joint,
+    MaxSoftmax,
+    Plain,
+    Strategy,
+    TaskScores,
+)
 
 
 class Sum(Strategy):
@@ -116,7 +127,7 @@ STRATEGIES: dict[str, Strategy] = {
         Sum("subspaces_energy", [LocalSubspaces(), Energy()]),
         Reconstruction(),
         Reconstruction("reconstruction_logits", 0.02),
-        Aided("reconstruction_subspaces", Reconstruction("reconstruction_logits", 0.02), LocalSubspaces(), share=0.15),
+        Aided("reconstruction_subspaces", Reconstruction("reconstruction_logits", 0.02), LocalSubspaces(), share=0.1),
         Neither(),
         Sum("neither_mahalanobis", [Neither(), Mahalanobis()]),
         Rotations(),
@@ -126,4 +137,23 @@ STRATEGIES: dict[str, Strategy] = {
         InputAutoencoder(),
     )
 }
-"""All strategies by name; the last three are models of the input beside the network."""
+"""All strategies by name; the last three are models of the input beside the network. Registered ones follow."""
+
+_OURS = frozenset(STRATEGIES)
+
+
+def register(strategy: Strategy) -> Strategy:
+    """Makes a strategy known by its name, in this process: to fit it, and to load what was fitted with it.
+
+    Args:
+        strategy: with a name of its own; takes the place of an earlier one of that name.
+
+    Raises:
+        ContinualError: for a name that one of this package's strategies has, or needs that there are not.
+    """
+    name = getattr(strategy, "name", None)
+    if not isinstance(name, str) or not name or name in (*CHOICES, *_OURS):
+        raise ContinualError(f"task_inference: {type(strategy).__name__} needs a name of its own, got {name!r}.")
+    check_choice(f"task_inference: {name}", "needs", strategy.needs, ("", *NEEDS))
+    STRATEGIES[name] = strategy
+    return strategy

@@ -15,6 +15,7 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.task_inference.combined import STRATEGIES
 from lightning_cf.task_inference.readout import Readout, View, read
 from lightning_cf.task_inference.sites import Sites
+from lightning_cf.task_inference.strategies import CHOICES
 from lightning_cf.task_inference.trained import heads_of
 from lightning_cf.task_inference.variants import changed
 
@@ -260,5 +261,7 @@ def check_strategies(names: Sequence[str]) -> None:
     """Raises ContinualError for a strategy that there is not."""
     for name in names:
         if name not in STRATEGIES:
-            known = ", ".join(STRATEGIES)
-            raise ContinualError(f"task_inference must be auto, statistics, all or one of {known}; got {name!r}.")
+            raise ContinualError(
+                f"task_inference must be one of {', '.join((*CHOICES, *STRATEGIES))}; got {name!r}; a strategy of your"
+                " own has to be registered first: lightning_cf.task_inference.register."
+            )

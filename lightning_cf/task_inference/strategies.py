@@ -15,6 +15,21 @@ from lightning_cf.task_inference.readout import View
 Fitted = Mapping[str, Tensor]
 """What a strategy keeps of a task: statistics, never data."""
 
+CHOICES = ("auto", "statistics", "unchanged", "all")
+"""What may stand for a strategy's name."""
+
+NEEDS = {
+    "chain": "a first layer that is linear and reads the input itself",
+    "first": "a first layer that is linear, reads the input itself and alone computes its units",
+    "hidden": "hidden units that a linear layer or convolution reads",
+    "inputs": "a linear layer or convolution that reads the input itself",
+    "samples": "(input, label) pairs, the input one tensor of several values a sample, and hidden units that a linear"
+    " layer or convolution reads",
+    "square": "(input, label) pairs, the input one tensor whose last two dimensions are equal, and hidden units that a"
+    " linear layer or convolution reads",
+}
+"""What a strategy may need of the network and of the batches."""
+
 TaskScores = Float[Tensor, "batch tasks"]
 
 
@@ -26,7 +41,7 @@ class Strategy(ABC):
         raw: whether the scores of all tasks share a unit, so that they are compared as they are; else each task's are
             brought to mean 0 and deviation 1 over held-out data of its own.
         needs: "", or what of the network and the data the strategy cannot do without: "inputs", "hidden", "first",
-            "chain", "samples" or "square" (``inferring.NEEDS`` says what each means).
+            "chain", "samples" or "square" (``NEEDS`` says what each means).
         variants: names of the changes of the input (``variants.VARIANTS``) that its score looks at, beside the input
             as it stands; each is a further forward pass at test time.
         parts: the strategies that it consists of.
