@@ -26,6 +26,9 @@ TOLERANCE = 1e-9
 
 TILE = 1024
 
+KEPT = 4096
+"""Up to how many units all similarities are kept while a threshold is found, 128 MiB; beyond, computed tile by tile."""
+
 WIDE = 8192
 """From how many units on a threshold is found by few passes over them instead of many."""
 
@@ -137,7 +140,7 @@ def partition_into(
         threshold = _components_threshold(forest, count)
         members = _join(similarity, *_connect(similarity, forest, threshold, count))
         return Partition(_represent(members, representative, generator), threshold)
-    if len(similarity) <= TILE:
+    if len(similarity) <= KEPT:
         similarity = similarity.kept()
     if similarity.measure is not None:
         threshold = _leader_threshold_of_measure(similarity, count)

@@ -81,8 +81,12 @@ class Similarity:
         return self.biases[rows if self.units is None else self.units[rows]].cpu().double()
 
     def kept(self) -> Similarity:
-        """The same similarities, computed once: for few units that are compared again and again."""
-        return replace(self, matrix=self.tile(slice(None), slice(None)))
+        """The same similarities, computed once: for units that are compared again and again, and few enough."""
+        matrix = torch.empty(len(self), len(self), dtype=torch.float64)
+        for rows, columns, values in self.tiles(1024):
+            a, b = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+            matrix[a, b], matrix[b, a] = values, values.T
+        return replace(self, matrix=matrix)
 
     def tile(self, rows: slice | Tensor, columns: slice | Tensor) -> Float64[Tensor, "rows columns"]:
         """Similarities of the units ``rows`` with the units ``columns``.

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 
 import lightning_cf
 from lightning_cf.options import PartitionKeywords
+from lightning_cf.task_inference import STRATEGIES, View
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,6 +28,18 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
         exec(compile(block, "README.md", "exec"), names)
     assert names["result"].accuracy.forgetting == 0.0
     assert names["forgotten"] == 0
+
+
+def test_the_strategy_that_the_docs_write_is_taken(monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "task-inference.md").read_text(), flags=re.DOTALL)
+    (block,) = [block for block in blocks if "class Margin" in block]
+    monkeypatch.setitem(STRATEGIES, "margin", STRATEGIES["energy"])  # taken out again when the test ends
+    names = {"TaskInferenceCallback": lightning_cf.TaskInferenceCallback}
+    exec(compile(block, "task-inference.md", "exec"), names)
+    assert names["callback"].strategy == "margin"
+    view = View(None, (), torch.tensor([[3.0, 1.0], [0.0, 0.0]]))
+    fitted = STRATEGIES["margin"].fit(view, torch.tensor([0, 1]), 2, view)
+    assert STRATEGIES["margin"].score(fitted, view).tolist() == pytest.approx([2 / float(view.logits.std()), 0.0])
 
 
 def test_the_readmes_make_commands_and_options_exist():

@@ -26,7 +26,8 @@ def random_group(seed, units=30, inputs=3):
 
 
 def in_tiles_of(size):
-    return patch("lightning_cf.partition.TILE", size)
+    """Small tiles, and not more similarities kept than one has."""
+    return patch.multiple("lightning_cf.partition", TILE=size, KEPT=size)
 
 
 @given(cases())
@@ -69,6 +70,17 @@ def test_tiles_change_nothing_where_the_threshold_is_found(seed, tile, count):
         tiled = partition_into(s, count)
     assert torch.equal(tiled.representative, whole.representative)
     assert tiled.threshold == whole.threshold
+
+
+def test_similarities_that_are_kept_change_nothing():
+    s = Similarity(*random_group(0, units=1200, inputs=5))  # more than a tile
+    kept = partition_into(s, 60)
+    with in_tiles_of(1024):
+        computed = partition_into(s, 60)
+    assert torch.equal(kept.representative, computed.representative)
+    assert kept.threshold == computed.threshold
+    rows = torch.tensor([0, 1023, 1024, 1199])
+    torch.testing.assert_close(s.kept().tile(rows, rows.flip(0)), s.tile(rows, rows.flip(0)))
 
 
 @given(cases(), st.sampled_from([None, 2]))
