@@ -51,13 +51,13 @@ def run_on(accelerator, root):
 
 def test_a_sequence_forgets_nothing_and_what_it_learned_predicts_the_same_on_a_cpu(tmp_path):
     runner, result = run_on("gpu", tmp_path)
-    assert result.forgetting == 0
-    assert result.average_accuracy > 0.9
+    assert result.accuracy.forgetting == 0
+    assert result.accuracy.average > 0.9
     x, _ = next(iter(tasks()[0].test_dataloader()))
     there = runner.module.cuda().predict(x.cuda())
     assert there.classes.is_cuda
     runner, again = run_on("cpu", tmp_path)  # takes up the finished run
-    assert again.accuracy_matrix == result.accuracy_matrix
+    assert torch.equal(again.accuracy.matrix, result.accuracy.matrix)
     here = runner.module.cpu().predict(x)
     torch.testing.assert_close(there.probabilities.cpu(), here.probabilities, atol=1e-3, rtol=1e-3)
 
