@@ -37,9 +37,9 @@ class Characters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(256, 24)
-        self.first, self.second = nn.Conv1d(24, 160, 5, padding=2), nn.Conv1d(160, 160, 5, stride=2, padding=2)
-        self.hidden, self.head = nn.Linear(160, 160), nn.Linear(160, 10)
+        self.embed = nn.Embedding(256, 40)
+        self.first, self.second = nn.Conv1d(40, 80, 5, padding=2), nn.Conv1d(80, 80, 5, stride=2, padding=2)
+        self.hidden, self.head = nn.Linear(80, 100), nn.Linear(100, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x).transpose(1, 2)
