@@ -20,6 +20,9 @@ ALONE = ("neither", "neither_mahalanobis", "rotations", "rotations_once")
 WEIGHTS, RATES = (3, 10), (0.004, 0.008)
 """What the options of the experiment were chosen from, on validation data with the first seed."""
 
+CHOICE = ["tasks.source.limit=20000"]
+"""A choice is made after learning from fewer images."""
+
 BESIDE = ("input_gaussian", "input_subspaces", "input_autoencoder")
 """Models of the input that stand beside the network."""
 
@@ -34,7 +37,7 @@ def main() -> None:
 
 def choose(options: Namespace) -> None:
     pairs = list(product(WEIGHTS, RATES))
-    common = [*MNIST, f"data_dir={options.data_dir}", f"seed={options.seeds[0]}", "score_on=validation"]
+    common = [*MNIST, *CHOICE, f"data_dir={options.data_dir}", f"seed={options.seeds[0]}", "score_on=validation"]
     jobs = {
         f"class_incremental-choose-{weight}-{lr}": [
             *common,

@@ -130,7 +130,7 @@ def run(folder: Path, job: tuple[str, int, str]) -> None:
 
 def main() -> None:
     parser = ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
