@@ -70,6 +70,8 @@ def score_strategies(
 ) -> None:
     """Adds a row to the scores of every strategy that was fitted; nothing where no task can be inferred.
 
+    Only tasks with classes count.
+
     Args:
         module: as it stands.
         inference: what is kept of the tasks that it learned.
@@ -83,6 +85,8 @@ def score_strategies(
     with eval_mode(module):
         for task, batches in tasks:
             seen = _over(module, inference, task, batches)
+            if seen is None:
+                return
             for name in inference.strategies:
                 found[name].append(seen[name])
     for name, outcomes in found.items():
@@ -111,12 +115,16 @@ class _Outcome:
     target: Tensor
 
 
-def _over(module: LightningModule, inference: TaskInference, task: Task, batches: Batches) -> dict[str, _Outcome]:
-    """What each strategy says of a task's test data."""
+def _over(
+    module: LightningModule, inference: TaskInference, task: Task, batches: Batches
+) -> dict[str, _Outcome] | None:
+    """What each strategy says of a task's test data; None where not all outputs are computed, which tells the task."""
     parts: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in inference.strategies}
     for batch in batches:
         forward = Kept(partial(predict, module, task))
         readout = inference.read(module, forward, batch)
+        if readout.missing:
+            return None
         for name in inference.strategies:
             inferred = inference.infer(readout, name)
             best = inferred.scores.argmax(dim=1)

@@ -133,6 +133,7 @@ class FrozenEntries:
 
     def __init__(self, parameter: Tensor, mask: Bool[Tensor, "..."]) -> None:
         self.parameter = parameter
+        self.saved = parameter.detach()[:0] if parameter.ndim else parameter.detach()
         self.axis = 0
         self.index: Tensor | None = None
         self.mask: Tensor | None = None
@@ -148,10 +149,9 @@ class FrozenEntries:
     def follow(self) -> None:
         """Goes where the parameter is: a Trainer takes a module off its GPU before the last hooks of a fit run."""
         device = self.parameter.device
-        if self.saved.device != device:
-            self.saved = self.saved.to(device)
-            self.index = None if self.index is None else self.index.to(device)
-            self.mask = None if self.mask is None else self.mask.to(device)
+        self.index = None if self.index is None else self.index.to(device)
+        self.mask = None if self.mask is None else self.mask.to(device)
+        self.saved = self.saved.to(device)
 
     def fill_zero(self, tensor: Tensor) -> None:
         """Fills the frozen entries of a tensor of the parameter's shape."""
@@ -176,6 +176,7 @@ class FrozenEntries:
 
     def save(self) -> None:
         """Remembers the frozen entries as they are now."""
+        self.follow()
         data = self.parameter.detach()
         self.saved = data.clone() if self.index is None else data.index_select(self.axis, self.index)
 

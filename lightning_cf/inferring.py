@@ -107,6 +107,8 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
         forward = Kept(partial(predict, module, task))
         readout = read(module, [sites], partial(forward, batch))
     predictions, target = forward.found
+    if readout.missing:
+        return f"no forward pass computes the outputs of all tasks: '{readout.missing[0]}' does not run.", []
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
     if positions_of(task.classes, target, len(predictions)) is None:
         return f"the targets of task '{task.name}' are no labels, one a sample.", []
@@ -114,6 +116,8 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     # A layer that reads a sample in pieces, such as row by row, shows no row of values a sample.
     one_row = sites.inputs in readout.given
     has["first"] = one_row and bool(sites.hidden) and sites.hidden[0].producer == sites.inputs
+    # The heads train on the labels in the batch, whatever the task's evaluate= makes of them.
+    pair = pair and positions_of(task.classes, batch[1], len(predictions)) is not None
     has["chain"] = one_row and bool(sites.chain) and pair and len(sites.hidden) >= len(sites.chain)
     x = batch[0] if pair and isinstance(batch[0], Tensor) and len(batch[0]) == len(predictions) else torch.empty(0)
     has["samples"] = bool(sites.hidden) and x.ndim > 1 and x[0].numel() > 1
@@ -126,8 +130,8 @@ def _bare_heads(state: ContinualState) -> list[str]:
     return [layer for layer in state.structure.head.layers if f"{layer}.weight" not in state.structure.entries]
 
 
-def remember_task(module: LightningModule, task: Task, state: ContinualState) -> None:
-    """Keeps what the strategies need of a task that was just sealed; nothing where none was chosen."""
+def remember_task(module: LightningModule, task: Task, state: ContinualState, *, sealed: bool = True) -> None:
+    """Keeps what the strategies need of a task that was just sealed or claimed; nothing where none was chosen."""
     inference = inference_of(state.ledger)
     if inference is None or not inference.strategies or task.classes is None:
         return
@@ -139,7 +143,7 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState) ->
     if training is None or held_out is None:
         warnings.warn(f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.", stacklevel=2)
         return
-    inference.learn(Known(task.name, list(task.classes), sites), training, held_out[0])
+    inference.learn(Known(task.name, list(task.classes), sites), training, held_out[0], sealed=sealed)
     keep_inference(state.ledger, inference)
 
 
@@ -223,4 +227,6 @@ def predict_any(module: LightningModule, x: Any, strategy: str | None = None) ->
     x = in_precision_of(module, x)
     with forward_context(module):
         readout = inference.read(module, partial(call, module), x, strategy or inference.strategies[0])
-    return inference.predict(readout, ledger.width, strategy)
+    found = inference.predict(readout, ledger.width, strategy)
+    places = torch.tensor([*(ledger.index(task.name) for task in inference.tasks), -1], device=found.tasks.device)
+    return found._replace(tasks=places[found.tasks])

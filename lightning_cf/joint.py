@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.outputs import OutputView
@@ -32,10 +32,18 @@ class JointTask(LightningDataModule):
         self.view = view
         self.loaders = [task.train_dataloader() for task in tasks]
         for task, loader in zip(tasks, self.loaders, strict=True):
-            if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__getitem__"):
+            streams = isinstance(loader, DataLoader) and (
+                isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__getitem__")
+            )
+            if not isinstance(loader, DataLoader) or streams:
                 raise ContinualError(
                     f"method='joint' mixes the samples of all tasks, but task '{task.name}' gives no DataLoader over a"
                     " map-style data set."
+                )
+            if loader.batch_size is None:
+                raise ContinualError(
+                    f"method='joint' draws batches over all tasks itself, but the DataLoader of task '{task.name}' has"
+                    " a batch_sampler or no batches. Give it a batch_size."
                 )
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -88,7 +88,12 @@ class ContinualModule(LightningModule):
             state.ledger.reserve(task.name, outputs)
         return state.ledger.reserved[task.name]
 
-    def predict(self, x: Any, strategy: str | None = None) -> Prediction:
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """A module's own ``predict`` where it has one, else as :meth:`predict_any`."""
+        inherited: Any = getattr(super(), "predict", None)
+        return self.predict_any(x, *args, **kwargs) if inherited is None else inherited(x, *args, **kwargs)
+
+    def predict_any(self, x: Any, strategy: str | None = None) -> Prediction:
         """Class, probabilities, inferred task and its score for a batch of inputs; nobody says which task it is.
 
         Args:
@@ -101,12 +106,17 @@ class ContinualModule(LightningModule):
         return predict_any(self, x, strategy)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`predict`, for ``Trainer.predict``; of pairs the first is the input. A module's own one stays."""
+        """As :meth:`predict_any`, for ``Trainer.predict``; of pairs the first is the input. A module's own one stays.
+
+        Where no task so far has classes, as Lightning's.
+        """
         inherited: Any = super().predict_step
-        if inherited.__func__ is not LightningModule.predict_step:
+        learned = [] if self.ledger is None else self.ledger.tasks
+        if inherited.__func__ is not LightningModule.predict_step or (learned and not any(t.classes for t in learned)):
             return inherited(*args, **kwargs)
         batch = kwargs["batch"] if "batch" in kwargs else args[0]
-        return self.predict(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        return self.predict_any(tuple(x) if isinstance(x, list) else x)
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """The module's own, and those of ours that neither it nor the Trainer has."""
@@ -131,6 +141,14 @@ class ContinualModule(LightningModule):
                 if not any(isinstance(other, type(callback)) for other in present):
                     callbacks.append(callback)
         return callbacks
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copied and pickled by the plain class, of which the derived one is made: it has no place of its own."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        bases: Any = type(self).__bases__
+        if len(bases) == 2 and bases[0] is ContinualModule and type(self) is _derived(bases[1]):
+            return (_blank, (bases[1],), *reduced[2:])
+        return reduced
 
     def get_extra_state(self) -> dict[str, Any]:
         """The ledger, for ``state_dict``."""
@@ -159,6 +177,12 @@ class ContinualModule(LightningModule):
 
 
 _EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
+
+
+def _blank(base: type[LightningModule]) -> ContinualModule:
+    """A module to be filled with a pickled one's state."""
+    made = _derived(base)  # type: ignore[arg-type]
+    return made.__new__(made)
 
 
 @cache

@@ -35,7 +35,7 @@ from lightning_cf.result import Result
 from lightning_cf.state import ContinualState, state_for
 from lightning_cf.steps import decide_together, seal_task, synchronise
 from lightning_cf.subspace import LearnedSubspace
-from lightning_cf.task_inference import TaskInference
+from lightning_cf.task_inference import Strategy, TaskInference
 from lightning_cf.tasks import Batches, Task, single
 
 Method = Literal["partition", "finetune", "joint"]
@@ -82,7 +82,7 @@ class SequentialTaskRunner:
         partition: PartitionCallback | None = PartitionCallback(),
         invariance: InvarianceCallback | None = InvarianceCallback(),
         masking: MaskedGradientCallback | None = MaskedGradientCallback(),
-        task_inference: TaskInferenceCallback | str | None = "auto",
+        task_inference: TaskInferenceCallback | Strategy | str | None = "auto",
         callbacks: Sequence[Callback] = (),
         isolation: Isolation = "exact",
         method: Method = "partition",
@@ -105,7 +105,7 @@ class SequentialTaskRunner:
         self.partitioning = copy.deepcopy(partition)
         self.perturbing = copy.deepcopy(invariance)
         self.masking = copy.deepcopy(masking)
-        given = TaskInferenceCallback(task_inference) if isinstance(task_inference, str) else task_inference
+        given = TaskInferenceCallback(task_inference) if isinstance(task_inference, (str, Strategy)) else task_inference
         self.inferring = copy.deepcopy(given)
         if self.inferring is not None:
             self.inferring.seed = self.seed
@@ -232,7 +232,7 @@ class SequentialTaskRunner:
             self.progress.rows.append([self.score_of(task) for task in self.tasks])
             inference = self.inference()
             if inference is not None:
-                tests = [(task, self.scoring_batches(task)) for task in self.tasks]
+                tests = [(task, self.scoring_batches(task)) for task in self.tasks if task.classes]
                 score_strategies(self.module, inference, tests, self.progress.strategies)
         if self.method == "partition" and len(self.progress.rows) > 1:
             for layer, share in self.state.ledger.capacity().items():

@@ -131,6 +131,15 @@ def seal_task(
         reinitialise_free(module, state.structure, state.ledger, seed, task.name)
 
 
+def remember_claim(module: LightningModule, task: Task) -> None:
+    """Keeps what infers a task that has its claim and may train on: its seal, if it comes, keeps it anew."""
+    state = state_for(module, task)
+    state.undisturb()
+    if state.collect is not None:
+        state.collect()
+    remember_task(module, task, state, sealed=False)
+
+
 def ablation_accuracy(module: LightningModule, task: Task) -> float:
     """The current task's score without its redundant units, on the data that judges partitions."""
     state = state_for(module, task)

@@ -77,7 +77,7 @@ class Heads:
             self.watched = {sites.inputs or "", *(site.weight for site in sites.hidden[: len(sites.chain)])}
         for name in self.watched:
             layer = module.get_submodule(layer_of(name))
-            self.hooks.callback(layer.register_forward_pre_hook(partial(self._see, name)).remove)
+            self.hooks.callback(layer.register_forward_pre_hook(partial(self._see, name), with_kwargs=True).remove)
         for path in sites.heads:
             hook = module.get_submodule(path).register_forward_hook(partial(self._attach, path))
             self.hooks.callback(hook.remove)
@@ -115,9 +115,10 @@ class Heads:
             self.schedule.step()
         self.optimizer.zero_grad()
 
-    def _see(self, name: str, layer: nn.Module, inputs: Any) -> None:
+    def _see(self, name: str, layer: nn.Module, inputs: Any, named: Any) -> None:
         if self.batch is not None and not self.inside and torch.is_grad_enabled():
-            self.seen[name] = inputs[0] if isinstance(layer, nn.Linear) else inputs[0].movedim(1, -1)
+            x = inputs[0] if inputs else named["input"]
+            self.seen[name] = x if isinstance(layer, nn.Linear) else x.movedim(1, -1)
 
     def _attach(self, path: str, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         if self.inside:

@@ -20,7 +20,7 @@ from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.options import PartitionKeywords, PartitionOptions
 from lightning_cf.recording import TaskFolders
 from lightning_cf.state import ContinualState, state_for, state_of
-from lightning_cf.steps import decide_together, partition_task, seal_task
+from lightning_cf.steps import decide_together, partition_task, remember_claim, seal_task
 from lightning_cf.structure import named_tensors
 from lightning_cf.tasks import Task
 
@@ -280,7 +280,9 @@ class PartitionCallback(ContinualCallback):
             return
         task = task_of(trainer, type(self).__name__)
         if phase == "invariance" and self._partitioned_at == trainer.global_step:
-            return  # the fit was stopped right after the partition: a second fit is its INVARIANCE
+            # The fit was stopped right after the partition: a second fit is its INVARIANCE, if one comes.
+            decide_together(trainer, module, lambda: remember_claim(module, task))
+            return
         if phase == "invariance":
             take_averages(trainer, module)
             decide_together(
@@ -291,6 +293,7 @@ class PartitionCallback(ContinualCallback):
             restart_averages(trainer, module)
         elif self._due_at_end(trainer):
             self.partition_task(trainer, module, task)
+            decide_together(trainer, module, lambda: remember_claim(module, task))
         else:
             warnings.warn(
                 f"Task '{state.ledger.tasks[-1].name}': the fit ended before its partition was due"

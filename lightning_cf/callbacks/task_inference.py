@@ -80,6 +80,9 @@ class TaskInferenceCallback(ContinualCallback):
         if self._heads is None or self._heads.revision != state.ledger.revision:
             self._begin(trainer, pl_module, state)
         if self._heads is not None:
+            # As it stays where a loop of the user's own calls loss.backward() by itself.
+            share = 1 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
+            self._heads.scale, self._heads.unscale = self.weight * share, 1.0
             where = (state.ledger.current.phase, trainer.fit_loop.total_batch_idx, trainer.global_rank)
             self._heads.begin_batch(batch, (self.seed, state.ledger.current.name, "task inference", *where))
 
@@ -147,7 +150,7 @@ class TaskInferenceCallback(ContinualCallback):
             return
         view, labels = found
         if not inference.unit and view.inputs is not None:
-            inference.unit = float(view.inputs.var(dim=0).mean().clamp_min(1e-12))
+            inference.unit = float(view.inputs.var(dim=0).mean().nan_to_num(1.0).clamp_min(1e-12))
             if trainer.world_size > 1:
                 inference.unit = trainer.strategy.broadcast(inference.unit)
         values = {}
@@ -189,6 +192,7 @@ class TaskInferenceCallback(ContinualCallback):
 
 def prepare(module: LightningModule, state: ContinualState, task: Task, wanted: str) -> None:
     """Chooses strategies where the ledger has none yet; needs a task that was begun."""
-    if state.ledger.inference is None:
+    known = inference_of(state.ledger)
+    if known is None or not known.strategies:  # a first task without classes chooses none
         names = choose_strategies(module, state, task, wanted)
         keep_inference(state.ledger, TaskInference(names))

@@ -101,14 +101,24 @@ class TaskInference:
         known: Known,
         training: tuple[View, Int64[Tensor, "samples"]],
         held_out: View,
+        *,
+        sealed: bool = True,
     ) -> None:
-        """Keeps a task that was sealed, with what was trained for it.
+        """Keeps a task that was claimed, with what was trained for it.
 
         Args:
             known: the task, with nothing fitted yet.
             training: its view of its training data, and the labels, from 0 on.
             held_out: its view of held-out data, which calibrates.
+            sealed: whether it is over; else what is trained for it trains on, and the seal keeps it anew.
         """
+        with torch.autocast(held_out.logits.device.type, enabled=False):
+            self._fit(known, training, held_out)
+        self.tasks = [task for task in self.tasks if task.name != known.name] + [known]
+        if sealed:
+            self.training, self.training_sites = {}, None
+
+    def _fit(self, known: Known, training: tuple[View, Int64[Tensor, "samples"]], held_out: View) -> None:
         view, labels = training
         trained = {}
         for head in heads_of(STRATEGIES[name] for name in self.strategies):
@@ -122,11 +132,9 @@ class TaskInference:
             known.fitted[name] = {key: value.detach().cpu() for key, value in fitted.items()}
             spread = score.std(correction=0).clamp_min(1e-6)
             known.calibration[name] = torch.stack([score.mean(), spread, score.quantile(REJECTED)]).cpu()
-        self.tasks = [task for task in self.tasks if task.name != known.name] + [known]
-        self.training, self.training_sites = {}, None
 
     def infer(self, readout: Readout, strategy: str | None = None) -> Inferred:
-        """Scores every known task.
+        """Scores every known task; in float32, in whatever precision the network ran.
 
         Raises:
             ContinualError: if no task is known, or the strategy was not fitted.
@@ -139,6 +147,10 @@ class TaskInference:
             )
         if not self.tasks:
             raise ContinualError("No task with classes was sealed yet, so there is none to infer.")
+        with torch.autocast(readout.outputs.device.type, enabled=False):
+            return self._infer(readout, name)
+
+    def _infer(self, readout: Readout, name: str) -> Inferred:
         chosen, device = STRATEGIES[name], readout.outputs.device
         scores, classes, within = [], [], []
         calibration = torch.stack([task.calibration[name] for task in self.tasks]).to(device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_cf.errors import ContinualError
 from lightning_cf.structure import eval_mode
 from lightning_cf.task_inference.sites import Sites
 
@@ -32,6 +33,7 @@ class Readout:
         others: what it shows of the same batch with its input changed, by the name of the change (see ``variants``);
             without the inputs.
         given: by weight of a linear layer, what it computes, where that is one row a sample.
+        missing: paths of output layers that did not run, whose columns are zero.
     """
 
     inputs: Float[Tensor, "batch values"] | None
@@ -40,6 +42,7 @@ class Readout:
     weights: Mapping[str, Tensor]
     others: Mapping[str, Readout] = field(default_factory=dict)
     given: Mapping[str, Float[Tensor, "batch rows"]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,8 @@ class Recorder(TorchFunctionMode):
 
     def readout(self, first: str | None) -> Readout:
         """What was seen."""
+        if not self.columns:
+            raise ContinualError(f"No output layer ran in the forward pass; there are {', '.join(self.heads)}.")
         batch = len(next(iter(self.columns.values())))
         width = 1 + max(int(columns.max()) for columns in self.heads.values())
         parts = {path: _by_sample(x, batch) for path, x in self.columns.items()}
@@ -180,7 +185,8 @@ class Recorder(TorchFunctionMode):
         inputs = None if first is None else self.found[first].float().reshape(batch, -1)
         read = {name: _by_sample(x, batch) for name, x in self.found.items()}
         given = {name: x.float() for name, x in self.given.items() if len(x) == batch}
-        return Readout(inputs, read, outputs, self.parameters, given=given)
+        missing = tuple(path for path in self.heads if path not in parts)
+        return Readout(inputs, read, outputs, self.parameters, given=given, missing=missing)
 
 
 def _by_sample(x: Tensor, batch: int) -> Float[Tensor, "batch columns"]:
@@ -188,4 +194,4 @@ def _by_sample(x: Tensor, batch: int) -> Float[Tensor, "batch columns"]:
     x = x.float()
     if x.ndim > 2 and len(x) != batch and x.shape[1] == batch:
         x = x.movedim(1, 0)
-    return x if x.ndim == 2 else x.reshape(batch, -1, x.shape[-1]).mean(1)
+    return x if x.ndim == 2 and len(x) == batch else x.reshape(batch, -1, x.shape[-1]).mean(1)

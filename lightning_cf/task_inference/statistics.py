@@ -65,6 +65,7 @@ class FirstLayer(Mahalanobis):
 def _gaussian(x: Samples, labels: Int64[Tensor, "samples"], classes: int, rank: int) -> dict[str, Tensor]:
     means = torch.stack([x[labels == label].mean(dim=0) for label in range(classes)])
     centred = (x - means[labels]).double()
+    means = means[~means.isnan().any(dim=1)]  # a class without samples has none
     covariance = centred.T @ centred / len(x)
     values, vectors = torch.linalg.eigh(covariance)
     rank = min(rank, max(1, len(values) - 1))
@@ -115,17 +116,18 @@ class LocalSubspaces(Strategy):
 def _local(
     x: Samples, labels: Int64[Tensor, "samples"], classes: int, clusters: int, rank: int, *, scaled: bool = True
 ) -> dict[str, Tensor]:
-    spread = x.std(dim=0)
+    spread = x.std(dim=0, correction=0)
     scale = spread.clamp_min(max(0.1 * float(spread.mean()), 1e-6)) if scaled else x.new_ones(1)
     x = x / scale
     centres, directions = [], []
-    for label in range(classes):
+    for label in (label for label in range(classes) if bool((labels == label).any())):
         own = x[labels == label]
         for part in _clusters(own, max(1, min(clusters, len(own) // (4 * rank)))):
             centre = part.mean(dim=0)
             _, vectors = torch.linalg.eigh(((part - centre).T @ (part - centre)).double())
             centres.append(centre)
-            directions.append(vectors[:, -min(rank, len(part) - 1, x.shape[1] - 1) :].float())
+            kept = min(rank, len(part) - 1, x.shape[1] // 2)  # not all of them: what lies beside is the score
+            directions.append(vectors[:, x.shape[1] - kept :].float())
     width = max(found.shape[1] for found in directions)
     padded = [torch.nn.functional.pad(found, (width - found.shape[1], 0)) for found in directions]
     return {"scale": scale, "centres": torch.stack(centres), "directions": torch.stack(padded)}
