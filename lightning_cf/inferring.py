@@ -227,6 +227,11 @@ def predict_any(module: LightningModule, x: Any, strategy: str | None = None) ->
     x = in_precision_of(module, x)
     with forward_context(module):
         readout = inference.read(module, partial(call, module), x, strategy or inference.strategies[0])
+    if readout.missing:
+        raise ContinualError(
+            f"'{readout.missing[0]}' does not run in the forward pass, so its task cannot be compared with others. Let"
+            " forward compute the outputs of all tasks, side by side."
+        )
     found = inference.predict(readout, ledger.width, strategy)
     places = torch.tensor([*(ledger.index(task.name) for task in inference.tasks), -1], device=found.tasks.device)
     return found._replace(tasks=places[found.tasks])

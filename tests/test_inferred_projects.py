@@ -386,3 +386,26 @@ def test_joint_training_refuses_what_it_cannot_draw_from(kind):
     task = Task("a", {"train": loader, "val": loaders(*points([0, 1]))["val"]}, classes=[0, 1])
     with pytest.raises(ContinualError, match=r"method='joint' .* task 'a'"):
         JointTask([task], None)
+
+
+def test_a_forward_pass_that_leaves_a_head_out_predicts_nothing():
+    class Two(Heads):
+        short = False
+
+        def forward(self, x):
+            h = self.body(x)
+            return self.heads["a"](h) if self.short else torch.cat([self.heads["a"](h), self.heads["b"](h)], dim=1)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    def task(name, outputs):
+        x, y = points([0, 1], seed=outputs[0])
+        return Task(name, loaders(x, y + outputs[0]), classes=outputs)
+
+    module = learned(Two(), [task("a", [0, 1]), task("b", [2, 3])], "energy", epochs=3)
+    x, _ = points([0, 1])
+    assert module.predict(x).probabilities.shape == (200, 5)
+    module.short = True
+    with pytest.raises(ContinualError, match=r"'heads\.b' does not run in the forward pass"):
+        module.predict(x)
