@@ -189,7 +189,10 @@ def view_of(
     count: int,
     variants: Sequence[str] = (),
 ) -> tuple[View, Int64[Tensor, "samples"]] | None:
-    """A task's view of some of its data, and the labels from 0 on; None where targets are no labels."""
+    """A task's view of some of its data, and the labels from 0 on; None where targets are no labels.
+
+    Data that come class by class are read on until a quarter of its fair share is seen of each, or four times as much.
+    """
     views, labels, seen = [], [], 0
     for batch in batches:
         forward = Kept(partial(predict, module, task))
@@ -200,9 +203,14 @@ def view_of(
         views.append(View.of(readout, sites))
         labels.append(own)
         seen += len(own)
-        if seen >= count:
+        if seen >= count and (seen >= 4 * count or _all_there(torch.cat(labels), len(task.classes or []))):
             break
     return (View.joined(views), torch.cat(labels)) if views else None
+
+
+def _all_there(labels: Int64[Tensor, "samples"], classes: int) -> bool:
+    """Whether a quarter of an equal share of the samples is of each class at least."""
+    return bool((labels.bincount(minlength=classes) * 4 * classes >= len(labels)).all())
 
 
 @torch.no_grad()

@@ -155,6 +155,18 @@ def test_a_class_without_samples_is_left_out(strategy):
     assert bool(strategy.score(fitted, seen).isfinite().all())
 
 
+def test_data_that_come_class_by_class_are_read_on(monkeypatch):
+    monkeypatch.setattr("lightning_cf.inferring.SAMPLES", 64)
+    x, y = points([0, 1])
+    order = y.argsort(stable=True)
+    loader = DataLoader(TensorDataset(x[order], y[order]), 16)
+    task = Task("a", {"train": loader, "val": loader}, classes=[0, 1])
+    module = learned(Net(), [task], "mahalanobis")
+    (known,) = inference_of(module.ledger).tasks
+    assert len(known.fitted["mahalanobis"]["means"]) == 2
+    assert right(module, [0, 1]) > 0.9
+
+
 def test_a_predict_of_the_user_s_own_stays():
     class Own(Net):
         def predict(self, x):
