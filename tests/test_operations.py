@@ -17,6 +17,8 @@ from lightning_cf.operations import TABLE
 from lightning_cf.structure import NO_UNIT
 from lightning_cf.tracing import trace
 
+pytestmark = pytest.mark.filterwarnings("ignore:index_reduce")  # a beta function of torch, which says so once a process
+
 aten = torch.ops.aten
 
 
@@ -316,7 +318,6 @@ def _filled(x):
     )
 
 
-@pytest.mark.filterwarnings("ignore:index_reduce")  # a beta function of torch
 @pytest.mark.parametrize("name", EXACT)
 def test_what_moves_shares_a_fate_and_nothing_else_does(name):
     torch.manual_seed(1)
