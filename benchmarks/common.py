@@ -13,6 +13,15 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Keywords of a Trainer that runs among many others."""
+
 
 def options_parser(seeds: Sequence[int] = (0, 1, 2)) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()

@@ -10,6 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from common import QUIET
 
 EPOCHS = 8
 
@@ -66,14 +67,7 @@ def _run(folder: Path, data_dir: str, job: Job) -> None:
     result = cf.SequentialTaskRunner(
         cf.Classifier(network, optimizer=partial(torch.optim.Adam, lr=0.002), cosine=True),
         split_tasks(_images(data_dir), batch_size=64),
-        trainer=partial(
-            Trainer,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ),
+        trainer=partial(Trainer, **QUIET),
         epochs=EPOCHS - invariance_epochs,
         invariance_epochs=invariance_epochs,
         partition=cf.PartitionCallback(**options),

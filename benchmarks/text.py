@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from common import markdown, percent, write_section
+from common import QUIET, markdown, percent, write_section
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -109,14 +109,7 @@ def run(folder: Path, job: tuple[str, int, str]) -> None:
     result = cf.SequentialTaskRunner(
         cf.Classifier(make(), optimizer=partial(torch.optim.Adam, lr=lr)),
         tasks,
-        trainer=partial(
-            Trainer,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ),
+        trainer=partial(Trainer, **QUIET),
         epochs=6,
         invariance_epochs=6,
         **(rest if variant == "joint" else {"task_inference": variant}),

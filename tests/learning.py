@@ -6,7 +6,14 @@ from functools import cache, partial
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_cf import Classifier, InvarianceCallback, MaskedGradientCallback, PartitionCallback
+from lightning_cf import (
+    Classifier,
+    ContinualModule,
+    InvarianceCallback,
+    MaskedGradientCallback,
+    PartitionCallback,
+    TaskInferenceCallback,
+)
 from lightning_cf.data import digits, split_tasks
 from lightning_cf.evaluation import evaluate
 from lightning_cf.models import CNN, MLP, ResNet
@@ -55,6 +62,16 @@ def fit(module, task, callbacks, epochs=6, **options):
         trainer = quiet_trainer(max_epochs=epochs, callbacks=callbacks, **options)
         trainer.fit(module, datamodule=task)
     return trainer
+
+
+def inferred(module, sequence, strategy, epochs=6, **options):
+    """A ContinualModule after some tasks, whose inference was kept."""
+    module = ContinualModule(module)
+    for task in sequence:
+        module.add_task(task)
+    for task in sequence:
+        fit(module, task, [*three(max_claim=0.3), TaskInferenceCallback(strategy)], epochs, **options)
+    return module
 
 
 @torch.no_grad()

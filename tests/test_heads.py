@@ -5,13 +5,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from learning import classifier, fit, images, quiet_trainer, tasks, three
+from learning import classifier, fit, images, inferred, quiet_trainer, tasks, three
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_cf import Classifier, ContinualError, ContinualModule, SequentialTaskRunner, Task, TaskInferenceCallback
+from lightning_cf import Classifier, ContinualError, SequentialTaskRunner, Task, TaskInferenceCallback
 from lightning_cf.callbacks.heads import aside
 from lightning_cf.contexts import seeded
 from lightning_cf.inferring import inference_of, view_of
@@ -164,12 +164,7 @@ def test_a_pass_aside_writes_nothing():
 
 
 def learned(strategy, sequence, module, epochs=6, **options):
-    module = ContinualModule(module)
-    for task in sequence:
-        module.add_task(task)
-    for task in sequence:
-        fit(module, task, [*three(max_claim=0.3), TaskInferenceCallback(strategy)], epochs, **options)
-    return module
+    return inferred(module, sequence, strategy, epochs, **options)
 
 
 @pytest.mark.parametrize(

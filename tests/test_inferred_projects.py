@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from learning import classifier, fit, quiet_trainer, tasks, three
+from learning import classifier, fit, inferred, quiet_trainer, tasks, three
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
@@ -71,12 +71,7 @@ class Net(LightningModule):
 
 
 def learned(module, sequence, strategy="auto", epochs=8, **options):
-    module = ContinualModule(module)
-    for task in sequence:
-        module.add_task(task)
-    for task in sequence:
-        fit(module, task, [*three(max_claim=0.3), TaskInferenceCallback(strategy)], epochs, **options)
-    return module
+    return inferred(module, sequence, strategy, epochs, **options)
 
 
 def pair():
