@@ -32,10 +32,8 @@ class JointTask(LightningDataModule):
         self.view = view
         self.loaders = [task.train_dataloader() for task in tasks]
         for task, loader in zip(tasks, self.loaders, strict=True):
-            streams = isinstance(loader, DataLoader) and (
-                isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__getitem__")
-            )
-            if not isinstance(loader, DataLoader) or streams:
+            data = loader.dataset if isinstance(loader, DataLoader) else None
+            if not hasattr(data, "__getitem__") or isinstance(data, IterableDataset):
                 raise ContinualError(
                     f"method='joint' mixes the samples of all tasks, but task '{task.name}' gives no DataLoader over a"
                     " map-style data set."

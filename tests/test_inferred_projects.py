@@ -9,6 +9,7 @@ import pytest
 import torch
 from learning import classifier, fit, inferred, quiet_trainer, tasks, three
 from lightning.pytorch import LightningModule
+from test_task_inference import labels, view
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
@@ -26,6 +27,7 @@ from lightning_cf import (
 from lightning_cf.inferring import inference_of
 from lightning_cf.joint import JointTask
 from lightning_cf.state import state_of
+from lightning_cf.task_inference import STRATEGIES
 from lightning_cf.task_inference.statistics import LocalSubspaces, Mahalanobis
 from lightning_cf.task_inference.strategies import Strategy
 
@@ -129,8 +131,6 @@ def test_scores_do_not_lose_precision_in_a_forward_pass_of_half(strategy):
 
 
 def test_few_units_have_scores_beside_their_directions():
-    from test_task_inference import labels, view
-
     strategy, seen = LocalSubspaces(), view(hidden=(3, 2))
     fitted = strategy.fit(seen, labels(), 2, seen)
     scores = strategy.score(fitted, seen)
@@ -143,8 +143,6 @@ def test_few_units_have_scores_beside_their_directions():
 
 @pytest.mark.parametrize("strategy", [LocalSubspaces(), Mahalanobis()])
 def test_a_class_without_samples_is_left_out(strategy):
-    from test_task_inference import view
-
     seen = view()
     fitted = strategy.fit(seen, torch.zeros(40, dtype=torch.long), 2, seen)
     assert bool(strategy.score(fitted, seen).isfinite().all())
@@ -319,8 +317,6 @@ def test_auto_takes_no_head_where_batches_have_no_labels_to_train_it_on():
 
 
 def test_the_runner_takes_a_strategy_of_one_s_own(tmp_path, monkeypatch):
-    from lightning_cf.task_inference import STRATEGIES
-
     class Sure(Strategy):
         name = "sure"
 

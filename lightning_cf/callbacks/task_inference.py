@@ -80,9 +80,7 @@ class TaskInferenceCallback(ContinualCallback):
         if self._heads is None or self._heads.revision != state.ledger.revision:
             self._begin(trainer, pl_module, state)
         if self._heads is not None:
-            # As it stays where a loop of the user's own calls loss.backward() by itself.
-            share = 1 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
-            self._heads.scale, self._heads.unscale = self.weight * share, 1.0
+            self._weigh(trainer, pl_module, 1.0)  # stays so where a loop of the user's own calls loss.backward()
             where = (state.ledger.current.phase, trainer.fit_loop.total_batch_idx, trainer.global_rank)
             self._heads.begin_batch(batch, (self.seed, state.ledger.current.name, "task inference", *where))
 
@@ -90,9 +88,7 @@ class TaskInferenceCallback(ContinualCallback):
         """Scales the heads' loss as the module's own is scaled."""
         if self._heads is not None:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
-            self._heads.unscale = 1.0 if scaler is None else float(scaler.get_scale())
-            share = 1 / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
-            self._heads.scale = self.weight * self._heads.unscale * share
+            self._weigh(trainer, pl_module, 1.0 if scaler is None else float(scaler.get_scale()))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -132,6 +128,12 @@ class TaskInferenceCallback(ContinualCallback):
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
         return {name: getattr(self, name) for name in ("strategy", "weight", "lr")}
+
+    def _weigh(self, trainer: Trainer, module: LightningModule, scale: float) -> None:
+        """Weighs the heads' loss as the module's own is: by its share of an optimiser's step, times a loss scale."""
+        assert self._heads is not None
+        share = 1 / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
+        self._heads.scale, self._heads.unscale = self.weight * scale * share, scale
 
     def _begin(self, trainer: Trainer, module: LightningModule, state: ContinualState) -> None:
         self._keep(module)
