@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: demo test lock
+.PHONY: demo test machines lock
 
 demo: $(VENV)/installed
 	$(VENV)/bin/lightning-cf $(ARGS)
@@ -13,6 +13,13 @@ test: $(VENV)/installed $(VENV)/zoo
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest --numprocesses 2
+
+# The whole suite as other processors would round: their vector widths, one thread and two. Takes hours.
+machines: $(VENV)/installed $(VENV)/zoo
+	for capability in default avx2 avx512; do for threads in 1 2; do \
+		echo "$$capability, $$threads threads"; \
+		ATEN_CPU_CAPABILITY=$$capability $(VENV)/bin/pytest --numprocesses 2 --threads $$threads -m "slow or not slow" \
+		|| exit 1; done; done
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -5,12 +5,13 @@ import os
 import jaxtyping
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 jaxtyping.install_import_hook("lightning_cf", "typechecking.checked")  # before anything imports the package
-torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of notebooks and commands: test processes side by side share the cores
-settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
+# How long an example takes says something about the machine and what else runs on it, nothing about the code.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("tests")
 
 
@@ -24,6 +25,13 @@ def unchecked():
 
 def pytest_addoption(parser):
     parser.addoption("--write-tables", action="store_true", help="write the tables in docs/ that tests check")
+    parser.addoption("--threads", type=int, default=1, help="threads of a test process, which rounding depends on")
+
+
+def pytest_configure(config):
+    threads = config.getoption("--threads")
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of notebooks and commands, too
 
 
 ROWS: dict[str, dict[str, list[str]]] = {"architecture": {}, "setting": {}}
