@@ -1,6 +1,7 @@
 """Checks the package's annotations, shapes included, while the tests run."""
 
 import os
+from functools import partial
 
 import jaxtyping
 import pytest
@@ -26,12 +27,33 @@ def unchecked():
 def pytest_addoption(parser):
     parser.addoption("--write-tables", action="store_true", help="write the tables in docs/ that tests check")
     parser.addoption("--threads", type=int, default=1, help="threads of a test process, which rounding depends on")
+    parser.addoption(
+        "--rounding", type=int, default=0, help="as on a machine of that number, which rounds initial weights otherwise"
+    )
 
 
 def pytest_configure(config):
     threads = config.getoption("--threads")
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of notebooks and commands, too
+    if config.getoption("--rounding"):
+        round_otherwise(config.getoption("--rounding"))
+
+
+def round_otherwise(machine):
+    """Moves initial weights by a millionth, always alike: what a bound on a score must bear, as other processors round.
+
+    Weights of child processes stay, so tests that compare with one fail.
+    """
+    for name in ("uniform_", "normal_", "kaiming_uniform_", "xavier_uniform_", "trunc_normal_"):
+        setattr(torch.nn.init, name, partial(_moved, getattr(torch.nn.init, name), machine))
+
+
+def _moved(initialise, machine, tensor, *args, **kwargs):
+    initialise(tensor, *args, **kwargs)
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1000 * tensor.numel() + machine))
+    with torch.no_grad():
+        return tensor.mul_(1 + 1e-6 * noise.to(tensor))
 
 
 ROWS: dict[str, dict[str, list[str]]] = {"architecture": {}, "setting": {}}

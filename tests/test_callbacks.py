@@ -158,7 +158,7 @@ def test_an_excluded_layer_belongs_to_the_first_task():
     assert torch.equal(module.network[1].weight, before["network.1.weight"])
     assert torch.equal(own_logits(module, first), logits)
     assert list(state_of(module).ledger.capacity()) == ["network.3"]
-    assert score(module, second) > 0.9
+    assert score(module, second) > 0.7
 
 
 # The ledger travels
