@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import zip_longest
 from typing import Any
 
@@ -88,7 +88,7 @@ class MaskedGradientCallback(ContinualCallback):
         """Perturbed units stay perturbed over a step, for a batch that takes several."""
         state = state_of(pl_module)
         if self._freezer is not None and state is not None and state.disturbance is not None:
-            self._freezer.save()
+            self._freezer.save_meanwhile(state.disturbance)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Several processes reduce their gradients after the hooks ran: zeroes the frozen entries again."""
@@ -165,7 +165,8 @@ class MaskedGradientCallback(ContinualCallback):
         self._projection = Projection(tensors, self._held(state, tensors)).attach(trainer.optimizers)
         read = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) or n in state.structure.entries}
         frozen = state.ledger.frozen(state.structure, read)
-        self._freezer = Freezer(module, frozen).attach(trainer.optimizers)
+        with nullcontext() if state.disturbance is None else state.disturbance.paused():
+            self._freezer = Freezer(module, frozen).attach(trainer.optimizers)
         self._revision = revision = state.ledger.revision
         self._averages.enter_context(exact_averages(trainer, frozen, lambda: state.ledger.revision == revision))
         torch.compiler.reset()  # code that was compiled before does not see new hooks
