@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_cf.callbacks.divergence import watch_of
 from lightning_cf.callbacks.heads import Heads
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.contexts import seeded
@@ -86,7 +87,11 @@ class TaskInferenceCallback(ContinualCallback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Scales the heads' loss as the module's own is scaled."""
+        super().on_before_backward(trainer, pl_module, loss)
         if self._heads is not None:
+            watch = watch_of(trainer)
+            if watch is not None:
+                watch.see(self._heads.loss)
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._weigh(trainer, pl_module, 1.0 if scaler is None else float(scaler.get_scale()))
 
@@ -94,6 +99,7 @@ class TaskInferenceCallback(ContinualCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The heads take a step where the module took one."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._heads is not None:
             self._heads.end_batch()
             if trainer.global_step > self._heads.stepped:
@@ -107,6 +113,7 @@ class TaskInferenceCallback(ContinualCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the heads into the ledger, where the seal finds them."""
+        super().on_train_end(trainer, pl_module)
         self._keep(pl_module)
         idle = [] if self._heads is None else self._heads.idle()
         if idle:
@@ -119,10 +126,12 @@ class TaskInferenceCallback(ContinualCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets go."""
+        super().teardown(trainer, pl_module, stage)
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lets go; teardown does not run after an exception."""
+        super().on_exception(trainer, pl_module, exception)
         self._release()
 
     def settings(self) -> dict[str, Any]:
