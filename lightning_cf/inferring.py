@@ -148,7 +148,7 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState, *,
     if training is None or held_out is None:
         warnings.warn(f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.", stacklevel=2)
         return
-    training, held_out = (_finite_samples(found, f"Task '{task.name}'") for found in (training, held_out))
+    training, held_out = (finite_samples(found, task) for found in (training, held_out))
     inference.learn(Known(task.name, list(task.classes), sites), training, held_out[0], sealed=sealed)
     keep_inference(state.ledger, inference)
 
@@ -171,8 +171,13 @@ def highest_output(module: LightningModule, state: ContinualState, tasks: Iterab
     return TaskInference(("joint",), known)
 
 
-def _finite_samples(found: Samples, owner: str) -> Samples:
+def finite_samples(found: Samples, task: Task, *, quiet: bool = False) -> Samples:
     """Those samples of a task of which everything that its scores look at is finite, and their labels.
+
+    Args:
+        found: its view of samples, and labels.
+        task: for messages.
+        quiet: whether to leave out samples without a warning.
 
     Raises:
         ContinualError: if there is none.
@@ -184,15 +189,16 @@ def _finite_samples(found: Samples, owner: str) -> Samples:
     bad, count = int((~fine).sum()), len(fine)
     if bad == count:
         raise ContinualError(
-            f"{owner}: no sample is finite in what the network shows of it, so nothing can be kept to infer the task"
-            " by. Look at its data, or leave task inference out."
+            f"Task '{task.name}': no sample is finite in what the network shows of it, so nothing can be kept to infer"
+            " the task by. Look at its data, or leave task inference out."
         )
-    warnings.warn(
-        f"{owner}: {bad} of {count} samples are not finite in what the network shows of them; what infers the task is"
-        " found on the others.",
-        DivergenceWarning,
-        stacklevel=3,
-    )
+    if not quiet:
+        warnings.warn(
+            f"Task '{task.name}': {bad} of {count} samples are not finite in what the network shows of them; what infers"
+            " the task is found on the others.",
+            DivergenceWarning,
+            stacklevel=3,
+        )
     return view.part(fine), labels[fine.to(labels.device)]
 
 

@@ -18,6 +18,7 @@ from lightning_cf.contexts import seeded
 from lightning_cf.errors import ContinualError, check_choice
 from lightning_cf.inferring import (
     choose_strategies,
+    finite_samples,
     inference_of,
     keep_inference,
     view_of,
@@ -159,7 +160,7 @@ class TaskInferenceCallback(ContinualCallback):
             found = view_of(module, task, sites, task.train_dataloader(), 2000)
         if found is None:
             return
-        view, labels = found
+        view, labels = finite_samples(found, task, quiet=True)
         if not inference.unit and view.inputs is not None:
             inference.unit = float(view.inputs.var(dim=0).mean().nan_to_num(1.0).clamp_min(1e-12))
             if trainer.world_size > 1:
