@@ -194,8 +194,8 @@ def finite_samples(found: Samples, task: Task, *, quiet: bool = False) -> Sample
         )
     if not quiet:
         warnings.warn(
-            f"Task '{task.name}': {bad} of {count} samples are not finite in what the network shows of them; what infers"
-            " the task is found on the others.",
+            f"Task '{task.name}': {bad} of {count} samples are not finite in what the network shows of them; what"
+            " infers the task is found on the others.",
             DivergenceWarning,
             stacklevel=3,
         )
