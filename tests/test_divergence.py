@@ -30,6 +30,7 @@ from lightning_cf import (
     Task,
     TaskInferenceCallback,
 )
+from lightning_cf.callbacks.divergence import Watch
 from lightning_cf.finite import not_finite
 from lightning_cf.inferring import inference_of
 from lightning_cf.state import state_of
@@ -329,6 +330,28 @@ def test_the_step_that_took_a_bad_gradient_up_is_named_by_its_batch():
     module = learned(fault="nan pixel", at=7)
     with pytest.raises(DivergenceError, match=r"step 3 \(global_step 2, epoch 1, batch 1\)"):
         fit(module, task(*SECOND), three(), accumulate_grad_batches=3)
+
+
+class OnDevice(Watch):
+    """Looks now and then only, as where each look would wait for a GPU."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.on_device, self.at_once = True, False
+
+
+@pytest.mark.parametrize(("at", "looked"), [(2, 6), (7, 12), (23, 24)])
+def test_where_it_looks_now_and_then_the_first_step_is_named_all_the_same(at, looked, monkeypatch):
+    monkeypatch.setattr("lightning_cf.callbacks.divergence.Watch", OnDevice)
+    module = learned(fault="nan pixel", at=at)
+    owned = logits(module)
+    with pytest.raises(DivergenceError, match=rf"step {at + 1} .*batch {at % 6}\): the loss is not finite; .*'net\.1'"):
+        fit(module, task(*SECOND), three())
+    assert module.batches == looked  # at the end of the epoch
+    assert torch.equal(logits(module), owned)
+    mended = learned(Mending, fault="nan pixel", at=at)
+    fit(mended, task(*SECOND), three())
+    assert state_of(mended).ledger.tasks[-1].phase == "sealed"
 
 
 def test_a_loss_that_alone_is_not_finite_is_said_so():

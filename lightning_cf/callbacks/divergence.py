@@ -140,7 +140,8 @@ class Watch:
 
     def __init__(self, trainer: Trainer, module: LightningModule, state: ContinualState) -> None:
         self.trainer, self.module, self.state = trainer, module, state
-        self.at_once = trainer.world_size == 1 and module.device.type == "cpu"
+        self.on_device = module.device.type != "cpu"
+        self.at_once = trainer.world_size == 1 and not self.on_device
         self.first: Seen | None = None
         self.places: dict[int, Seen] = {}
         self.lost: Tensor | int = 0
@@ -152,7 +153,7 @@ class Watch:
         if not isinstance(loss, Tensor) or not loss.is_floating_point():
             return
         bad = ~loss.detach().isfinite().all()
-        if bad.device.type == "cpu":
+        if not self.on_device:
             self.lost = int(self.lost) + 1 if bad else 0
             if bool(bad) and self.first is None:
                 self.first = self._now()
