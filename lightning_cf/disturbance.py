@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,25 @@ class Disturbance:
         for base in self.base:
             base.put_back(self.tensors)
         self.base = []
+
+    @property
+    def lasts(self) -> bool:
+        """Whether something is perturbed now."""
+        return bool(self.base)
+
+    def changes(self, tensor: Tensor) -> bool:
+        """Whether it perturbs entries of this tensor."""
+        return any(self.tensors[base.rows.tensor] is tensor for base in self.base)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Meanwhile the undisturbed values are there, bitwise; afterwards the same perturbed ones again."""
+        disturbed = [base.rows.read(self.tensors[base.rows.tensor]) for base in self.base]
+        for base in self.base:
+            base.put_back(self.tensors)
+        yield
+        for base, values in zip(self.base, disturbed, strict=True):
+            base.rows.write(self.tensors[base.rows.tensor], values, base.units)
 
     def _disturb(
         self, group: UnitGroup, units: Int64[Tensor, "some"], perturbation: Perturbation, generator: Generator

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Shaped
@@ -15,13 +15,28 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 
+@runtime_checkable
+class Passing(Protocol):
+    """What changes frozen entries for a while, such as a perturbation, and puts them back itself."""
+
+    @property
+    def lasts(self) -> bool:
+        """Whether they are changed now."""
+        ...
+
+    def changes(self, tensor: Tensor) -> bool:
+        """Whether it changes entries of this tensor."""
+        ...
+
+
 class Freezer:
     """Holds the marked entries of a module's parameters and buffers still.
 
     Two hooks do it. A post-accumulate-grad hook fills the frozen entries of each gradient with zero, so that clipping
     and gradient scaling see only live gradients; filling, not multiplying, since 0 times inf is NaN. A step hook
-    copies the frozen entries back after each step of any optimiser, since weight decay, momentum and second-order
-    methods move entries whose gradient is zero; it is there for optimisers too that nobody told of. Frozen BatchNorm
+    copies the frozen entries back after each step of an optimiser, since weight decay, momentum and second-order
+    methods move entries whose gradient is zero. It is there for optimisers too that nobody told of, if they step what
+    is held; others of the process, such as those of a second network, are left alone. Frozen BatchNorm
     channels are normalised by their running statistics in train mode too, and these do not move. Buffers that a
     forward pass changes, such as the vectors of spectral_norm, are put back with each step.
 
@@ -60,6 +75,8 @@ class Freezer:
         ]
         self.optimizers: list[Optimizer] = []
         self.handles: list[RemovableHandle] = []
+        self._passing: Passing | None = None
+        self._meanwhile: dict[FrozenEntries, Tensor] = {}
 
     def attach(self, optimizers: Iterable[Optimizer]) -> Freezer:
         """Starts holding: remembers the frozen entries as they are now and hooks into backward, step and forward."""
@@ -80,10 +97,17 @@ class Freezer:
         for entries in (*self.entries, *self.buffers):
             entries.save()
 
+    def save_meanwhile(self, passing: Passing) -> None:
+        """Remembers what something passing made of the frozen entries: while it lasts, that is what is put back."""
+        held = [entries for entries in (*self.entries, *self.buffers) if passing.changes(entries.parameter)]
+        self._passing, self._meanwhile = passing, {entries: entries.now() for entries in held}
+
     def restore(self) -> None:
         """Puts the frozen entries of parameters and buffers back."""
+        if self._passing is not None and not self._passing.lasts:
+            self._passing, self._meanwhile = None, {}
         for entries in (*self.entries, *self.buffers):
-            entries.restore()
+            entries.restore(self._meanwhile.get(entries))
 
     def detach(self) -> None:
         """Removes every hook; buffers that a forward pass changed since the last step are put back."""
@@ -113,7 +137,20 @@ class Freezer:
                         entries.fill_zero(value)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.restore()
+        if any(optimizer is known for known in self.optimizers) or self._steps_held(optimizer):
+            self.restore()
+
+    def _steps_held(self, optimizer: Optimizer) -> bool:
+        """Whether an optimiser that nobody told of steps what is held: the parameters themselves, or views of them."""
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        held = [entries.parameter for entries in self.entries]
+        if not {id(parameter) for parameter in held}.isdisjoint(map(id, stepped)):
+            return True
+        return not _storages(held).isdisjoint(_storages(stepped))
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[tuple[torch.device, int]]:
+    return {(x.device, x.untyped_storage().data_ptr()) for x in tensors if x.layout == torch.strided and x.numel()}
 
 
 def _hook_gradient(entries: FrozenEntries) -> RemovableHandle:
@@ -176,9 +213,13 @@ class FrozenEntries:
 
     def save(self) -> None:
         """Remembers the frozen entries as they are now."""
+        self.saved = self.now()
+
+    def now(self) -> Shaped[Tensor, "..."]:
+        """A copy of them, as :meth:`restore` takes it."""
         self.follow()
         data = self.parameter.detach()
-        self.saved = data.clone() if self.index is None else data.index_select(self.axis, self.index)
+        return data.clone() if self.index is None else data.index_select(self.axis, self.index)
 
     def moved(self) -> bool:
         """Whether some of them are not what they were, bit for bit."""
@@ -189,15 +230,16 @@ class FrozenEntries:
         return not _same_bits(data if self.index is None else data.index_select(self.axis, self.index), self.saved)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Puts them back."""
+    def restore(self, values: Shaped[Tensor, "..."] | None = None) -> None:
+        """Puts them back, or other values in their place."""
         self.follow()
+        values = self.saved if values is None else values
         if self.index is not None:
-            self.parameter.index_copy_(self.axis, self.index, self.saved)
+            self.parameter.index_copy_(self.axis, self.index, values)
         elif self.mask is not None:
-            self.parameter.copy_(torch.where(self.mask, self.saved, self.parameter))
+            self.parameter.copy_(torch.where(self.mask, values, self.parameter))
         else:
-            self.parameter.copy_(self.saved)
+            self.parameter.copy_(values)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -212,6 +212,21 @@ def test_undo_is_bitwise(make, perturbation, key):
     assert not any(parameter.any() for parameter in network.parameters())
 
 
+@pytest.mark.parametrize("make", EVERY)
+def test_a_pause_shows_the_undisturbed_network_and_ends_in_the_same_perturbation(make):
+    network, structure, ledger = prepared(make)
+    before = bits(network)
+    disturbance = disturb(network, structure, ledger, Noise())
+    during = bits(network)
+    with disturbance.paused():
+        assert bits(network) == before
+    assert bits(network) == during != before
+    assert disturbance.lasts
+    disturbance.undo()
+    assert bits(network) == before
+    assert not disturbance.lasts
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("make", [networks.resnet, networks.transposed_grouped, tied])
 @pytest.mark.parametrize("perturbation", [Ablate(), Rotation(90.0)], ids=str)

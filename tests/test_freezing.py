@@ -199,6 +199,87 @@ def test_optimisers_that_nobody_told_of_are_held_too():
     assert (module.weight == values()).all(dim=1).tolist() == MASKS["rows"].flatten().tolist()
 
 
+def flattened(module):
+    """Views of the parameters' memory, as optimisers that keep everything in one piece step them."""
+    return [parameter.data.view(-1) for parameter in module.parameters()]
+
+
+class Master(torch.optim.AdamW):
+    """Steps copies in double precision, and writes them into the parameters."""
+
+    def __init__(self, params, **options):
+        self.originals = list(params)
+        super().__init__([p.detach().double().requires_grad_() for p in self.originals], **options)
+
+    def step(self, closure=None):
+        for copy, original in zip(self.param_groups[0]["params"], self.originals, strict=True):
+            copy.grad = original.grad.double()
+        super().step()
+        for copy, original in zip(self.param_groups[0]["params"], self.originals, strict=True):
+            original.data.copy_(copy.detach())
+
+
+def test_an_optimiser_of_views_that_nobody_told_of_is_held_too():
+    module, optimizer = Weight(values()), None
+    with Freezer(module, {"weight": MASKS["rows"]}).attach([]):
+        (view,) = flattened(module)
+        optimizer = torch.optim.AdamW([view], lr=0.1, weight_decay=0.5)
+        view.grad = torch.ones(24)
+        optimizer.step()
+    assert (module.weight == values()).all(dim=1).tolist() == MASKS["rows"].flatten().tolist()
+
+
+def test_an_optimiser_that_is_told_of_is_held_whatever_it_steps():
+    module = Weight(values())
+    optimizer = Master(module.parameters(), lr=0.1, weight_decay=0.5)
+    with Freezer(module, {"weight": MASKS["rows"]}).attach([optimizer]):
+        module.loss().backward()
+        optimizer.step()
+    assert (module.weight == values()).all(dim=1).tolist() == MASKS["rows"].flatten().tolist()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_optimisers_of_something_else_put_nothing_back(told):
+    module, other = Weight(values()), Weight(values())
+    optimizer, foreign = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (module, other))
+    with Freezer(module, {"weight": MASKS["rows"]}).attach([optimizer] if told else []):
+        module.weight.data.add_(1)
+        train(other, foreign)
+        assert torch.equal(module.weight, values() + 1)
+        train(module, optimizer, steps=1)
+    assert (module.weight == values()).all(dim=1).tolist() == MASKS["rows"].flatten().tolist()
+
+
+class Passed:
+    """Something that changes one tensor for a while."""
+
+    lasts = True
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def changes(self, tensor):
+        return tensor is self.tensor
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_what_passes_is_put_back_while_it_lasts_and_no_longer(mask):
+    module, frozen = nn.ModuleList([Weight(values()), Weight(values())]), MASKS[mask].expand(6, 4)
+    freezer = Freezer(module, {"0.weight": MASKS[mask], "1.weight": MASKS[mask]}).attach([])
+    with freezer:
+        for part in module:
+            part.weight.data.add_(1)
+        passing = Passed(module[0].weight)
+        freezer.save_meanwhile(passing)
+        module[0].weight.data.add_(1)
+        freezer.restore()
+        assert torch.equal(module[0].weight[frozen], values()[frozen] + 1)
+        assert torch.equal(module[1].weight[frozen], values()[frozen])
+        passing.lasts = False
+        freezer.restore()
+        assert torch.equal(module[0].weight[frozen], values()[frozen])
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_entries_that_moved_are_told_and_put_back(mask):
     module, frozen = Weight(values()), MASKS[mask].expand(6, 4)

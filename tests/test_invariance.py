@@ -21,6 +21,7 @@ from lightning_cf import (
     RandomSubspace,
     Resample,
     Rotation,
+    TaskInferenceCallback,
 )
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.ledger import FREE
@@ -175,6 +176,71 @@ def test_every_forward_pass_of_a_batch_sees_its_draw(order):
         assert torch.equal(first, second)
         assert not torch.equal(first, base)
     assert not torch.equal(seen[0], seen[2])
+
+
+class Judge(Callback):
+    """A network of a callback's own, with an optimiser that the module has nothing to do with."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.network = torch.nn.Linear(3, 3)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.1)
+        self.steps = 0
+
+    def step(self):
+        self.network(torch.ones(1, 3)).sum().backward()
+        self.optimizer.step()
+        self.steps += 1
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.step()
+
+    def on_validation_end(self, trainer, pl_module):
+        self.step()
+
+
+class AsTheyStand(Callback):
+    """The redundant units when a batch of INVARIANCE starts, before anything perturbs them; stands first."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if state_of(pl_module).ledger.tasks[-1].phase == "invariance":
+            self.seen.append(redundant(pl_module))
+
+
+BESIDE = {
+    "a head": lambda: [TaskInferenceCallback("reconstruction")],
+    "a network of a callback's own": lambda: [Judge()],
+}
+
+
+@pytest.mark.parametrize("turn", [0, 2])
+@pytest.mark.parametrize("beside", BESIDE)
+def test_optimisers_that_step_something_else_leave_redundant_units_as_they_were(beside, turn):
+    module, (task, *_) = classifier(), tasks()
+    ours = [*three(InvarianceCallback(perturbation=Resample())), *BESIDE[beside]()]
+    ours = [*ours[turn:], *ours[:turn]]
+    seen = AsTheyStand()
+    fit(module, task, [seen, *ours], epochs=4)
+    assert len(seen.seen) == 12
+    for vectors in [*seen.seen, redundant(module)]:
+        assert all(torch.equal(vectors[name], seen.seen[0][name]) for name in vectors)
+    assert all(callback.steps >= 24 for callback in ours if isinstance(callback, Judge))
+
+
+def test_a_step_after_the_perturbation_is_over_puts_back_what_was_there_before_it():
+    class Late(Callback):
+        """Steps the module's own optimiser once more, when everything else of the batch is over."""
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.optimizers[0].step()
+
+    module, (task, *_) = classifier(optimizer=ADAMW), tasks()
+    seen = AsTheyStand()
+    fit(module, task, [seen, *three(InvarianceCallback(perturbation=Resample())), Late()], epochs=4)
+    for vectors in [*seen.seen, redundant(module)]:
+        assert all(torch.equal(vectors[name], seen.seen[0][name]) for name in vectors)
 
 
 def test_a_checkpoint_of_any_moment_holds_the_undisturbed_network(tmp_path):
