@@ -26,7 +26,13 @@ PATHS = 8
 
 
 def check_exact(
-    module: nn.Module, structure: Structure, ledger: NeuronLedger, example: Any, forward: Forward = call
+    module: nn.Module,
+    structure: Structure,
+    ledger: NeuronLedger,
+    example: Any,
+    forward: Forward = call,
+    *,
+    said: set[str] | None = None,
 ) -> None:
     """Tries random claims, and probes them for leaks; the module is put back as it was, bitwise.
 
@@ -36,6 +42,7 @@ def check_exact(
         ledger: says which groups are not partitioned.
         example: an input whose first axis is the batch.
         forward: how to run the network on the example.
+        said: warnings that need no saying again; takes those that are new.
 
     Warns:
         StructureWarning: names operations that make units share one fate: unknown ones, and those by which a whole
@@ -44,8 +51,10 @@ def check_exact(
     Raises:
         StructureError: names the module and the operation, or the layer, by which free units reach claimed ones.
     """
-    for message in dict.fromkeys(found.message() for found in structure.mixings if found.unknown or found.collapsed):
-        warnings.warn(message, StructureWarning, stacklevel=2)
+    said = set() if said is None else said
+    for found in structure.mixings:
+        if found.unknown or found.collapsed:
+            _say(found.message(), said)
     partitioned = {layer for group in structure.groups if group.name not in ledger.whole for layer in group.layers}
     for found in structure.reads:
         layers = [layer for layer in found.layers if layer in partitioned]
@@ -57,7 +66,9 @@ def check_exact(
                 " these layers to the first task."
             )
     if structure.branches and partitioned:
-        _check_branches(module, structure, example, forward)
+        doubt = _check_branches(module, structure, example, forward)
+        if doubt:
+            _say(doubt, said)
     for draw in range(DRAWS):
         leak = _leak(module, structure, ledger, example, forward, draw)
         if leak is not None:
@@ -69,8 +80,18 @@ def check_exact(
             )
 
 
-def _check_branches(module: nn.Module, structure: Structure, example: Any, forward: Forward) -> None:
-    """Whether a network that looks at its input goes the same way through its layers for other samples too."""
+def _say(message: str, said: set[str]) -> None:
+    """Warns, unless that was said before."""
+    if message not in said:
+        said.add(message)
+        warnings.warn(message, StructureWarning, stacklevel=3)
+
+
+def _check_branches(module: nn.Module, structure: Structure, example: Any, forward: Forward) -> str | None:
+    """Whether a network that looks at its input goes the same way through its layers for other samples too.
+
+    Every ``if`` is also followed the other way. What that leaves open is said.
+    """
     found = next((branch for branch in structure.branches if branch.unknown), structure.branches[0])
     unseen = [n for n, p in module.named_parameters() if p.requires_grad and n not in structure.entries]
     if unseen:
@@ -88,13 +109,30 @@ def _check_branches(module: nn.Module, structure: Structure, example: Any, forwa
                 " batch go another way through its layers than the first two. Run every branch and choose with"
                 " torch.where, or use isolation='perturb'."
             )
+    seen = f"All layers ran, and {max(1, min(count, 2 * PATHS))} samples took the same way through them"
     if found.unknown:
-        warnings.warn(
-            f"{_looks(found)}. All layers ran, and {max(1, min(count, 2 * PATHS))} samples took the same way through"
-            " them; an input that takes another one could change what earlier tasks compute.",
-            StructureWarning,
-            stacklevel=3,
+        return (
+            f"{_looks(found)}. {seen}; an input that takes another one could change what earlier tasks compute. A"
+            " decision that is an if on a tensor (if x.max() > 1) is followed both ways, one on a number is not."
         )
+    if structure.decisions > PATHS or not all(
+        _same_way(module, structure, example, forward, number) for number in range(structure.decisions)
+    ):
+        return (
+            f"{_looks(found)}. {seen}; where it decides otherwise, layers read each other in another way, which could"
+            " change what earlier tasks compute. Run every branch and choose with torch.where, to be sure."
+        )
+    return None
+
+
+def _same_way(module: nn.Module, structure: Structure, example: Any, forward: Forward, decision: int) -> bool:
+    """Whether the network goes the same way through its layers where one of its decisions is the opposite."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _alike(structure, trace(module, example, forward, turned=decision))
+    except Exception:  # whatever a forward pass raises for such an input: then no output is wrong
+        return True
 
 
 def _looks(found: Mixing) -> str:
