@@ -41,7 +41,7 @@ def make_owner_aware(module: nn.Module, owners: Mapping[str, Int64[Tensor, "..."
             ``(channels,)`` for GroupNorm; tasks from 0 on, FREE, or NO_OWNER for what no unit computes. A path may
             also name a module that calls ``F.layer_norm`` and the like itself, once or on elements of one shape; or one
             that writes its norm out, with owners of shape ``(1, width)`` for units along the last axis, and
-            ``(1, width, 1, 1)`` for those along the third last.
+            ``(1, width, 1, 1)`` for those along the third last; two ones in front for a module that is to run once.
     """
     wanted = {path: owner for path, owner in owners.items() if bool((owner >= 0).any())}
     for path, child in list(module.named_modules()):
@@ -91,9 +91,14 @@ class Levels:
         return self.owners.ndim > 1 and len(self.owners) == 1
 
     @property
+    def inline(self) -> bool:
+        """Whether it is written out among other things, so that the module is to run once."""
+        return self.owners.ndim > 2 and self.owners.shape[:2] == (1, 1)
+
+    @property
     def axis(self) -> int:
         """The axis along which the elements of a norm written by hand lie, counted from the last one, -1."""
-        return 1 - self.owners.ndim
+        return (2 if self.inline else 1) - self.owners.ndim
 
     def to(self, device: torch.device) -> Levels:
         """The same on a device, in place."""
@@ -229,7 +234,7 @@ class OwnerAware:
         if forward is nn.GroupNorm.forward:
             x, groups = _input(args, kwargs), self.num_groups
             return nested_group_norm(x, groups, self._levels, self.weight, self.bias, self.eps)  # type: ignore[arg-type]
-        if self._levels.by_hand:
+        if self._levels.by_hand and not self._levels.inline:
             return _run_by_owners(self, forward, self._levels, args, kwargs)
         return _run(self, forward, _Calls(self._levels), args, kwargs)
 
@@ -306,10 +311,10 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside:
             return func(*args, **kwargs)
-        if self.count is not None and self.count < self.levels.owners.numel():
+        if self.levels.by_hand:
             found = Reduction.of(func, args, kwargs)
             if found is not None and self._over_units(found):
-                return found.among(self.levels.axis, self.levels.to(found.input.device).order[: self.count])
+                return self._by_owners(found)
         names = _FUNCTIONS.get(func)
         if names is None:
             return func(*args, **kwargs)
@@ -327,7 +332,17 @@ class _Calls(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _over_units(self, found: Reduction) -> bool:
-        return self.levels.axis in found.dims and found.input.shape[self.levels.axis] == self.levels.owners.numel()
+        width = self.levels.owners.numel()
+        if self.count == width or (self.count is None and not found.keeps_dims):
+            return False
+        return self.levels.axis in found.dims and found.input.shape[self.levels.axis] == width
+
+    def _by_owners(self, found: Reduction) -> Any:
+        levels = self.levels.to(found.input.device)
+        if self.count is not None:
+            return found.among(levels.axis, levels.order[: self.count])
+        among = [levels.order[:count] for count in accumulate(levels.sizes)]
+        return found.for_each(levels.axis, among, levels.level)
 
 
 _LAYER = ("input", "normalized_shape", "weight", "bias", "eps")

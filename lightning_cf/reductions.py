@@ -68,15 +68,37 @@ class Reduction:
 
     def among(self, axis: int, units: Int64[Tensor, "some"]) -> Any:
         """Its result where only some of the units along an axis are there."""
-        part, share = self.input.index_select(axis, units), len(units) / self.input.shape[axis]
+        return self._finish(self._statistic(axis, units))
+
+    def for_each(self, axis: int, among: Sequence[Int64[Tensor, "_"]], level: Int64[Tensor, "units"]) -> Any:
+        """Its result for each unit along an axis, which keeps its size: over the units in ``among[level]`` of each."""
+        found = [self._statistic(axis, units) for units in among]
+        parts = zip(*found, strict=True) if isinstance(found[0], tuple) else [found]
+        joined = [torch.cat(list(part), dim=axis).index_select(axis, level) for part in parts]
+        return self._finish(joined[0] if len(joined) == 1 else tuple(joined))
+
+    @property
+    def keeps_dims(self) -> bool:
+        """Whether its result has as many dims as what it reduces."""
+        return self.func is F.normalize or bool(self.given.get("keepdim") or self.given.get("keepdims"))
+
+    def _statistic(self, axis: int, units: Int64[Tensor, "some"]) -> Any:
+        whole = len(units) == self.input.shape[axis]
+        part = self.input if whole else self.input.index_select(axis, units)
+        share = len(units) / self.input.shape[axis]
         scale = 1.0 if not self.power or math.isinf(self.power) else share ** (-1 / self.power)
         if self.func is F.normalize:
-            length = torch.linalg.vector_norm(part, self.power or 0, self.dims, keepdim=True) * scale
-            return self.input / length.clamp_min(self.given.get("eps", 1e-12))
-        if _NAMES[self.func] is _SPREAD and math.prod(part.shape[dim] for dim in self.dims) == 1:
+            return torch.linalg.vector_norm(part, self.power or 0, self.dims, keepdim=True) * scale
+        if _NAMES[self.func] is _SPREAD and not whole and math.prod(part.shape[dim] for dim in self.dims) == 1:
             return self._of_one(part)
         out = self.func(part, **self.given)
         return out if scale == 1.0 else out * scale
+
+    def _finish(self, statistic: Any) -> Any:
+        """What is returned beyond the statistic itself: the input scaled by its length."""
+        if self.func is F.normalize:
+            return self.input / statistic.clamp_min(self.given.get("eps", 1e-12))
+        return statistic
 
     def _of_one(self, part: Tensor) -> Any:
         """A single number spreads by nothing, also where the formula would divide by zero."""

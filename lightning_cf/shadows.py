@@ -123,11 +123,13 @@ class Level:
         module: path of the module.
         axis: along which they lie, counted from the last one, -1.
         elements: their labels.
+        inline: whether the module does other things too, so that it is to run once, with a result for each unit.
     """
 
     module: str
     axis: int
     elements: Labels
+    inline: bool
 
 
 @dataclass(frozen=True)

@@ -258,11 +258,20 @@ class _Tracer(TorchDispatchMode):
             for x in _shape_makers(this):
                 self.read(x, this.name, shape_only=True)
         pending = [mixing for x in this.tensors for mixing in self.shadows[x].pending]
-        if transparent and len({id(x) for x in this.tensors}) == 1:
+        levels = [mixing.level for mixing in pending]
+        stays = all(level is None or Formulas.stays(level, func) for level in levels)
+        if transparent and stays and len({id(x) for x in this.tensors}) == 1:
             rule(self, this)
             for x in this.results:
                 self.shadows[x].pending = pending
-        elif rule is pointwise and pending and all(self._at_its_level(mixing, this) for mixing in pending):
+        elif (
+            rule is pointwise
+            and levels
+            and all(
+                level is not None and level.module == self.path and self.formulas.meets(level, this.tensors)
+                for level in levels
+            )
+        ):
             rule(self, this)
             for x in this.results:
                 self.shadows[x].pending = [] if bool(self.shadows[x].labels.any()) else pending
@@ -395,7 +404,7 @@ class _Tracer(TorchDispatchMode):
             self._note(labels, dims, operation, False, path)
             return self.units.unite_along(labels, dims).amax()
 
-        level = self.formulas.level(path, x, self.labels(x), dims, settle) if final else None
+        level = self.formulas.level(path, x, result, self.labels(x), dims, settle) if final else None
         if level is not None:
             self.shadows[result].labels = torch.zeros_like(self.shadows[result].labels)
         self.shadows[result].pending = [*self.shadows[result].pending, Pending(settle, final, level)]
@@ -420,15 +429,6 @@ class _Tracer(TorchDispatchMode):
         """Decides of a module that ends whether the norm that it writes out is taken by owners."""
         with _disable_current_modes():
             self.formulas.leave(self.path, output, partial(by_owners, self))
-
-    def _at_its_level(self, mixing: Pending, this: Call) -> bool:
-        """Whether an operation element by element keeps what is taken by owners among their units."""
-        return (
-            mixing.level is not None
-            and mixing.level.module == self.path
-            and all(self.formulas.meets(mixing.level, x) for x in this.tensors if not self.is_weight(x))
-            and not any(bool(self.shadows[x].labels.any()) for x in this.tensors if self.is_weight(x))
-        )
 
     # Parts
 
