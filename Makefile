@@ -20,7 +20,8 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Networks of timm, to be checked for exactness. Without its dependencies: none of them is needed to make a network.
+# Networks of timm and transformers, to be checked for exactness. Without dependencies but those that are named: no
+# others are needed to make a network.
 $(VENV)/zoo: requirements-zoo.lock $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-zoo.lock
 	touch $@

@@ -21,6 +21,9 @@ from lightning_cf.tracing import trace
 DRAWS = 2
 """How many random claims are tried."""
 
+SHOWN = 3
+"""How many operations that mix units a warning names."""
+
 PATHS = 8
 """On how many pairs of samples a network is traced that chooses its way by its input."""
 
@@ -32,6 +35,7 @@ def check_exact(
     example: Any,
     forward: Forward = call,
     *,
+    least: float = 0.0,
     said: set[str] | None = None,
 ) -> None:
     """Tries random claims, and probes them for leaks; the module is put back as it was, bitwise.
@@ -42,19 +46,28 @@ def check_exact(
         ledger: says which groups are not partitioned.
         example: an input whose first axis is the batch.
         forward: how to run the network on the example.
+        least: the smallest share of the parameters that later tasks must be able to train.
         said: warnings that need no saying again; takes those that are new.
 
     Warns:
-        StructureWarning: names operations that make units share one fate: unknown ones, and those by which a whole
-            layer becomes one unit; and those by which the way through the network may depend on its input.
+        StructureWarning: says what later tasks can train where operations make units share one fate, unknown ones or
+            such that a whole layer becomes one unit, and names them; and names those by which the way through the
+            network may depend on its input.
 
     Raises:
-        StructureError: names the module and the operation, or the layer, by which free units reach claimed ones.
+        StructureError: if later tasks can train too little; else names the module and the operation, or the layer, by
+            which free units reach claimed ones.
     """
     said = set() if said is None else said
-    for found in structure.mixings:
-        if found.unknown or found.collapsed:
-            _say(found.message(), said)
+    share = trainable_share(module, structure, ledger)
+    messages = list(dict.fromkeys(found.message() for found in structure.mixings if found.unknown or found.collapsed))
+    if share < least:
+        raise StructureError(
+            f"partition: later tasks can train {share:.1%} of the parameters, less than min_trainable={least}."
+            f" {_causes(messages) or 'The others are in layers that layers= and exclude= leave to the first task.'}"
+        )
+    if messages:
+        _say(f"Later tasks can train {share:.1%} of the parameters. {_causes(messages)}", said)
     partitioned = {layer for group in structure.groups if group.name not in ledger.whole for layer in group.layers}
     for found in structure.reads:
         layers = [layer for layer in found.layers if layer in partitioned]
@@ -78,6 +91,37 @@ def check_exact(
                 f" though the weights from free into claimed units are zero{_why(structure, leak)}. Use"
                 f" isolation='perturb', or exclude=[{hidden}], which leaves the layers there to the first task."
             )
+
+
+def trainable_share(module: nn.Module, structure: Structure, ledger: NeuronLedger) -> float:
+    """The share of the parameters that some task after the first may train: those of units that are shared out.
+
+    Args:
+        module: the network.
+        structure: its structure.
+        ledger: says which groups are not partitioned.
+    """
+    shared = torch.zeros(structure.n_units + 1, dtype=torch.bool)  # the last one stands for what has no unit
+    for group in (*structure.groups, structure.head):
+        shared[group.units] = group.name not in ledger.whole
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trainable = 0.0
+    for name, parameter in parameters.items():
+        masks = [shared[use.target].expand(parameter.shape) for use in structure.entries.get(name, ())]
+        if masks:
+            trainable += int(torch.stack(masks).all(dim=0).sum()) if len(masks) > 1 else int(masks[0].sum())
+    return trainable / max(1, sum(parameter.numel() for parameter in parameters.values()))
+
+
+def _causes(messages: list[str]) -> str:
+    """What mixes units, and what to do about it: the first few operations in full."""
+    if not messages:
+        return ""
+    more = f" So do {len(messages) - SHOWN} others." if len(messages) > SHOWN else ""
+    return (
+        f"{' '.join(messages[:SHOWN])}{more} A norm is taken by owners where its means keep their dims (keepdim=True),"
+        " or where a module of its own takes them; else put another operation there, or use isolation='perturb'."
+    )
 
 
 def _say(message: str, said: set[str]) -> None:

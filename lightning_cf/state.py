@@ -47,6 +47,7 @@ class ContinualState:
         met: names of the tasks whose way through the network is known.
         collect: puts into the ledger what is trained beside the network now, if anything.
         mixed: what mixes the columns of the network's outputs, so that only ``perturb`` works; empty if nothing does.
+        said: warnings about the network that were given.
     """
 
     structure: Structure
@@ -61,6 +62,7 @@ class ContinualState:
     met: set[str] = field(default_factory=set)
     collect: Callable[[], None] | None = None
     mixed: str = ""
+    said: set[str] = field(default_factory=set)
 
     def set_mask_outputs(self, mask_outputs: bool) -> None:
         """Whether each task sees its own outputs only.
