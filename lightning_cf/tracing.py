@@ -494,6 +494,10 @@ class _Tracer(TorchDispatchMode):
             self.written,
             " and ".join(dict.fromkeys(self.made_by[id(x)] for x in outputs if id(x) in self.made_by)) or "nothing",
         )
+        over_outputs = self.formulas.give_up(structure.norms, structure.head.first)
+        if over_outputs:
+            self.norms = {path: labels for path, labels in self.norms.items() if path not in over_outputs}
+            return self.structure(outputs)
         return replace(structure, decisions=self.decisions), numbers
 
 

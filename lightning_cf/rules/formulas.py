@@ -8,7 +8,7 @@ each unit, where it keeps its dims (see ``normalisation.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +46,7 @@ class Formulas:
         self._taken: dict[str, list[_Taken]] = {}
         self._given: dict[str, list[tuple[Tensor, int]]] = {}
         self._now: _Taken | None = None
+        self._kept: dict[str, list[_Taken]] = {}
         self._alone = {
             path
             for path, child in module.named_modules()
@@ -141,10 +142,31 @@ class Formulas:
             untouched = all(x._version == version for x, version in self._given.get(path, []))  # else it runs once only
             returned = all(self._returned(x, first) for x in tree_leaves(output) if isinstance(x, Tensor))
             done = alike and untouched and returned and by_owners(first.elements.reshape(1, -1, *behind))
-        if not done:
-            for one in taken:
-                for _, settle in one.levels:
-                    settle()
+        if done:
+            self._kept.setdefault(path, []).extend(taken)
+        else:
+            self._unite(taken)
+
+    def give_up(self, norms: Mapping[str, Tensor], first: int) -> list[str]:
+        """Unites what is a norm over the network's outputs, which tasks see one by one.
+
+        Args:
+            norms: the units that are normalised together, by module.
+            first: number of the first output.
+
+        Returns:
+            the modules of such norms.
+        """
+        over = [path for path in self._kept if bool((norms[path] >= first).any())]
+        for path in over:
+            self._unite(self._kept.pop(path))
+        return over
+
+    @staticmethod
+    def _unite(taken: Sequence[_Taken]) -> None:
+        for one in taken:
+            for _, settle in one.levels:
+                settle()
 
     def _equal(self, a: Labels, b: Labels) -> bool:
         return a.shape == b.shape and bool((self.units.resolve(a) == self.units.resolve(b)).all())
