@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: demo test machines lock
+.PHONY: demo test transformers machines lock
 
 demo: $(VENV)/installed
 	$(VENV)/bin/lightning-cf $(ARGS)
@@ -30,6 +30,16 @@ $(VENV)/installed: requirements.lock pyproject.toml
 # Networks of timm, to be checked for exactness. Without its dependencies: none of them is needed to make a network.
 $(VENV)/zoo: requirements-zoo.lock $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-zoo.lock
+	touch $@
+
+# The transformers library's own classes, each through three tasks. In a folder of its own: torchmetrics imports the
+# library wherever it finds it, and nothing else here is to.
+transformers: $(VENV)/transformers
+	PYTHONPATH=$(VENV)/transformers $(VENV)/bin/pytest --numprocesses 2 -m slow tests/test_transformers.py
+
+$(VENV)/transformers: requirements-transformers.lock $(VENV)/installed
+	rm -rf $@
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@ --requirement $<
 	touch $@
 
 # Writes requirements.lock anew from the floors in pyproject.toml.

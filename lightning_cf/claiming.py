@@ -32,6 +32,35 @@ class PartitionWarning(UserWarning):
     """A partition that works, but not as its options suggest."""
 
 
+def warn_of_cost(
+    ledger: NeuronLedger, tolerance: float, *, now: float | None = None, lower_is_better: bool = False
+) -> None:
+    """Warns where the current task's claim cost more than the tolerance, and training after it did not win that back.
+
+    Args:
+        ledger: after the task's partition.
+        tolerance: how much of the metric a claim may cost.
+        now: the task's score after INVARIANCE, None where that was left out.
+        lower_is_better: the metric's direction.
+    """
+    name = ledger.tasks[-1].name
+    record = next((r for r in ledger.records if r["task"] == name and not r.get("within_tolerance", True)), None)
+    if record is None:
+        return
+    before, right_after = record["accuracy"], record["ablation_accuracy"]
+    if now is not None and (now - before if lower_is_better else before - now) <= tolerance:
+        return
+    warnings.warn(
+        f"Task '{name}': no claim within the budget keeps the metric within tolerance={tolerance}, so it has the whole"
+        f" budget: {before:.4f} before the partition, {right_after:.4f} right after it,"
+        + (f" {now:.4f} when its claim is sealed." if now is not None else " and no INVARIANCE followed.")
+        + " Raise max_claim or lower reserve_tasks, so that it may claim more; train longer after the partition; or"
+        " raise tolerance, if that is good enough.",
+        PartitionWarning,
+        stacklevel=3,
+    )
+
+
 @dataclass(kw_only=True)
 class Claimer:
     """Partitions the current task's units and claims the non-redundant ones.
@@ -108,7 +137,7 @@ class Claimer:
         )
         self._tell_left_out()
         budgets = self._budgets(candidates)
-        after = before
+        after, within = before, True
         for partitions in self._proposals(budgets):
             self._apply(candidates, partitions)
             after = self.score()
@@ -119,13 +148,7 @@ class Claimer:
             if self._again and self.options.threshold == "auto":
                 self._restore()
             elif self.options.threshold == "auto" and exact:
-                warnings.warn(
-                    f"Task '{self.ledger.tasks[-1].name}': no claim within the budget keeps the metric within"
-                    f" tolerance={self.options.tolerance} ({before:.4f} before, {after:.4f} after the partition);"
-                    " the whole budget is claimed. Raise max_claim, or lower reserve_tasks.",
-                    PartitionWarning,
-                    stacklevel=2,
-                )
+                within = False  # INVARIANCE may win it back: see ``warn_of_cost``
         if not exact:
             self._restore()
         found = tuple(
@@ -139,7 +162,7 @@ class Claimer:
             )
             for group in self._groups
         )
-        self._record(found, before, after)
+        self._record(found, before, after, within)
         outcome = Outcome(before, after, found)
         return outcome.after(self.earlier) if self._again and self.earlier is not None else outcome
 
@@ -327,9 +350,10 @@ class Claimer:
     def _loss(self, before: float, after: float) -> float:
         return before - after if self.higher_is_better else after - before
 
-    def _record(self, outcomes: tuple[GroupOutcome, ...], before: float, after: float) -> None:
+    def _record(self, outcomes: tuple[GroupOutcome, ...], before: float, after: float, within: bool) -> None:
         task = self.ledger.tasks[-1].name
         claims = {r["layer"]: r["claims"] for r in self.ledger.records if r["task"] == task}
+        within &= all(r.get("within_tolerance", True) for r in self.ledger.records if r["task"] == task)
         self.ledger.records = [record for record in self.ledger.records if record["task"] != task]
         for found in outcomes:
             claimed = int(found.partition.non_redundant.sum())
@@ -344,5 +368,6 @@ class Claimer:
                     "threshold": found.partition.threshold,
                     "accuracy": before,
                     "ablation_accuracy": after,
+                    "within_tolerance": within,
                 }
             )

@@ -21,12 +21,22 @@ from lightning_cf.tracing import trace
 DRAWS = 2
 """How many random claims are tried."""
 
+SHOWN = 3
+"""How many operations that mix units a warning names."""
+
 PATHS = 8
 """On how many pairs of samples a network is traced that chooses its way by its input."""
 
 
 def check_exact(
-    module: nn.Module, structure: Structure, ledger: NeuronLedger, example: Any, forward: Forward = call
+    module: nn.Module,
+    structure: Structure,
+    ledger: NeuronLedger,
+    example: Any,
+    forward: Forward = call,
+    *,
+    least: float = 0.0,
+    said: set[str] | None = None,
 ) -> None:
     """Tries random claims, and probes them for leaks; the module is put back as it was, bitwise.
 
@@ -36,16 +46,28 @@ def check_exact(
         ledger: says which groups are not partitioned.
         example: an input whose first axis is the batch.
         forward: how to run the network on the example.
+        least: the smallest share of the parameters that later tasks must be able to train.
+        said: warnings that need no saying again; takes those that are new.
 
     Warns:
-        StructureWarning: names operations that make units share one fate: unknown ones, and those by which a whole
-            layer becomes one unit; and those by which the way through the network may depend on its input.
+        StructureWarning: says what later tasks can train where operations make units share one fate, unknown ones or
+            such that a whole layer becomes one unit, and names them; and names those by which the way through the
+            network may depend on its input.
 
     Raises:
-        StructureError: names the module and the operation, or the layer, by which free units reach claimed ones.
+        StructureError: if later tasks can train too little; else names the module and the operation, or the layer, by
+            which free units reach claimed ones.
     """
-    for message in dict.fromkeys(found.message() for found in structure.mixings if found.unknown or found.collapsed):
-        warnings.warn(message, StructureWarning, stacklevel=2)
+    said = set() if said is None else said
+    share = trainable_share(module, structure, ledger)
+    messages = list(dict.fromkeys(found.message() for found in structure.mixings if found.unknown or found.collapsed))
+    if share < least:
+        raise StructureError(
+            f"partition: later tasks can train {share:.1%} of the parameters, less than min_trainable={least}."
+            f" {_causes(messages) or 'The others are in layers that layers= and exclude= leave to the first task.'}"
+        )
+    if messages:
+        _say(f"Later tasks can train {share:.1%} of the parameters. {_causes(messages)}", said)
     partitioned = {layer for group in structure.groups if group.name not in ledger.whole for layer in group.layers}
     for found in structure.reads:
         layers = [layer for layer in found.layers if layer in partitioned]
@@ -57,7 +79,9 @@ def check_exact(
                 " these layers to the first task."
             )
     if structure.branches and partitioned:
-        _check_branches(module, structure, example, forward)
+        doubt = _check_branches(module, structure, example, forward)
+        if doubt:
+            _say(doubt, said)
     for draw in range(DRAWS):
         leak = _leak(module, structure, ledger, example, forward, draw)
         if leak is not None:
@@ -69,8 +93,49 @@ def check_exact(
             )
 
 
-def _check_branches(module: nn.Module, structure: Structure, example: Any, forward: Forward) -> None:
-    """Whether a network that looks at its input goes the same way through its layers for other samples too."""
+def trainable_share(module: nn.Module, structure: Structure, ledger: NeuronLedger) -> float:
+    """The share of the parameters that some task after the first may train: those of units that are shared out.
+
+    Args:
+        module: the network.
+        structure: its structure.
+        ledger: says which groups are not partitioned.
+    """
+    shared = torch.zeros(structure.n_units + 1, dtype=torch.bool)  # the last one stands for what has no unit
+    for group in (*structure.groups, structure.head):
+        shared[group.units] = group.name not in ledger.whole
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trainable = 0.0
+    for name, parameter in parameters.items():
+        masks = [shared[use.target].expand(parameter.shape) for use in structure.entries.get(name, ())]
+        if masks:
+            trainable += int(torch.stack(masks).all(dim=0).sum()) if len(masks) > 1 else int(masks[0].sum())
+    return trainable / max(1, sum(parameter.numel() for parameter in parameters.values()))
+
+
+def _causes(messages: list[str]) -> str:
+    """What mixes units, and what to do about it: the first few operations in full."""
+    if not messages:
+        return ""
+    more = f" So do {len(messages) - SHOWN} others." if len(messages) > SHOWN else ""
+    return (
+        f"{' '.join(messages[:SHOWN])}{more} A norm is taken by owners where its means keep their dims (keepdim=True),"
+        " or where a module of its own takes them; else put another operation there, or use isolation='perturb'."
+    )
+
+
+def _say(message: str, said: set[str]) -> None:
+    """Warns, unless that was said before."""
+    if message not in said:
+        said.add(message)
+        warnings.warn(message, StructureWarning, stacklevel=3)
+
+
+def _check_branches(module: nn.Module, structure: Structure, example: Any, forward: Forward) -> str | None:
+    """Whether a network that looks at its input goes the same way through its layers for other samples too.
+
+    Every ``if`` is also followed the other way. What that leaves open is said.
+    """
     found = next((branch for branch in structure.branches if branch.unknown), structure.branches[0])
     unseen = [n for n, p in module.named_parameters() if p.requires_grad and n not in structure.entries]
     if unseen:
@@ -88,13 +153,30 @@ def _check_branches(module: nn.Module, structure: Structure, example: Any, forwa
                 " batch go another way through its layers than the first two. Run every branch and choose with"
                 " torch.where, or use isolation='perturb'."
             )
+    seen = f"All layers ran, and {max(1, min(count, 2 * PATHS))} samples took the same way through them"
     if found.unknown:
-        warnings.warn(
-            f"{_looks(found)}. All layers ran, and {max(1, min(count, 2 * PATHS))} samples took the same way through"
-            " them; an input that takes another one could change what earlier tasks compute.",
-            StructureWarning,
-            stacklevel=3,
+        return (
+            f"{_looks(found)}. {seen}; an input that takes another one could change what earlier tasks compute. A"
+            " decision that is an if on a tensor (if x.max() > 1) is followed both ways, one on a number is not."
         )
+    if structure.decisions > PATHS or not all(
+        _same_way(module, structure, example, forward, number) for number in range(structure.decisions)
+    ):
+        return (
+            f"{_looks(found)}. {seen}; where it decides otherwise, layers read each other in another way, which could"
+            " change what earlier tasks compute. Run every branch and choose with torch.where, to be sure."
+        )
+    return None
+
+
+def _same_way(module: nn.Module, structure: Structure, example: Any, forward: Forward, decision: int) -> bool:
+    """Whether the network goes the same way through its layers where one of its decisions is the opposite."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _alike(structure, trace(module, example, forward, turned=decision))
+    except Exception:  # whatever a forward pass raises for such an input: then no output is wrong
+        return True
 
 
 def _looks(found: Mixing) -> str:

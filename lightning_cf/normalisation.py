@@ -3,6 +3,10 @@
 LayerNorm, RMSNorm and GroupNorm mix the units that they normalise together. Under exact isolation an element owned by
 task k is normalised by statistics over the elements with an owner of at most k; a free one over all of them. What no
 unit computes, such as the network's input, counts for every task and is normalised by itself.
+
+A norm that a module's forward pass writes out, ``x * rsqrt(mean(x**2) + eps)``, stays as it is written: the pass runs
+once for each owner, with its means and sums over what that owner may read, and each element is taken from its owner's
+run. In a module that holds layers of its own the pass runs once, and every mean becomes one for each element.
 """
 
 from __future__ import annotations
@@ -17,8 +21,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_structure as structure_of_tree
 
 from lightning_cf.ledger import FREE
+from lightning_cf.reductions import Reduction
 
 _PLAN = "_levels"
 
@@ -32,7 +39,9 @@ def make_owner_aware(module: nn.Module, owners: Mapping[str, Int64[Tensor, "..."
         module: the network.
         owners: for norms by path, the owner of each element: of ``normalized_shape`` for LayerNorm and RMSNorm,
             ``(channels,)`` for GroupNorm; tasks from 0 on, FREE, or NO_OWNER for what no unit computes. A path may
-            also name a module that calls ``F.layer_norm`` and the like itself, once or on elements of one shape.
+            also name a module that calls ``F.layer_norm`` and the like itself, once or on elements of one shape; or one
+            that writes its norm out, with owners of shape ``(1, width)`` for units along the last axis, and
+            ``(1, width, 1, 1)`` for those along the third last; two ones in front for a module that is to run once.
     """
     wanted = {path: owner for path, owner in owners.items() if bool((owner >= 0).any())}
     for path, child in list(module.named_modules()):
@@ -75,6 +84,21 @@ class Levels:
         self.sizes: list[int] = counts.tolist()
         self.level: Tensor = (rank[:, None] > levels).sum(dim=1)  # of each element
         self.inverse = self.order.argsort()
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether the norm is written out in a module's forward pass, with its elements along one axis."""
+        return self.owners.ndim > 1 and len(self.owners) == 1
+
+    @property
+    def inline(self) -> bool:
+        """Whether it is written out among other things, so that the module is to run once."""
+        return self.owners.ndim > 2 and self.owners.shape[:2] == (1, 1)
+
+    @property
+    def axis(self) -> int:
+        """The axis along which the elements of a norm written by hand lie, counted from the last one, -1."""
+        return (2 if self.inline else 1) - self.owners.ndim
 
     def to(self, device: torch.device) -> Levels:
         """The same on a device, in place."""
@@ -210,9 +234,9 @@ class OwnerAware:
         if forward is nn.GroupNorm.forward:
             x, groups = _input(args, kwargs), self.num_groups
             return nested_group_norm(x, groups, self._levels, self.weight, self.bias, self.eps)  # type: ignore[arg-type]
-        calls = _Calls(self._levels)
-        with _outside_children(self, calls), calls:
-            return forward(self, *args, **kwargs)
+        if self._levels.by_hand and not self._levels.inline:
+            return _run_by_owners(self, forward, self._levels, args, kwargs)
+        return _run(self, forward, _Calls(self._levels), args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles by the plain class, since the derived one has no place in a file."""
@@ -243,12 +267,41 @@ def _rebuilt(plain: type[nn.Module]) -> nn.Module:
     return module
 
 
-class _Calls(TorchFunctionMode):
-    """Normalisations that a module calls as functions, in a forward pass of its own."""
+def _run(module: nn.Module, forward: Any, calls: _Calls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    with _outside_children(module, calls), calls:
+        return forward(module, *args, **kwargs)
 
-    def __init__(self, levels: Levels) -> None:
+
+def _run_by_owners(
+    module: nn.Module, forward: Any, levels: Levels, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """A forward pass for each owner, and of each the elements that are its own."""
+    runs = [_run(module, forward, _Calls(levels, count), args, kwargs) for count in accumulate(levels.sizes)]
+    leaves = zip(*map(tree_leaves, runs), strict=True)
+    return tree_unflatten([_own_elements(levels, of_each) for of_each in leaves], structure_of_tree(runs[-1]))
+
+
+def _own_elements(levels: Levels, of_each: Sequence[Any]) -> Any:
+    if not isinstance(of_each[-1], Tensor):
+        return of_each[-1]
+    levels.to(of_each[-1].device)
+    places = levels.order.split(levels.sizes)
+    parts = [x.index_select(levels.axis, own) for x, own in zip(of_each, places, strict=True)]
+    return torch.cat(parts, dim=levels.axis).index_select(levels.axis, levels.inverse)
+
+
+class _Calls(TorchFunctionMode):
+    """Normalisations that a module calls as functions, or writes out, in a forward pass of its own.
+
+    Args:
+        levels: who owns which element.
+        count: of a norm that is written out: how many elements count, the first in the order of ``levels``.
+    """
+
+    def __init__(self, levels: Levels, count: int | None = None) -> None:
         super().__init__()
         self.levels = levels
+        self.count = count
         self.inside = 0
         """How many of the module's children run now: theirs are not its calls."""
 
@@ -256,8 +309,14 @@ class _Calls(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.inside:
+            return func(*args, **kwargs)
+        if self.levels.by_hand:
+            found = Reduction.of(func, args, kwargs)
+            if found is not None and self._over_units(found):
+                return self._by_owners(found)
         names = _FUNCTIONS.get(func)
-        if names is None or self.inside:
+        if names is None:
             return func(*args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, weight, owners = given["input"], given.get("weight"), self.levels.owners
@@ -271,6 +330,19 @@ class _Calls(TorchFunctionMode):
                 return nested_layer_norm(x, self.levels, weight, given.get("bias"), given.get("eps", 1e-5))
             return nested_rms_norm(x, self.levels, weight, given.get("eps"))
         return func(*args, **kwargs)
+
+    def _over_units(self, found: Reduction) -> bool:
+        width = self.levels.owners.numel()
+        if self.count == width or (self.count is None and not found.keeps_dims):
+            return False
+        return self.levels.axis in found.dims and found.input.shape[self.levels.axis] == width
+
+    def _by_owners(self, found: Reduction) -> Any:
+        levels = self.levels.to(found.input.device)
+        if self.count is not None:
+            return found.among(levels.axis, levels.order[: self.count])
+        among = [levels.order[:count] for count in accumulate(levels.sizes)]
+        return found.for_each(levels.axis, among, levels.level)
 
 
 _LAYER = ("input", "normalized_shape", "weight", "bias", "eps")

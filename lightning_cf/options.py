@@ -39,6 +39,8 @@ class PartitionOptions:
             one (paragraphs 16 and 49).
         fold: whether the claimed units take over by regression what the redundant ones contributed.
         reinitialise: whether free units get fresh weights before the next task (``exact`` only).
+        min_trainable: the least share of the network's parameters that later tasks must be able to train, in [0, 1]:
+            ``exact`` is refused where operations that mix units, ``layers`` and ``exclude`` leave less.
         layers: the only layers to partition, by the name of a layer or of a module around several; default all.
         exclude: layers or modules that are not partitioned: the first task claims them whole.
     """
@@ -53,6 +55,7 @@ class PartitionOptions:
     representative: Representative = "magnitude"
     fold: bool = True
     reinitialise: bool = True
+    min_trainable: float = 0.0
     layers: Sequence[str] | None = None
     exclude: Sequence[str] = ()
 
@@ -74,6 +77,7 @@ class PartitionOptions:
                     f"partition: max_claim ({self.max_claim}) must not be below min_claim ({self.min_claim})."
                 )
         check_count("partition", "reserve_tasks", self.reserve_tasks)
+        check_share("partition", "min_trainable", self.min_trainable)
         check_choice("partition", "clusters", self.clusters, CLUSTERS)
         check_choice("partition", "representative", self.representative, REPRESENTATIVES)
         if self.exclude is None:
@@ -164,5 +168,6 @@ class PartitionKeywords(TypedDict, total=False):
     representative: Representative
     fold: bool
     reinitialise: bool
+    min_trainable: float
     layers: Sequence[str] | None
     exclude: Sequence[str]

@@ -116,16 +116,35 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Level:
+    """Units over which a module takes a reduction that can be taken by owners (see ``normalisation.py``).
+
+    Attributes:
+        module: path of the module.
+        axis: along which they lie, counted from the last one, -1.
+        elements: their labels.
+        inline: whether the module does other things too, so that it is to run once, with a result for each unit.
+    """
+
+    module: str
+    axis: int
+    elements: Labels
+    inline: bool
+
+
+@dataclass(frozen=True)
 class Pending:
     """A union of units that waits until something reads the result of an operation that mixes them.
 
     Attributes:
-        settle: makes it.
+        settle: makes it, and gives the label of the united units.
         final: whether to make it also where the network returns the result.
+        level: where the result is one for each owner, and has no label yet: what it is made from.
     """
 
-    settle: Callable[[], None]
+    settle: Callable[[], Labels]
     final: bool
+    level: Level | None = None
 
 
 @dataclass

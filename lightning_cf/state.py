@@ -50,6 +50,7 @@ class ContinualState:
         infinite: names of tensors that held infinite numbers before any task, and may: masks, bounds.
         safe: the network as the current phase found it, while a fit runs.
         mixed: what mixes the columns of the network's outputs, so that only ``perturb`` works; empty if nothing does.
+        said: warnings about the network that were given.
     """
 
     structure: Structure
@@ -66,6 +67,7 @@ class ContinualState:
     mixed: str = ""
     infinite: frozenset[str] = frozenset()
     safe: Snapshot | None = None
+    said: set[str] = field(default_factory=set)
 
     def set_mask_outputs(self, mask_outputs: bool) -> None:
         """Whether each task sees its own outputs only.

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.claim_folding import cut_claimed
-from lightning_cf.claiming import Claimer
+from lightning_cf.claiming import Claimer, warn_of_cost
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import evaluate, predict
 from lightning_cf.inferring import remember_task
@@ -60,7 +60,6 @@ def partition_task(
     again = state.ledger.tasks[-1].phase == "invariance"
     if len(state.ledger.tasks) == 1 and not again:
         state.ledger.whole += held_by_the_user(module, state)
-    lower_is_better = task.metric is not None and task.metric.higher_is_better is False
     with isolate_rng(), eval_mode(module), state.showing(module, [task]):
         torch.manual_seed(derive_seed("partition", task.name))
         claimer = Claimer(
@@ -69,7 +68,7 @@ def partition_task(
             ledger=state.ledger,
             options=options,
             score=lambda: evaluate(module, task, task.judging_batches()),
-            higher_is_better=not lower_is_better,
+            higher_is_better=not _lower_is_better(task),
             passes=lambda: _passes(module, task),
             start=state.start,
             tasks_left=tasks_left,
@@ -126,6 +125,11 @@ def seal_task(
         for record in state.ledger.records:
             if record["task"] == task.name:
                 record["retrained_ablation_accuracy"] = score
+    if not all(record.get("within_tolerance", True) for record in state.ledger.records if record["task"] == task.name):
+        tolerance = (options or PartitionOptions()).tolerance
+        with isolate_rng(), eval_mode(module), state.showing(module, [task]):
+            now = evaluate(module, task, task.judging_batches())
+        warn_of_cost(state.ledger, tolerance, lower_is_better=_lower_is_better(task), now=now)
     if folders is not None:
         folders.complete(module, state.structure, state.ledger)
     if state.collect is not None:
@@ -142,6 +146,10 @@ def seal_task(
     partitioned = any(record["task"] == task.name for record in state.ledger.records)
     if state.ledger.isolation == "exact" and partitioned and (options is None or options.reinitialise):
         reinitialise_free(module, state.structure, state.ledger, seed, task.name)
+
+
+def _lower_is_better(task: Task) -> bool:
+    return task.metric is not None and task.metric.higher_is_better is False
 
 
 def remember_claim(module: LightningModule, task: Task) -> None:

@@ -181,7 +181,9 @@ class Structure:
             network's input.
         mixings: where units were united because an operation mixes them.
         reads: where values of units became numbers in Python.
-        branches: where values of the network's input became numbers in Python, or decided a shape (not ``unknown``).
+        branches: where values of the network's input became numbers in Python, or decided a shape or an ``if`` (not
+            ``unknown``).
+        decisions: how many ``if`` of the forward pass were decided by the network's input.
         computed: for parameters that an operation changes before they are used, that operation and its module.
         written: for buffers that the forward pass writes in eval mode, the same.
     """
@@ -195,6 +197,7 @@ class Structure:
     mixings: tuple[Mixing, ...] = ()
     reads: tuple[Mixing, ...] = ()
     branches: tuple[Mixing, ...] = ()
+    decisions: int = 0
     computed: Mapping[str, str] = field(default_factory=dict)
     written: Mapping[str, str] = field(default_factory=dict)
 

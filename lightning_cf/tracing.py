@@ -8,9 +8,9 @@ weight entry its pair of target and source unit. The operations are listed in ``
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,13 +28,18 @@ from lightning_cf.errors import StructureError
 from lightning_cf.labels import NONE, Units, sole_along
 from lightning_cf.normalisation import make_owner_aware, owner_aware_norms
 from lightning_cf.operations import is_movement, rule_of
+from lightning_cf.reductions import Reduction
 from lightning_cf.rules.call import Call
-from lightning_cf.rules.norms import normalise
+from lightning_cf.rules.elementwise import pointwise
+from lightning_cf.rules.formulas import Formulas
+from lightning_cf.rules.norms import by_owners, normalise
 from lightning_cf.shadows import Origin, Pending, Shadow, Shadows, laid_out_like
 from lightning_cf.structure import Forward, Role, Structure, call, eval_mode, named_tensors, same_state, samples
 
 
-def trace(module: nn.Module, example: Any, forward: Forward = call, *, apart: bool = False) -> Structure:
+def trace(
+    module: nn.Module, example: Any, forward: Forward = call, *, apart: bool = False, turned: int | None = None
+) -> Structure:
     """Traces a network with one forward pass in eval mode; its state stays as it is.
 
     Lazy layers take their shapes from that pass.
@@ -44,12 +49,14 @@ def trace(module: nn.Module, example: Any, forward: Forward = call, *, apart: bo
         example: an input whose first axis is the batch; its first two samples are used.
         forward: how to run the network on the example.
         apart: leaves units apart where an operation mixes them, for ``isolation="perturb"``, which cuts nothing.
+        turned: which of the decisions that the network takes by its input goes the other way, if any; they are numbered
+            in their order, ``Structure.decisions`` of them.
 
     Raises:
         StructureError: if the network's outputs are not the columns of layers, or its forward pass writes into a
             parameter.
     """
-    return _follow(module, example, forward, apart)[0]
+    return _follow(module, example, forward, apart, turned=turned)[0]
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ def steps(module: nn.Module, example: Any, forward: Forward = call) -> list[Step
 
 
 def _follow(
-    module: nn.Module, example: Any, forward: Forward, apart: bool, *, log: bool = False
+    module: nn.Module, example: Any, forward: Forward, apart: bool, *, log: bool = False, turned: int | None = None
 ) -> tuple[Structure, list[Step]]:
     """Traces; several times where norms over slices of different units leave it open what the units are.
 
@@ -81,10 +88,10 @@ def _follow(
     the channels of tokens, of which one is a parameter. What comes behind decides: for norms of each shape, what leaves
     more units is kept.
     """
-    structure, steps, open_shapes = _follow_once(module, example, forward, apart, log, set())
+    structure, steps, open_shapes = _follow_once(module, example, forward, apart, log, set(), turned)
     sliced: set[Shape] = set()
     for shape in sorted(open_shapes):
-        other, other_steps, _ = _follow_once(module, example, forward, apart, log, sliced | {shape})
+        other, other_steps, _ = _follow_once(module, example, forward, apart, log, sliced | {shape}, turned)
         if other.n_units > structure.n_units:
             structure, steps, sliced = other, other_steps, sliced | {shape}
     return structure, steps
@@ -94,7 +101,13 @@ Shape = tuple[int, ...]
 
 
 def _follow_once(
-    module: nn.Module, example: Any, forward: Forward, apart: bool, log: bool, sliced: Set[Shape]
+    module: nn.Module,
+    example: Any,
+    forward: Forward,
+    apart: bool,
+    log: bool,
+    sliced: Set[Shape],
+    turned: int | None,
 ) -> tuple[Structure, list[Step], Set[Shape]]:
     example = samples(module, example, 2)
     by_owners = owner_aware_norms(module)
@@ -108,7 +121,7 @@ def _follow_once(
             forward(module, example)
         stack.enter_context(same_state(module))
         tracer = _Tracer(module, tree_leaves(example), apart, log, sliced)
-        with following(module, tracer.running), _FunctionRules(tracer), tracer:
+        with following(module, tracer.running, tracer.enter, tracer.leave), _FunctionRules(tracer, turned), tracer:
             outputs = forward(module, example)
         tracer.see_state(module)
     structure, numbers = tracer.structure([x for x in tree_leaves(outputs) if isinstance(x, Tensor)])
@@ -117,20 +130,35 @@ def _follow_once(
 
 
 @contextmanager
-def following(module: nn.Module, running: list[str]) -> Iterator[None]:
-    """Keeps a stack of the paths of the modules that run, the innermost last, meanwhile."""
+def following(
+    module: nn.Module,
+    running: list[str],
+    entered: Callable[[Any], None] = lambda given: None,
+    left: Callable[[Any], None] = lambda output: None,
+) -> Iterator[None]:
+    """Keeps a stack of the paths of the modules that run, the innermost last, meanwhile.
 
-    def enter(path: str, *_: Any) -> None:
+    Args:
+        module: the network.
+        running: the stack.
+        entered: takes what the innermost module is given, before it runs.
+        left: takes what it returns.
+    """
+
+    def enter(path: str, child: nn.Module, args: Any, kwargs: Any) -> None:
         running.append(path)
+        entered((args, kwargs))
 
-    def leave(*_: Any) -> None:
+    def leave(child: nn.Module, args: Any, output: Any) -> None:
+        left(output)
         running.pop()
 
     with ExitStack() as stack:
         for path, child in module.named_modules():
             if isinstance(child, torch.jit.ScriptModule):
                 continue  # it takes no hooks
-            stack.callback(child.register_forward_pre_hook(partial(enter, path), prepend=True).remove)
+            before = child.register_forward_pre_hook(partial(enter, path), prepend=True, with_kwargs=True)
+            stack.callback(before.remove)
             stack.callback(child.register_forward_hook(leave, always_call=True).remove)
         yield
 
@@ -152,18 +180,33 @@ def plain_kernels() -> Iterator[None]:
 class _FunctionRules(TorchFunctionMode):
     """Sees functions whose operations would hide what they are: RMSNorm consists of a mean over units."""
 
-    def __init__(self, tracer: _Tracer) -> None:
+    def __init__(self, tracer: _Tracer, turned: int | None) -> None:
         super().__init__()
         self.tracer = tracer
+        self.turned = turned
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        known = len(self.tracer.branches)
+        out = self._run(func, args, kwargs or {})
+        if isinstance(out, bool) and len(self.tracer.branches) > known:
+            return self._decide(out, known)
+        return out
+
+    def _decide(self, out: bool, known: int) -> bool:
+        """What an ``if`` on the network's input finds, or the opposite, to see what would run then."""
+        del self.tracer.branches[known + 1 :]
+        self.tracer.branches[known] = replace(self.tracer.branches[known], unknown=False)
+        self.tracer.decisions += 1
+        return out if self.tracer.decisions - 1 != self.turned else not out
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
             self.tracer.read(args[0], f"Tensor.{func.__name__}")
         if func not in (torch.nn.functional.rms_norm, torch.rms_norm):
-            return func(*args, **kwargs)
+            with self.tracer.formulas.function(self.tracer.path, Reduction.of(func, args, kwargs)):
+                return func(*args, **kwargs)
         names = ("input", "normalized_shape", "weight", "eps")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         with _disable_current_modes():
@@ -190,6 +233,7 @@ class _Tracer(TorchDispatchMode):
         self.mixings: list[Found] = []
         self.reads: list[Found] = []
         self.branches: list[Found] = []
+        self.decisions = 0
         self.computed: dict[str, str] = {}
         self.written: dict[str, str] = {}
         self.made_by: dict[int, str] = {}
@@ -197,6 +241,7 @@ class _Tracer(TorchDispatchMode):
         self.running = [""]
         """Paths of the modules that run, the innermost last."""
         self.shadows = Shadows(self.tensors, [x for x in inputs if isinstance(x, Tensor)])
+        self.formulas = Formulas(module, self.units, self.shadows)
         self.entry_labels: dict[str, Tensor] = {}
 
     def __torch_dispatch__(
@@ -213,10 +258,23 @@ class _Tracer(TorchDispatchMode):
             for x in _shape_makers(this):
                 self.read(x, this.name, shape_only=True)
         pending = [mixing for x in this.tensors for mixing in self.shadows[x].pending]
-        if transparent and len({id(x) for x in this.tensors}) == 1:
+        levels = [mixing.level for mixing in pending]
+        stays = all(level is None or Formulas.stays(level, func) for level in levels)
+        if transparent and stays and len({id(x) for x in this.tensors}) == 1:
             rule(self, this)
             for x in this.results:
                 self.shadows[x].pending = pending
+        elif (
+            rule is pointwise
+            and levels
+            and all(
+                level is not None and level.module == self.path and self.formulas.meets(level, this.tensors)
+                for level in levels
+            )
+        ):
+            rule(self, this)
+            for x in this.results:
+                self.shadows[x].pending = [] if bool(self.shadows[x].labels.any()) else pending
         else:
             self.settle(this.tensors)
             rule(self, this)
@@ -335,25 +393,42 @@ class _Tracer(TorchDispatchMode):
         """As :meth:`mix`, once a later operation reads ``result``; with ``final`` also where the network returns it.
 
         So that what nobody reads, such as the mean over heads that ``nn.MultiheadAttention`` returns beside its
-        outputs, unites nothing.
+        outputs, unites nothing; nor what can be taken by owners (see ``rules/formulas.py``), which has no label then.
         """
         path = self.path
         if self.apart:
             return
 
-        def settle() -> None:
+        def settle() -> Tensor:
             labels = self.labels(x)
             self._note(labels, dims, operation, False, path)
-            self.units.unite_along(labels, dims)
+            return self.units.unite_along(labels, dims).amax()
 
-        self.shadows[result].pending = [*self.shadows[result].pending, Pending(settle, final)]
+        level = self.formulas.level(path, x, result, self.labels(x), dims, settle) if final else None
+        if level is not None:
+            self.shadows[result].labels = torch.zeros_like(self.shadows[result].labels)
+        self.shadows[result].pending = [*self.shadows[result].pending, Pending(settle, final, level)]
 
-    def settle(self, tensors: Sequence[Tensor]) -> None:
-        """Does what :meth:`mix_later` put off."""
+    def settle(self, tensors: Sequence[Tensor], *, final: bool = False) -> None:
+        """Does what :meth:`mix_later` put off; with ``final`` what the network returns asks for only."""
         for x in tensors:
-            pending, self.shadows[x].pending = self.shadows[x].pending, []
+            pending = self.shadows[x].pending
+            self.shadows[x].pending = [mixing for mixing in pending if final and not mixing.final]
             for mixing in pending:
-                mixing.settle()
+                if final and not mixing.final:
+                    continue
+                label = mixing.settle()
+                if mixing.level is not None:
+                    self.shadows[x].labels = laid_out_like(x, self.units.unite(self.shadows[x].labels, label))
+
+    def enter(self, given: Any) -> None:
+        """Takes note of what a module is given."""
+        self.formulas.enter(self.path, given)
+
+    def leave(self, output: Any) -> None:
+        """Decides of a module that ends whether the norm that it writes out is taken by owners."""
+        with _disable_current_modes():
+            self.formulas.leave(self.path, output, partial(by_owners, self))
 
     # Parts
 
@@ -403,11 +478,9 @@ class _Tracer(TorchDispatchMode):
         """Numbers the units and gathers them in groups; also the number of each label."""
         labels = []
         for x in outputs:
-            for mixing in self.shadows[x].pending:
-                if mixing.final:
-                    mixing.settle()
-            labels.append((self.labels(x), any(not mixing.final for mixing in self.shadows[x].pending)))
-        return assemble(
+            self.settle([x], final=True)
+            labels.append((self.labels(x), bool(self.shadows[x].pending)))
+        structure, numbers = assemble(
             self.tensors,
             self.units,
             self._all_uses(),
@@ -421,6 +494,11 @@ class _Tracer(TorchDispatchMode):
             self.written,
             " and ".join(dict.fromkeys(self.made_by[id(x)] for x in outputs if id(x) in self.made_by)) or "nothing",
         )
+        over_outputs = self.formulas.give_up(structure.norms, structure.head.first)
+        if over_outputs:
+            self.norms = {path: labels for path, labels in self.norms.items() if path not in over_outputs}
+            return self.structure(outputs)
+        return replace(structure, decisions=self.decisions), numbers
 
 
 def named(func: Any, path: str) -> str:

@@ -556,6 +556,24 @@ def cosine(net, x):
     return 10 * F.linear(F.normalize(F.relu(net.first(x)), dim=1), F.normalize(net.head.weight, dim=1))
 
 
+class ByHand(nn.Module):
+    """RMSNorm as the published LLaMA has it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        dtype, x = x.dtype, x.float()
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
+
+
+def inline_norm(net, x):
+    x = F.gelu(net.first(x))
+    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    return net.head(x + F.gelu(net.second(normed)))
+
+
 def messages(net, x):
     """A graph network: each image a graph whose nodes are its pixels and whose edges join neighbours."""
     cells = torch.arange(64).reshape(8, 8)
@@ -615,6 +633,12 @@ ARCHITECTURES = [
     Architecture("MLP with BatchNorm", lambda: mlp(nn.BatchNorm1d), flat),
     Architecture("MLP with LayerNorm", lambda: mlp(nn.LayerNorm), flat),
     Architecture("MLP with RMSNorm", lambda: mlp(nn.RMSNorm), flat),
+    Architecture("MLP with norms written by hand", lambda: mlp(ByHand), flat),
+    Architecture(
+        "a norm in the middle of a forward pass",
+        functional(inline_norm, first=linear(64, WIDTH), second=linear(WIDTH, WIDTH), head=head(WIDTH)),
+        flat,
+    ),
     Architecture("MLP with dropout", lambda: mlp(lambda width: nn.Dropout(0.2), width=48), flat),
     Architecture(
         "MLP with PReLU, one slope and a slope a unit",

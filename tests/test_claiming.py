@@ -1,10 +1,13 @@
 """The partition of a task on a live network, judged by scores that the tests make up."""
 
+import warnings
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from lightning_cf.claiming import Claimer, PartitionWarning
+from lightning_cf.claiming import Claimer, PartitionWarning, warn_of_cost
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.options import PartitionOptions
 from lightning_cf.structure import call
@@ -76,9 +79,36 @@ def test_the_tolerance_is_what_a_claim_may_cost(tolerance, stops, higher_is_bett
         claimer.claim()
         assert bench.claimed() == {"0": 2, "2": 2}
     else:
-        with pytest.warns(PartitionWarning, match=r"no claim within the budget .*0.5000 before"):
-            claimer.claim()
+        claimer.claim()  # says nothing: INVARIANCE may win it back
         assert bench.claimed() == {"0": 20, "2": 15}
+
+
+@pytest.mark.parametrize("lower_is_better", [False, True])
+def test_a_claim_that_costs_too_much_is_warned_of_where_training_does_not_win_it_back(lower_is_better):
+    bench = Bench()
+    scores = iter([0.5, *[0.55 if lower_is_better else 0.45] * 99])
+    options = {"tolerance": 0.04, "higher_is_better": not lower_is_better, "max_claim": 0.5}
+    bench.claimer(lambda: next(scores), **options).claim()
+    assert not any(record["within_tolerance"] for record in bench.ledger.records)
+    warn = partial(warn_of_cost, bench.ledger, 0.04, lower_is_better=lower_is_better)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn(now=0.53 if lower_is_better else 0.47)
+        warn(now=0.1 if lower_is_better else 0.9)
+    worst = 0.6 if lower_is_better else 0.4
+    with pytest.warns(
+        PartitionWarning, match=rf"no claim .*0.5000 before.*{worst:.4f} when its claim is sealed.*max_claim"
+    ):
+        warn(now=worst)
+    with pytest.warns(PartitionWarning, match=r"no INVARIANCE followed"):
+        warn()
+
+
+def test_a_claim_within_the_tolerance_is_never_warned_of():
+    bench = Bench()
+    bench.claimer(bench.needs(0.2)).claim()
+    assert all(record["within_tolerance"] for record in bench.ledger.records)
+    warn_of_cost(bench.ledger, 0.005, now=0.0)
 
 
 def test_the_score_is_measured_without_the_redundant_units():
@@ -112,8 +142,7 @@ def test_under_exact_isolation_claimed_units_read_claimed_ones_only():
 
 def test_without_a_limit_the_budget_is_shared_by_the_tasks_to_come():
     bench = Bench()
-    with pytest.warns(PartitionWarning):
-        bench.claimer(bench.needs(2.0), tasks_left=5).claim()
+    bench.claimer(bench.needs(2.0), tasks_left=5).claim()
     assert bench.claimed() == {"0": 8, "2": 6}
 
 

@@ -1,12 +1,16 @@
+import warnings
+
 import networks
 import numpy as np
 import pytest
 import torch
+from learning import fit, tasks, three
 from networks import NETWORKS, Wired, build
 from torch import nn
 
+from lightning_cf import Classifier
 from lightning_cf.errors import StructureError, StructureWarning
-from lightning_cf.exactness import check_exact
+from lightning_cf.exactness import check_exact, trainable_share
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.structure import named_tensors
 from lightning_cf.tracing import trace
@@ -202,15 +206,135 @@ def test_another_way_through_the_layers_that_a_later_sample_takes_is_refused():
         check(network, x)
 
 
-def test_a_look_at_the_input_that_changes_nothing_is_warned_of():
+def silent(network, example):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(network, example)
+
+
+def two_layers(wire):
+    return Wired(wire, first=nn.Linear(6, 5), a=nn.Linear(5, 5), b=nn.Linear(5, 5), head=nn.Linear(5, 3))
+
+
+def test_a_look_at_the_input_that_raises_or_goes_the_same_way_is_no_matter():
     def wire(net, x):
         some = x[x[:, 0] > -9]  # a shape that the input decides, before the value that is read
         if bool(some.isnan().any()):
             raise ValueError
-        return net.head(net.first(x).relu())
+        mask = None if (x > -9).all() else x > -9  # as attention masks are left out where they mask nothing
+        z = net.a(net.first(x).relu())
+        return net.head(net.b(z if mask is None else z.masked_fill(~mask[:, :5], 0.0)))
 
-    with pytest.warns(StructureWarning, match="16 samples took the same way"):
+    silent(two_layers(wire), torch.randn(20, 6))
+
+
+def test_an_if_on_the_input_that_leads_another_way_is_warned_of_though_no_sample_took_it():
+    def wire(net, x):
+        z = net.first(x).relu()
+        return net.head(net.b(net.a(z).relu()) if x.max() < 99 else net.a(net.b(z).relu()))
+
+    with pytest.warns(
+        StructureWarning, match=r"16 samples took the same way .* where it decides otherwise.*torch\.where"
+    ):
+        check(two_layers(wire), torch.randn(20, 6))
+
+
+def test_a_number_read_from_the_input_is_warned_of_with_what_to_do():
+    def wire(net, x):
+        scale = 2.0 if x.abs().max().item() < 99 else 1.0
+        return net.head(scale * net.first(x).relu())
+
+    with pytest.warns(
+        StructureWarning, match=r"16 samples took the same way .*an if on a tensor .* is followed both ways"
+    ):
         check(Wired(wire, first=nn.Linear(6, 5), head=nn.Linear(5, 3)), torch.randn(20, 6))
+
+
+# What later tasks can train
+
+
+class Interpolating(nn.Module):
+    """A block of a forecaster that resizes over its features."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x):
+        return nn.functional.interpolate(self.layer(x)[:, None], scale_factor=0.5, mode="linear")[:, 0].repeat(1, 2)
+
+
+def forecaster():
+    return nn.Sequential(
+        nn.Linear(6, 8), Interpolating(8), Interpolating(8), nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3)
+    )
+
+
+def parts(network, example):
+    structure = trace(network, example)
+    ledger = NeuronLedger.for_structure(structure)
+    ledger.whole = [group.name for group in structure.groups if group.size == 1]
+    return structure, ledger
+
+
+def test_the_share_that_later_tasks_can_train_is_counted():
+    network, x = forecaster(), torch.randn(4, 6)
+    free = (6 + 1) * 8 + (8 + 1) * 10 + (10 + 1) * 3  # the first and the last hidden layer, and the outputs
+    share = free / sum(p.numel() for p in network.parameters())
+    assert trainable_share(network, *parts(network, x)) == pytest.approx(share)
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    assert trainable_share(plain, *parts(plain, x)) == 1.0
+    plain[0].weight.requires_grad_(False)  # trained by nobody
+    assert trainable_share(plain, *parts(plain, x)) == 1.0
+
+
+def test_it_is_said_once_where_operations_mix_units():
+    network, x = forecaster(), torch.randn(4, 6)
+    structure, ledger = parts(network, x)
+    said = set()
+    with pytest.warns(StructureWarning) as found:
+        check_exact(network, structure, ledger, x, said=said)
+    (message,) = (str(warning.message) for warning in found)
+    assert message.startswith(
+        f"Later tasks can train {trainable_share(network, structure, ledger):.1%} of the parameters."
+    )
+    assert "'aten.upsample_linear1d' in module '1' mixes units" in message and "isolation='perturb'" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_exact(network, structure, ledger, x, said=said)
+
+
+def test_less_than_min_trainable_is_refused():
+    network, x = forecaster(), torch.randn(4, 6)
+    with pytest.raises(StructureError, match=r"can train 55\.4% .* less than min_trainable=0\.6.*upsample_linear1d"):
+        check_exact(network, *parts(network, x), x, least=0.6)
+    with pytest.warns(StructureWarning):
+        check_exact(network, *parts(network, x), x, least=0.5)
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    structure, ledger = parts(plain, x)
+    ledger.whole = ["0", "2"]
+    with pytest.raises(StructureError, match="exclude= leave to the first task"):
+        check_exact(plain, structure, ledger, x, least=0.5)
+
+
+def test_through_the_callbacks_it_is_said_once_over_several_fits():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Interpolating(8), nn.Linear(8, 10), nn.ReLU())
+            self.head = nn.Linear(10, 10)
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    module = Classifier(Net(), cosine=False)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(2):  # LEARN and INVARIANCE in fits of their own
+            fit(module, tasks()[0], three(after=1.0), epochs=1)
+    assert sum(isinstance(warning.message, StructureWarning) for warning in found) == 1
+    with pytest.raises(StructureError, match=r"min_trainable=0\.95"):
+        fit(Classifier(Net(), cosine=False), tasks()[0], three(min_trainable=0.95), epochs=1)
 
 
 @pytest.mark.parametrize(

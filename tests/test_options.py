@@ -78,6 +78,7 @@ class Scaled:
         ({"max_claim": math.nan}, r"max_claim must be a share"),
         ({"max_claim": 0.1, "min_claim": 0.2}, r"max_claim \(0.1\) must not be below min_claim \(0.2\)"),
         ({"max_claim": 0.04}, r"max_claim \(0.04\) must not be below min_claim \(0.05\)"),
+        ({"min_trainable": 2}, r"min_trainable must be a share in \[0, 1\], got 2"),
         ({"reserve_tasks": 0}, r"reserve_tasks must be a whole number of at least 1, got 0"),
         ({"reserve_tasks": 1.5}, r"reserve_tasks must be a whole number"),
         ({"reserve_tasks": True}, r"reserve_tasks must be a whole number"),

@@ -140,12 +140,13 @@ class MaskedGradientCallback(ContinualCallback):
         unmet = [n for n, p in module.named_parameters() if p.requires_grad and n not in state.structure.entries]
         if unmet and len(state.ledger.tasks) > 1:
             names = ", ".join(map(repr, unmet[:5])) + (" and others" if len(unmet) > 5 else "")
-            warnings.warn(
+            message = (
                 f"{names} stay as the first task left them: neither forward nor evaluate= of a task so far runs them."
-                " Let evaluate= of this task run what it trains.",
-                StructureWarning,
-                stacklevel=2,
+                " Let evaluate= of this task run what it trains."
             )
+            if message not in state.said:
+                state.said.add(message)
+                warnings.warn(message, StructureWarning, stacklevel=2)
 
     def _show(self, module: LightningModule, state: ContinualState, trainer: Trainer) -> None:
         self._shown.enter_context(state.showing(module, [task_of(trainer, type(self).__name__)]))

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from lightning_cf.averaging import restart_averages, take_averages
 from lightning_cf.callbacks.session import ContinualCallback, task_of
-from lightning_cf.claiming import PartitionWarning
+from lightning_cf.claiming import PartitionWarning, warn_of_cost
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_share
 from lightning_cf.evaluation import check_scoring
 from lightning_cf.exactness import check_exact
 from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.options import PartitionKeywords, PartitionOptions
 from lightning_cf.recording import TaskFolders
-from lightning_cf.state import ContinualState, state_for, state_of
+from lightning_cf.state import ContinualState, ledger_of, state_for, state_of
 from lightning_cf.steps import decide_together, partition_task, remember_claim, seal_task
 from lightning_cf.structure import named_tensors
 from lightning_cf.tasks import Task
@@ -116,6 +116,11 @@ class PartitionCallback(ContinualCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the task; keeps its starting weights where the measure needs them."""
+        before = ledger_of(pl_module)
+        task = task_of(trainer, type(self).__name__)
+        ends = None if before is None or before.current is None else before.current
+        if before is not None and ends is not None and ends.phase == "invariance" and ends.name != task.name:
+            warn_of_cost(before, self.options.tolerance)  # as nothing follows its partition
         super().on_fit_start(trainer, pl_module)
         state = state_for(pl_module, task_of(trainer, type(self).__name__))
         current = state.ledger.current
@@ -166,7 +171,15 @@ class PartitionCallback(ContinualCallback):
         names = [group.name for group in state.structure.groups]
         state.ledger.whole = [name for name in names if name not in chosen or name in known]
         if state.ledger.isolation == "exact" and len(state.ledger.tasks) < 2:
-            check_exact(module, state.structure, state.ledger, state.example, state.forward)
+            check_exact(
+                module,
+                state.structure,
+                state.ledger,
+                state.example,
+                state.forward,
+                least=self.options.min_trainable,
+                said=state.said,
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With ``after=0``, partitions what was trained before."""

@@ -63,7 +63,7 @@ def normalise(
     tracer.use(scale, "scale", elements)
     tracer.use(shift, "shift", elements)
     resolved = tracer.units.resolve(elements)
-    if int((resolved.unique() != NONE).sum()) > 1 and not _by_owners(tracer, elements):
+    if int((resolved.unique() != NONE).sum()) > 1 and not by_owners(tracer, elements):
         tracer.mix(x, over, "a second normalisation of another shape")
     _write_normalised(tracer, x, labels, results)
     return None
@@ -77,12 +77,12 @@ def group_norm(tracer: Tracer, call: Call) -> None:
     tracer.use(call.given["weight"], "scale", channels)
     tracer.use(call.given["bias"], "shift", channels)
     grouped = tracer.units.resolve(channels).reshape(groups, -1)
-    if bool((grouped != grouped[:, :1]).any()) and not _by_owners(tracer, channels):
+    if bool((grouped != grouped[:, :1]).any()) and not by_owners(tracer, channels):
         tracer.mix(x, range(1, x.ndim), "a second normalisation of another shape")
     _write_normalised(tracer, x, labels, call.results)
 
 
-def _by_owners(tracer: Tracer, elements: Tensor) -> bool:
+def by_owners(tracer: Tracer, elements: Tensor) -> bool:
     """Leaves a normalisation to its module, which normalises by owners; False if it does so with another shape."""
     path = tracer.path
     known = tracer.norms.get(path)
