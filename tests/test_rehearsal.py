@@ -193,7 +193,7 @@ def test_a_partition_callback_that_contradicts_the_runner_is_refused_when_it_sta
 @pytest.mark.filterwarnings("ignore:`Trainer.fit` stopped")
 def test_a_head_that_no_step_trains_is_kept_as_it_begins_with_a_warning(limit, tmp_path):
     module = Net()
-    with pytest.warns(UserWarning, match="the head of reconstruction was never trained on task 'b'"):
+    with pytest.warns(UserWarning, match="the head of reconstruction was never trained on task '[ab]'"):
         run(module, pair(), tmp_path, trainer=partial(quiet_trainer, **limit))
     known = inference_of(module.ledger).tasks
     assert [task.name for task in known] == ["a", "b"]

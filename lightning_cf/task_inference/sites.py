@@ -129,6 +129,8 @@ class Sites:
                     owners = owner[source.clamp_min(0)]
                     columns = (inside & (owners >= 0) & (owners <= number)).nonzero().flatten()
                     producer, rows = _producer(module, structure, group.first, group.size)
+                    if watched is not None and producer not in watched.weights:
+                        producer, rows = None, rows[:0]
                     held = owner[rows]
                     rows = ((held >= 0) & (held <= number)).nonzero().flatten()
                     hidden.append(Site(name, columns, owners[columns] == number, producer, rows))
