@@ -1,4 +1,4 @@
-"""What copies, pickles, checkpoints and exports of a module hold, in a fit and after it: the network, and nothing of ours."""
+"""What copies, pickles, checkpoints and exports of a module hold, in a fit and after it: the network, not our hooks."""
 
 import copy
 import gc
@@ -25,7 +25,7 @@ from lightning_cf import (
     TaskInferenceCallback,
 )
 from lightning_cf.hooks import Hook
-from lightning_cf.state import keep_ledger, ledger_of, state_of
+from lightning_cf.state import keep_ledger, ledger_of
 from lightning_cf.structure import eval_mode
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -56,9 +56,7 @@ class Plain(LightningModule):
 
 def network(norm=nn.BatchNorm1d):
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(INPUTS, 24), nn.ReLU(), nn.Linear(24, 24), norm(24), nn.ReLU(), nn.Linear(24, 10)
-    )
+    return nn.Sequential(nn.Linear(INPUTS, 24), nn.ReLU(), nn.Linear(24, 24), norm(24), nn.ReLU(), nn.Linear(24, 10))
 
 
 def sequence(**options):
@@ -73,7 +71,7 @@ def bare(module):
     """What the weights compute, with every hook of the layers taken away meanwhile."""
     with eval_mode(module):
         x = X
-        for layer in (module.net if isinstance(module, Plain) else module):
+        for layer in module.net if isinstance(module, Plain) else module:
             x = type(layer).forward(layer, x)
     return x
 
@@ -351,7 +349,7 @@ def held(least):
 
 
 def small(number):
-    x, y = points([2 * number % 10, (2 * number + 1) % 10], count=32, seed=number)
+    x, _ = points([2 * number % 10, (2 * number + 1) % 10], count=32, seed=number)
     return Task(f"t{number}", loaders(x, torch.arange(32) % 2 + 2 * number), classes=[2 * number, 2 * number + 1])
 
 
