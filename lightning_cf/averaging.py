@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -62,7 +62,7 @@ def exact_averages(
         ]
         for entries in held:
             entries.save()
-        average.__dict__["update_parameters"] = partial(_update, average.update_parameters, held, valid)
+        average.__dict__["update_parameters"] = _Restoring(average, held, valid)
     try:
         yield
     finally:
@@ -70,13 +70,22 @@ def exact_averages(
             del average.__dict__["update_parameters"]
 
 
-def _update(
-    update: Callable[[nn.Module], None], held: Sequence[FrozenEntries], valid: Callable[[], bool], module: nn.Module
-) -> None:
-    update(module)
-    if valid():
-        for entries in held:
-            entries.restore()
+class _Restoring:
+    """What updates an average meanwhile; a copy of the average, or one that was stored, has its class's own."""
+
+    def __init__(self, average: nn.Module, held: Sequence[FrozenEntries], valid: Callable[[], bool]) -> None:
+        self.average, self.update, self.held, self.valid = average, average.update_parameters, held, valid
+
+    def __call__(self, module: nn.Module) -> None:
+        """Takes the module in, and puts frozen entries back."""
+        assert callable(self.update)
+        self.update(module)
+        if self.valid():
+            for entries in self.held:
+                entries.restore()
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.average, "update_parameters")
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def score_strategies(
 ) -> None:
     """Adds a row to the scores of every strategy that was fitted; nothing where no task can be inferred.
 
-    Only tasks with classes count.
+    Only tasks with classes count whose targets are labels, one a sample.
 
     Args:
         module: as it stands.
@@ -82,21 +82,25 @@ def score_strategies(
         return
     names = [known.name for known in inference.tasks]
     found: dict[str, list[_Outcome]] = {name: [] for name in inference.strategies}
+    scored = []
     with eval_mode(module):
         for task, batches in tasks:
             seen = _over(module, inference, task, batches)
             if seen is None:
                 return
+            if any(outcome.target.shape != outcome.classes.shape for outcome in seen.values()):
+                continue
+            scored.append(task)
             for name in inference.strategies:
                 found[name].append(seen[name])
+    if not any(task.name in names for task in scored):
+        return
     for name, outcomes in found.items():
-        pairs = list(zip(tasks, outcomes, strict=True))
+        pairs = list(zip(scored, outcomes, strict=True))
         accuracy = [float((o.classes == o.target).double().mean()) for o in outcomes]
-        told = [
-            float((o.tasks == names.index(task.name)).double().mean()) for (task, _), o in pairs if task.name in names
-        ]
-        known = torch.cat([o.none for (task, _), o in pairs if task.name in names])
-        strange = [o.none for (task, _), o in pairs if task.name not in names]
+        told = [float((o.tasks == names.index(task.name)).double().mean()) for task, o in pairs if task.name in names]
+        known = torch.cat([o.none for task, o in pairs if task.name in names])
+        strange = [o.none for task, o in pairs if task.name not in names]
         auroc = None
         if strange:
             values = torch.cat([known, *strange])

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from lightning_cf.hooks import Hook
+
 
 @runtime_checkable
 class Passing(Protocol):
@@ -89,7 +91,7 @@ class Freezer:
         for norm in self.norms:
             if bool(norm.channels.any()):
                 norm.save()
-                self.handles.append(norm.module.register_forward_hook(norm.forward_hook, with_kwargs=True))
+                self.handles.append(norm.module.register_forward_hook(Hook(norm.forward_hook), with_kwargs=True))
         return self
 
     def save(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,24 +17,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_cf.errors import ContinualError, DivergenceWarning
-from lightning_cf.evaluation import forward_context, predict
+from lightning_cf.evaluation import forward_context, on_device, predict
 from lightning_cf.finite import rows_finite
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.state import ContinualState, ledger_of
-from lightning_cf.structure import call, eval_mode, in_precision_of
-from lightning_cf.task_inference import (
-    STRATEGIES,
-    Known,
-    Prediction,
-    Sites,
-    TaskInference,
-    View,
-    check_strategies,
-    read,
-)
+from lightning_cf.structure import call, in_precision_of
+from lightning_cf.task_inference import STRATEGIES, Known, Prediction, Sites, TaskInference, View
 from lightning_cf.task_inference.inference import read_all, variants_of
-from lightning_cf.task_inference.strategies import CHOICES, NEEDS
-from lightning_cf.task_inference.trained import changes_input
+from lightning_cf.task_inference.sites import Watched
+from lightning_cf.task_inference.trained import heads_of
+from lightning_cf.task_inference.watching import watch
 from lightning_cf.tasks import Task
 
 Samples = tuple[View, Int64[Tensor, "samples"]]
@@ -40,9 +34,6 @@ Samples = tuple[View, Int64[Tensor, "samples"]]
 
 SAMPLES = 20_000
 """From how many of a task's training inputs its statistics are taken at most."""
-
-ORDER = ("reconstruction_logits", "subspaces", "energy")
-"""The best ones first, as measured in benchmarks; the first one is trained with the network."""
 
 
 def inference_of(ledger: NeuronLedger) -> TaskInference | None:
@@ -63,74 +54,7 @@ def positions_of(labels: list[int], target: Any, batch: int) -> Int64[Tensor, "b
     return found.argmax(dim=1) if bool(found.any(dim=1).all()) else None
 
 
-def choose_strategies(module: LightningModule, state: ContinualState, task: Task, wanted: str) -> tuple[str, ...]:
-    """The strategies to fit, the one that predicts first; none where tasks cannot be inferred and nobody insists.
-
-    Args:
-        module: the network.
-        state: of it, with the task begun.
-        task: the first one.
-        wanted: a strategy's name; ``auto`` for the best that the network allows, ``statistics`` for the best that
-            leaves training as it is, ``all`` for all that the network allows, ``unchanged`` for those of them that do
-            not train over changed inputs.
-
-    Raises:
-        ContinualError: for a strategy that there is not, or that the network or the task does not allow.
-    """
-    if wanted not in CHOICES:
-        check_strategies([wanted])
-    reason, possible = _possible(module, state, task)
-    if wanted in CHOICES:
-        order = ORDER[1:] if wanted == "statistics" else ORDER
-        best = next((name for name in order if name in possible), None)
-        several = wanted in ("all", "unchanged")
-        if best is None and several:
-            raise ContinualError(f"task_inference={wanted}: {reason} Leave it out: task_inference=null.")
-        if best is None:
-            return ()
-        others = (n for n in possible if n != best and (wanted == "all" or not changes_input(STRATEGIES[n])))
-        return (best, *others) if several else (best,)
-    if wanted not in possible:
-        needs = NEEDS.get(STRATEGIES[wanted].needs, "")
-        lacks = f"it needs {needs}, which {type(module).__name__} with task '{task.name}' does not have."
-        raise ContinualError(
-            f"task_inference={wanted}: {reason or lacks} Use task_inference=auto, which takes what the network allows."
-        )
-    return (wanted,)
-
-
-def _possible(module: LightningModule, state: ContinualState, task: Task) -> tuple[str, list[str]]:
-    """Why no task can be inferred, if so, and the strategies that the network and the task allow."""
-    if task.classes is None:
-        return f"task '{task.name}' has no classes to tell apart.", []
-    bare = _bare_heads(state)
-    if bare:
-        return f"the output layer '{bare[0]}' has no weight of its own.", []
-    sites = Sites.of(module, state.structure, state.ledger, task.name)
-    with eval_mode(module), torch.no_grad(), isolate_rng():
-        batch = task.check_data()
-        forward = Kept(partial(predict, module, task))
-        readout = read(module, [sites], partial(forward, batch))
-    predictions, target = forward.found
-    if readout.missing:
-        return f"no forward pass computes the outputs of all tasks: '{readout.missing[0]}' does not run.", []
-    pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
-    if positions_of(task.classes, target, len(predictions)) is None:
-        return f"the targets of task '{task.name}' are no labels, one a sample.", []
-    has = {"": True, "inputs": sites.inputs is not None, "hidden": bool(sites.hidden)}
-    # A layer that reads a sample in pieces, such as row by row, shows no row of values a sample.
-    one_row = sites.inputs in readout.given
-    has["first"] = one_row and bool(sites.hidden) and sites.hidden[0].producer == sites.inputs
-    # The heads train on the labels in the batch, whatever the task's evaluate= makes of them.
-    pair = pair and positions_of(task.classes, batch[1], len(predictions)) is not None
-    has["chain"] = one_row and bool(sites.chain) and pair and len(sites.hidden) >= len(sites.chain)
-    x = batch[0] if pair and isinstance(batch[0], Tensor) and len(batch[0]) == len(predictions) else torch.empty(0)
-    has["samples"] = bool(sites.hidden) and x.ndim > 1 and x[0].numel() > 1
-    has["square"] = has["samples"] and x.ndim > 2 and x.shape[-1] == x.shape[-2]
-    return "", [name for name, strategy in STRATEGIES.items() if has[strategy.needs]]
-
-
-def _bare_heads(state: ContinualState) -> list[str]:
+def bare_heads(state: ContinualState) -> list[str]:
     """Output layers whose weight is no parameter of that name, such as a parametrised one."""
     return [layer for layer in state.structure.head.layers if f"{layer}.weight" not in state.structure.entries]
 
@@ -138,19 +62,95 @@ def _bare_heads(state: ContinualState) -> list[str]:
 def remember_task(module: LightningModule, task: Task, state: ContinualState, *, sealed: bool = True) -> None:
     """Keeps what the strategies need of a task that was just sealed or claimed; nothing where none was chosen."""
     inference = inference_of(state.ledger)
-    if inference is None or not inference.strategies or task.classes is None:
+    if inference is None or not inference.strategies:
         return
-    sites = Sites.of(module, state.structure, state.ledger, task.name)
-    with isolate_rng():
-        training = view_of(module, task, sites, task.train_dataloader(), SAMPLES)
-        variants = variants_of(inference.strategies)
-        held_out = view_of(module, task, sites, task.judging_batches(), SAMPLES, variants)
-    if training is None or held_out is None:
-        warnings.warn(f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.", stacklevel=2)
-        return
-    training, held_out = (finite_samples(found, task) for found in (training, held_out))
-    inference.learn(Known(task.name, list(task.classes), sites), training, held_out[0], sealed=sealed)
+    known = None
+    if task.classes is not None and task.name not in inference.left_out:
+        with isolate_rng():
+            sites, training = look(module, task, state, task.train_dataloader(), SAMPLES)
+            variants, held_out = variants_of(inference.strategies), None
+            if sites is not None and training is not None:
+                held_out = view_of(module, task, sites, task.judging_batches(), SAMPLES, variants)
+        if sites is None or training is None or held_out is None:
+            warnings.warn(
+                f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.", stacklevel=2
+            )
+        else:
+            known = Known(task.name, list(task.classes), sites)
+            training, held_out = finite_samples(training, task), finite_samples(held_out, task)
+    if known is not None and training is not None and held_out is not None:
+        _begin_untrained(inference, known, training)
+        inference.learn(known, training, held_out[0], sealed=sealed)
+    elif sealed:
+        inference.forget_training()
     keep_inference(state.ledger, inference)
+
+
+def _begin_untrained(inference: TaskInference, known: Known, training: tuple[View, Int64[Tensor, "samples"]]) -> None:
+    """Heads that no training step met, since there was none, are kept as they begin."""
+    if inference.training_task not in ("", known.name):
+        inference.forget_training()
+    for head in heads_of(STRATEGIES[name] for name in inference.strategies):
+        if head.head not in inference.training:
+            inference.measure(training[0])
+            inference.training[head.head] = inference.begin(head, known.name, *training, len(known.classes))
+            inference.training_sites, inference.training_task = known.sites, known.name
+            warnings.warn(
+                f"task_inference: the head of {head.head} was never trained on task '{known.name}', since its fits took"
+                " no training step with a TaskInferenceCallback. Use a strategy that is not trained, such as"
+                " subspaces, or train.",
+                stacklevel=2,
+            )
+
+
+def look(
+    module: LightningModule, task: Task, state: ContinualState, batches: Iterable[Any], count: int
+) -> tuple[Sites | None, tuple[View, Int64[Tensor, "samples"]] | None]:
+    """Where a task's scores may look, as the first batch shows, and its view of some of its data.
+
+    Args:
+        module: the network.
+        task: whose units and outputs are looked at.
+        state: of the network.
+        batches: the data; none gives None.
+        count: how many samples to look at, at least.
+    """
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        return None, None
+    with isolate_rng():
+        watched = watch_task(module, task, state, first)
+    sites = Sites.of(module, state.structure, state.ledger, task.name, watched)
+    return sites, view_of(module, task, sites, chain([first], batches), count)
+
+
+@torch.no_grad()
+def watch_task(module: LightningModule, task: Task, state: ContinualState, batch: Any) -> Watched:
+    """Of which layers one can see what they read: as the task is scored, and as predictions without a name run."""
+    weights = [name for name, _ in module.named_parameters() if name in state.structure.entries]
+    heads = Sites.output_layers(state.structure)
+    found = watch(module, weights, heads, partial(predict, module, task), batch)
+    with suppress(Exception):  # whatever a user's forward pass raises for inputs that it does not take
+        with forward_context(module):
+            alone = watch(module, weights, heads, partial(call, module), input_of(on_device(module, task, batch)))
+        if alone.whole:
+            found = found.both(alone)
+    return found
+
+
+def input_of(batch: Any) -> Any:
+    """The input in a batch, as ``predict_step`` takes it: the first of a pair, a tuple for several."""
+    x = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return tuple(x) if isinstance(x, list) else x
+
+
+def why_no_labels(task: Task, target: Any, batch: int) -> str:
+    """Why a batch's targets do not say which of the task's classes each sample is, see ``positions_of``."""
+    if isinstance(target, Tensor) and not target.is_floating_point() and target.shape == (batch,):
+        strange = sorted(set(target.tolist()) - set(task.classes or []))
+        return f"task '{task.name}' has classes {task.classes}, but its data holds label {strange[0]}."
+    return f"the targets of task '{task.name}' are no labels, one a sample."
 
 
 def highest_output(module: LightningModule, state: ContinualState, tasks: Iterable[Task]) -> TaskInference | None:
@@ -163,7 +163,7 @@ def highest_output(module: LightningModule, state: ContinualState, tasks: Iterab
     """
     known = []
     for task in tasks:
-        if task.classes is None or _bare_heads(state):
+        if task.classes is None or bare_heads(state):
             return None
         sites = Sites(None, (), Sites.output_layers(state.structure), torch.tensor(state.outputs_of(task)))
         calibration = {"joint": torch.tensor([0.0, 1.0, 0.0])}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.hooks import Hook
 from lightning_cf.structure import Structure, layer_of
 
 MASKED = -1
@@ -60,7 +61,7 @@ class OutputView:
     def __enter__(self) -> OutputView:
         single = len(self.heads) == 1
         self.handles = [
-            head.register_forward_hook(self._hook if single else partial(self._mask, columns))
+            head.register_forward_hook(Hook(self._hook if single else partial(self._mask, columns)))
             for head, columns in self.heads.items()
         ]
         return self

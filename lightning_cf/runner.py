@@ -209,8 +209,9 @@ class SequentialTaskRunner:
         if self.method == "partition" and self.state.ledger.current is not None:
             if self.partitioning is not None and self.perturbing is not None:
                 self.fit(task, self.invariance_epochs, [self.perturbing, self.masking, self.inferring])
-            with on_device(self.module, self.host.strategy.root_device):
-                self.seal(task)
+            if self.state.ledger.current is not None:  # else a partition callback of the user's own sealed it
+                with on_device(self.module, self.host.strategy.root_device):
+                    self.seal(task)
             self.note_stage(task, "retrained")
         self.keep(task)
 
@@ -256,6 +257,7 @@ class SequentialTaskRunner:
     def start(self) -> None:
         """Checks everything that can be checked before training, and takes up an earlier run's state."""
         check_tasks(self.tasks)
+        self.check_callbacks()
         self._host = self.new_trainer(max_epochs=self.epochs, callbacks=[], root=self.store.root)
         strategy = self._host.strategy
         if strategy.launcher is not None:
@@ -269,6 +271,15 @@ class SequentialTaskRunner:
         self.progress = self.store.open(self.module, self.state, self.settings())
         if self.host.world_size > 1:
             self.host.strategy.barrier()
+
+    def check_callbacks(self) -> None:
+        """Raises ContinualError for a partition callback of the user's own that contradicts the runner."""
+        for callback in [*self.callbacks, *self.given_callbacks()]:
+            if isinstance(callback, PartitionCallback) and callback.isolation != self.isolation:
+                raise ContinualError(
+                    f"runner: isolation={self.isolation!r}, but a PartitionCallback among the callbacks has"
+                    f" isolation={callback.isolation!r}. Give it as partition=, which takes the runner's."
+                )
 
     @property
     def host(self) -> Trainer:
@@ -322,6 +333,8 @@ class SequentialTaskRunner:
             callbacks.append(WatchingCallback())
         folder = self.store.root / "phases" / f"{len(self.progress.finished):03d}"
         with self.state.showing(self.module, [task]) if isinstance(task, Task) else nullcontext():
+            if isinstance(task, Task):
+                self.state.begin_fit(task)
             trainer = self.new_trainer(max_epochs=epochs, callbacks=callbacks, root=folder)
             trainer.fit(self.module, datamodule=task)
 
@@ -333,9 +346,14 @@ class SequentialTaskRunner:
                 f"runner: the trainer sets max_epochs={theirs['max_epochs']}; the runner's epochs={self.epochs} and"
                 f" invariance_epochs={self.invariance_epochs} decide. Leave max_epochs out."
             )
-        given = theirs.get("callbacks") or []
-        given = copy.deepcopy(list(given) if isinstance(given, Sequence) else [given])
+        given = copy.deepcopy(self.given_callbacks())
         return self.make_trainer(max_epochs=max_epochs, callbacks=[*given, *callbacks], default_root_dir=root)
+
+    def given_callbacks(self) -> list[Callback]:
+        """Those that the user's factory gives each Trainer."""
+        theirs = self.make_trainer.keywords if isinstance(self.make_trainer, partial) else {}
+        given = theirs.get("callbacks") or []
+        return list(given) if isinstance(given, Sequence) else [given]
 
     def keep(self, task: Task) -> None:
         """Writes the network as it is after a task, next to the record of its partition."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from jaxtyping import Float
@@ -49,6 +52,7 @@ class ContinualState:
         collect: puts into the ledger what is trained beside the network now, if anything.
         infinite: names of tensors that held infinite numbers before any task, and may: masks, bounds.
         safe: the network as the current phase found it, while a fit runs.
+        fitted: the task of the last fit, which holds that fit's Trainer.
         mixed: what mixes the columns of the network's outputs, so that only ``perturb`` works; empty if nothing does.
         said: warnings about the network that were given.
     """
@@ -68,6 +72,7 @@ class ContinualState:
     infinite: frozenset[str] = frozenset()
     safe: Snapshot | None = None
     said: set[str] = field(default_factory=set)
+    fitted: ReferenceType[Task] | None = None
 
     def set_mask_outputs(self, mask_outputs: bool) -> None:
         """Whether each task sees its own outputs only.
@@ -95,6 +100,13 @@ class ContinualState:
         """In a fit: from here on, this is what a fit that diverges goes back to."""
         if self.safe is not None:
             self.safe = Snapshot.of(module)
+
+    def begin_fit(self, task: Task) -> None:
+        """The Trainer of the last fit on another task goes: it holds that fit's optimisers, twice the weights."""
+        last = None if self.fitted is None else self.fitted()
+        if last is not None and last is not task:
+            last.let_go()
+        self.fitted = ref(task)
 
     def undisturb(self) -> None:
         """Puts perturbed units back, if some are perturbed now."""
@@ -183,6 +195,17 @@ class ContinualState:
             self.structure, self.example, self.forward = structure, both, one_after_another
         return structure
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContinualState:
+        """With a ledger of its own, and without what a fit hung up."""
+        ledger, start = copy.deepcopy((self.ledger, self.start), memo)
+        copied = replace(self, ledger=ledger, start=start, met=set(self.met))
+        copied.shown = copied.disturbance = copied.collect = copied.fitted = None
+        return copied
+
+    def __reduce__(self) -> Any:
+        """What travels in a module's pickle: a plain dict, which any process reads, and :func:`state_of` takes up."""
+        return dict, (_packed(self.ledger, self),)
+
     @contextmanager
     def showing(self, module: nn.Module, tasks: Sequence[Task]) -> Iterator[OutputView | None]:
         """Shows the outputs of one task, or of several sample by sample (see ``OutputView.view_of_sample``)."""
@@ -213,8 +236,51 @@ def _batch(example: Any) -> int:
 
 def state_of(module: nn.Module) -> ContinualState | None:
     """The state kept beside a module, or None before its first task."""
-    state: ContinualState | None = getattr(module, _ATTRIBUTE, None)
+    state: ContinualState | dict[str, Any] | None = getattr(module, _ATTRIBUTE, None)
+    if isinstance(state, dict):  # the module comes out of a pickle
+        del module.__dict__[_ATTRIBUTE]
+        ledger = NeuronLedger.from_state_dict(state["ledger"])
+        try:
+            kept = pickle.loads(state["state"])
+        except Exception:  # it was made in another process, whose evaluate= is not there: a fit traces the module anew
+            object.__setattr__(module, _PENDING, _Pending(ledger))
+            return None
+        state = ContinualState(ledger=ledger, **kept)
+        object.__setattr__(module, _ATTRIBUTE, state)
     return state
+
+
+class _Pending:
+    """A ledger that waits beside a module for its first fit."""
+
+    def __init__(self, ledger: NeuronLedger) -> None:
+        self.ledger = ledger
+
+    def __reduce__(self) -> Any:
+        return dict, (_packed(self.ledger),)
+
+
+def _pending(module: nn.Module) -> NeuronLedger | None:
+    """The ledger that waits beside a module, if one does."""
+    kept: _Pending | dict[str, Any] | None = getattr(module, _PENDING, None)
+    if isinstance(kept, dict):
+        kept = _Pending(NeuronLedger.from_state_dict(kept["ledger"]))
+        object.__setattr__(module, _PENDING, kept)
+    return None if kept is None else kept.ledger
+
+
+_TRAVELLING = ("structure", "example", "forward", "mask_outputs", "start", "met", "mixed")
+
+
+def _packed(ledger: NeuronLedger, state: ContinualState | None = None) -> dict[str, Any]:
+    """The ledger, and as bytes the rest where it can be pickled: not where a task's ``evaluate`` is a lambda."""
+    found = None
+    if state is not None:
+        try:
+            found = pickle.dumps({name: getattr(state, name) for name in _TRAVELLING})
+        except Exception:  # whatever the parts of a user's own raise
+            found = None
+    return {"ledger": ledger.state_dict(), "state": found}
 
 
 def state_for(module: LightningModule, task: Task) -> ContinualState:
@@ -227,7 +293,7 @@ def state_for(module: LightningModule, task: Task) -> ContinualState:
     state = state_of(module)
     if state is None:
         example, forward = _way(module, task)
-        ledger = getattr(module, _PENDING, None)
+        ledger = _pending(module)
         apart = ledger is not None and ledger.isolation == "perturb"
         mixed = ""
         try:
@@ -255,7 +321,7 @@ def state_for(module: LightningModule, task: Task) -> ContinualState:
 def ledger_of(module: nn.Module) -> NeuronLedger | None:
     """The ledger kept beside a module, also one that was loaded before the module's first fit."""
     state = state_of(module)
-    return getattr(module, _PENDING, None) if state is None else state.ledger
+    return _pending(module) if state is None else state.ledger
 
 
 def keep_ledger(module: nn.Module, ledger: NeuronLedger) -> None:
@@ -266,7 +332,7 @@ def keep_ledger(module: nn.Module, ledger: NeuronLedger) -> None:
     """
     state = state_of(module)
     if state is None:
-        object.__setattr__(module, _PENDING, ledger)
+        object.__setattr__(module, _PENDING, _Pending(ledger))
     else:
         ledger.revision = state.ledger.revision + 1  # so that masks made for the other one are made anew
         state.ledger = ledger

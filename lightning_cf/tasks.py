@@ -108,6 +108,13 @@ class Task(LightningDataModule):
         if name == "trainer" and "data" in self.__dict__:
             self.data.trainer = value
 
+    def let_go(self) -> None:
+        """Forgets the Trainer of the last fit; another one that fits the same data now stays known to it."""
+        if self.data.trainer is self.trainer:
+            self.trainer = None
+        else:
+            self.__dict__["trainer"] = None
+
     @property
     def has_validation(self) -> bool:
         """Whether the data brings a validation set of its own."""

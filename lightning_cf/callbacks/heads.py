@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_cf.hooks import Hook
 from lightning_cf.inferring import positions_of
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.structure import eval_mode, layer_of
@@ -78,9 +79,11 @@ class Heads:
             self.watched = {sites.inputs or "", *(site.weight for site in sites.hidden[: len(sites.chain)])}
         for name in self.watched:
             layer = module.get_submodule(layer_of(name))
-            self.hooks.callback(layer.register_forward_pre_hook(partial(self._see, name), with_kwargs=True).remove)
+            self.hooks.callback(
+                layer.register_forward_pre_hook(Hook(partial(self._see, name)), with_kwargs=True).remove
+            )
         for path in sites.heads:
-            hook = module.get_submodule(path).register_forward_hook(partial(self._attach, path))
+            hook = module.get_submodule(path).register_forward_hook(Hook(partial(self._attach, path)))
             self.hooks.callback(hook.remove)
 
     def begin_batch(self, batch: Any, key: tuple[int | str, ...]) -> None:

@@ -45,7 +45,9 @@ class ContinualCallback(WatchingCallback):
         """Begins the task, or goes on with it, in the shared ledger."""
         task = task_of(trainer, type(self).__name__)
         reserve_outputs(pl_module, task)
-        ledger = state_for(pl_module, task).ledger
+        state = state_for(pl_module, task)
+        state.begin_fit(task)
+        ledger = state.ledger
         before = ledger.current
         if before is not None and before.name != task.name and before.phase == "learn" and not _partitions(trainer):
             warnings.warn(

@@ -14,18 +14,13 @@ from torch import Tensor
 from lightning_cf.callbacks.divergence import watch_of
 from lightning_cf.callbacks.heads import Heads
 from lightning_cf.callbacks.session import ContinualCallback, task_of
+from lightning_cf.choosing import choose_strategies
 from lightning_cf.contexts import seeded
 from lightning_cf.errors import ContinualError, check_choice
-from lightning_cf.inferring import (
-    choose_strategies,
-    finite_samples,
-    inference_of,
-    keep_inference,
-    view_of,
-)
-from lightning_cf.randomness import keyed_generator
+from lightning_cf.inferring import finite_samples, inference_of, keep_inference, look
+from lightning_cf.rehearsal import rehearse
 from lightning_cf.state import ContinualState, state_of
-from lightning_cf.task_inference import STRATEGIES, Sites, Strategy, TaskInference, register
+from lightning_cf.task_inference import STRATEGIES, Strategy, TaskInference, register
 from lightning_cf.task_inference.strategies import CHOICES
 from lightning_cf.task_inference.trained import heads_of
 from lightning_cf.tasks import Task
@@ -150,27 +145,27 @@ class TaskInferenceCallback(ContinualCallback):
         self._release()
         inference = inference_of(state.ledger)
         task = task_of(trainer, type(self).__name__)
-        if inference is None or task.classes is None:
+        if inference is None or task.classes is None or task.name in inference.left_out or not self._leads(trainer):
             return
         strategies = heads_of(STRATEGIES[name] for name in inference.strategies)
         if not strategies:
             return
-        sites = Sites.of(module, state.structure, state.ledger, task.name)
         with seeded(self.seed, task.name, "task inference"):
-            found = view_of(module, task, sites, task.train_dataloader(), 2000)
-        if found is None:
+            sites, found = look(module, task, state, task.train_dataloader(), 2000)
+        if sites is None or found is None:
             return
         view, labels = finite_samples(found, task, quiet=True)
-        if not inference.unit and view.inputs is not None:
-            inference.unit = float(view.inputs.var(dim=0).mean().nan_to_num(1.0).clamp_min(1e-12))
+        if not inference.unit:
+            inference.measure(view)
             if trainer.world_size > 1:
                 inference.unit = trainer.strategy.broadcast(inference.unit)
+        if inference.training_task not in ("", task.name):
+            inference.forget_training()  # another task's, which was over without a seal of its own
         values = {}
         for strategy in strategies:
             trained, before = inference.training.get(strategy.head), inference.training_sites
             if trained is None or before is None:
-                generator = keyed_generator(self.seed, task.name, "task inference")
-                trained = strategy.begin(view, labels, len(task.classes), inference.unit, generator)
+                trained = inference.begin(strategy, task.name, view, labels, len(task.classes), self.seed)
             else:
                 trained = strategy.narrowed(trained, before, sites)
             if trainer.world_size > 1:
@@ -184,13 +179,18 @@ class TaskInferenceCallback(ContinualCallback):
         state.collect = partial(self._keep, module)
         keep_inference(state.ledger, inference)
 
+    def _leads(self, trainer: Trainer) -> bool:
+        """Whether it is the first of its kind in the fit: two would train two heads for one task."""
+        ours = (callback for callback in trainer.callbacks if isinstance(callback, TaskInferenceCallback))  # type: ignore[attr-defined]
+        return next(ours, self) is self
+
     def _keep(self, module: LightningModule) -> None:
         state = state_of(module)
         if self._heads is not None and state is not None and state.ledger.current is not None:
             inference = inference_of(state.ledger)
             if inference is not None:
                 inference.training = self._heads.values()
-                inference.training_sites = self._heads.sites
+                inference.training_sites, inference.training_task = self._heads.sites, self._heads.task.name
                 keep_inference(state.ledger, inference)
 
     def _release(self) -> None:
@@ -203,8 +203,14 @@ class TaskInferenceCallback(ContinualCallback):
 
 
 def prepare(module: LightningModule, state: ContinualState, task: Task, wanted: str) -> None:
-    """Chooses strategies where the ledger has none yet; needs a task that was begun."""
-    known = inference_of(state.ledger)
+    """Chooses strategies where the ledger has none yet, else tries those chosen; needs a task that was begun."""
+    known, current = inference_of(state.ledger), state.ledger.current
     if known is None or not known.strategies:  # a first task without classes chooses none
         names = choose_strategies(module, state, task, wanted)
         keep_inference(state.ledger, TaskInference(names))
+    elif task.classes is not None and current is not None and current.phase == "learn":
+        failure = "" if task.name in known.left_out else rehearse(module, state, task, known)
+        if failure:
+            known.left_out.append(task.name)
+            keep_inference(state.ledger, known)
+            warnings.warn(f"Task '{task.name}' will not be inferred: {failure}", stacklevel=2)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.finite import not_finite, rows_finite
+from lightning_cf.randomness import keyed_generator
 from lightning_cf.task_inference.combined import STRATEGIES
 from lightning_cf.task_inference.readout import Readout, View, read
-from lightning_cf.task_inference.sites import Sites
+from lightning_cf.task_inference.sites import Sites, kept
 from lightning_cf.task_inference.strategies import CHOICES
-from lightning_cf.task_inference.trained import heads_of
+from lightning_cf.task_inference.trained import Trained, heads_of
 from lightning_cf.task_inference.variants import changed
 
 REJECTED = 0.01
@@ -86,6 +87,8 @@ class TaskInference:
         unit: the variance of the first task's input, in which residuals are measured; 0 before it is known.
         training: by head (see ``trained``), what is trained with the current task.
         training_sites: where that looks.
+        training_task: name of that task.
+        left_out: names of tasks that turned out, before they trained, not to be such as can be inferred.
     """
 
     strategies: tuple[str, ...]
@@ -93,6 +96,8 @@ class TaskInference:
     unit: float = 0.0
     training: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     training_sites: Sites | None = None
+    training_task: str = ""
+    left_out: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_strategies(self.strategies)
@@ -117,7 +122,22 @@ class TaskInference:
             self._fit(known, training, held_out)
         self.tasks = [task for task in self.tasks if task.name != known.name] + [known]
         if sealed:
-            self.training, self.training_sites = {}, None
+            self.forget_training()
+
+    def begin(
+        self, head: Trained, task: str, view: View, labels: Int64[Tensor, "samples"], classes: int, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """What a head starts with on a task: depends on the seed, the task's name and its view of its data alone."""
+        return head.begin(view, labels, classes, self.unit, keyed_generator(seed, task, "task inference"))
+
+    def measure(self, view: View) -> None:
+        """Takes the unit of residuals from the first task's view of its data, where it is not known yet."""
+        if not self.unit and view.inputs is not None:
+            self.unit = float(view.inputs.var(dim=0).mean().nan_to_num(1.0).clamp_min(1e-12))
+
+    def forget_training(self) -> None:
+        """Drops what is trained: its task is over."""
+        self.training, self.training_sites, self.training_task = {}, None, ""
 
     def _fit(self, known: Known, training: tuple[View, Int64[Tensor, "samples"]], held_out: View) -> None:
         view, labels = training
@@ -130,11 +150,11 @@ class TaskInference:
             strategy = STRATEGIES[name]
             fitted = strategy.keep(view, labels, len(known.classes), held_out, trained)
             score = strategy.score(fitted, held_out)
-            known.fitted[name] = {key: value.detach().cpu() for key, value in fitted.items()}
+            known.fitted[name] = {key: kept(value) for key, value in fitted.items()}
             spread = score.std(correction=0).clamp_min(1e-6)
-            known.calibration[name] = torch.stack([score.mean(), spread, score.quantile(REJECTED)]).cpu()
-            kept = {**known.fitted[name], "calibration": known.calibration[name]}
-            bad = not_finite(kept)
+            calibration = torch.stack([score.mean(), spread, score.quantile(REJECTED)])
+            known.calibration[name] = kept(calibration)
+            bad = not_finite({**known.fitted[name], "calibration": known.calibration[name]})
             if bad:
                 raise ContinualError(
                     f"task_inference={name}: what is kept of task '{known.name}' is not finite ({bad[0]}), found on"
@@ -252,7 +272,9 @@ class TaskInference:
             "strategies": list(self.strategies),
             "unit": self.unit,
             "training_sites": None if self.training_sites is None else self.training_sites.state_dict(),
-            "training": {name: {k: v.detach().cpu() for k, v in t.items()} for name, t in self.training.items()},
+            "training_task": self.training_task,
+            "left_out": list(self.left_out),
+            "training": {name: {k: kept(v) for k, v in t.items()} for name, t in self.training.items()},
             "tasks": [
                 {
                     "name": task.name,
@@ -280,7 +302,8 @@ class TaskInference:
         ]
         training = {name: {k: v.cpu() for k, v in trained.items()} for name, trained in state["training"].items()}
         sites = None if state["training_sites"] is None else Sites.from_state_dict(state["training_sites"])
-        return cls(tuple(state["strategies"]), tasks, state["unit"], training, sites)
+        of, left_out = state.get("training_task", ""), list(state.get("left_out", ()))
+        return cls(tuple(state["strategies"]), tasks, state["unit"], training, sites, of, left_out)
 
 
 def variants_of(names: Sequence[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,12 @@ class View:
     def of(cls, readout: Readout, sites: Sites) -> View:
         """A task's view of a batch."""
         device = readout.outputs.device
+        unseen = [site.weight for site in sites.hidden if site.weight not in readout.read]
+        if unseen:
+            raise ContinualError(
+                f"Nothing showed what the layer of '{unseen[0]}' reads in this forward pass, by which a task is"
+                " inferred. Run every layer that the task's evaluate= runs, in the way in which it runs it."
+            )
         hidden = tuple(readout.read[s.weight][:, s.columns.to(device)] for s in sites.hidden)
         chain = tuple(
             readout.weights[link.weight][link.rows.to(device)][:, link.columns.to(device)].float()
@@ -130,7 +137,8 @@ def read(module: nn.Module, tasks: Iterable[Sites], run: Callable[[], Any], *, k
     names = {site.weight for sites in tasks for site in sites.hidden}
     first = next((sites.inputs for sites in tasks if sites.inputs is not None), None)
     producers = {site.producer for sites in tasks for site in sites.hidden if site.producer is not None}
-    recorder = Recorder(module, {*names, *producers, *([] if first is None else [first])}, tasks[-1].heads)
+    second = {name for sites in tasks for name in sites.second}
+    recorder = Recorder(module, {*names, *producers, *([] if first is None else [first])}, tasks[-1].heads, second)
     with ExitStack() as stack:
         if not keep_graph:
             stack.enter_context(torch.no_grad())
@@ -143,10 +151,16 @@ def read(module: nn.Module, tasks: Iterable[Sites], run: Callable[[], Any], *, k
 class Recorder(TorchFunctionMode):
     """Keeps what layers with some weights read in a forward pass, and the raw outputs."""
 
-    def __init__(self, module: nn.Module, names: Iterable[str], heads: Mapping[str, Int64[Tensor, "_"]]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Iterable[str],
+        heads: Mapping[str, Int64[Tensor, "_"]],
+        second: Iterable[str] = (),
+    ) -> None:
         super().__init__()
         parameters = dict(module.named_parameters())
-        self.module, self.heads, self.parameters = module, heads, parameters
+        self.module, self.heads, self.parameters, self.second = module, heads, parameters, frozenset(second)
         self.names = {id(parameters[name]): name for name in names}
         self.found: dict[str, Tensor] = {}
         self.given: dict[str, Tensor] = {}
@@ -178,7 +192,28 @@ class Recorder(TorchFunctionMode):
                 if func is F.linear and result.ndim == 2:
                     self.given[name] = result
                 return result
+        if func is F.multi_head_attention_forward:
+            return self._attend(inspect.signature(func).bind(*args, **kwargs).arguments)
         return func(*args, **kwargs)
+
+    def _attend(self, given: dict[str, Any]) -> Any:
+        """Runs an attention whose projections are inside one function, tokens first, and keeps what they read.
+
+        One weight projects queries, keys and values: where these are the same units, all its rows read what the values
+        are made of.
+        """
+        for weight, x in (("in_proj", "value"), ("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+            name = self.names.get(id(given.get(f"{weight}_weight")))
+            if name is not None:
+                self.found[name] = given[x]
+        name = self.names.get(id(given["out_proj_weight"]))
+        if name is None:
+            return F.multi_head_attention_forward(**given)
+        unit = torch.eye(given["query"].shape[-1]).to(given["query"])
+        heads, weights = F.multi_head_attention_forward(**{**given, "out_proj_weight": unit, "out_proj_bias": None})
+        self.found[name] = heads
+        flat = F.linear(heads.flatten(0, -2), given["out_proj_weight"], given["out_proj_bias"])
+        return flat.reshape(heads.shape), weights
 
     def readout(self, first: str | None) -> Readout:
         """What was seen."""
@@ -191,8 +226,9 @@ class Recorder(TorchFunctionMode):
         for path, columns in self.heads.items():
             if path in parts:
                 outputs = outputs.index_copy(1, columns.to(outputs.device), parts[path][:, : len(columns)])
-        inputs = None if first is None else self.found[first].float().reshape(batch, -1)
-        read = {name: _by_sample(x, batch) for name, x in self.found.items()}
+        found = {name: x.movedim(1, 0) if name in self.second else x for name, x in self.found.items()}
+        inputs = None if first is None or first not in found else found[first].float().reshape(batch, -1)
+        read = {name: _by_sample(x, batch) for name, x in found.items()}
         given = {name: x.float() for name, x in self.given.items() if len(x) == batch}
         missing = tuple(path for path in self.heads if path not in parts)
         return Readout(inputs, read, outputs, self.parameters, given=given, missing=missing)

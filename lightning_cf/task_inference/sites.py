@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +54,29 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What a trial showed of a network.
+
+    Attributes:
+        weights: names of the weights of those layers whose input was seen and has the samples along an axis.
+        second: those of them whose input has the samples along its second axis, behind tokens.
+        hooked: those whose input their module's hooks see too.
+        whole: whether every output layer ran.
+    """
+
+    weights: frozenset[str]
+    second: frozenset[str] = frozenset()
+    hooked: frozenset[str] = frozenset()
+    whole: bool = True
+
+    def both(self, other: Watched) -> Watched:
+        """What two trials showed alike."""
+        apart = self.second ^ other.second
+        weights = (self.weights & other.weights) - apart
+        return Watched(weights, self.second & weights, self.hooked & other.hooked, self.whole)
+
+
+@dataclass(frozen=True)
 class Sites:
     """Everything that a task's scores may look at.
 
@@ -63,6 +87,7 @@ class Sites:
         heads: path of each output layer, with the output columns that it computes.
         outputs: the task's own output columns, one a class.
         chain: linear layers from the input on, each of which reads the units of the one before and nothing else.
+        second: the weights among these whose layers read the samples along their input's second axis, behind tokens.
     """
 
     inputs: str | None
@@ -70,14 +95,31 @@ class Sites:
     heads: Mapping[str, Int64[Tensor, "_"]]
     outputs: Int64[Tensor, "classes"]
     chain: tuple[Link, ...] = ()
+    second: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, module: nn.Module, structure: Structure, ledger: NeuronLedger, task: str) -> Sites:
-        """Finds them for a task that has its claim, or that learns: then all free units are its own."""
+    def of(
+        cls,
+        module: nn.Module,
+        structure: Structure,
+        ledger: NeuronLedger,
+        task: str,
+        watched: Watched | None = None,
+    ) -> Sites:
+        """Finds them for a task that has its claim, or that learns: then all free units are its own.
+
+        Args:
+            module: the network.
+            structure: its structure.
+            ledger: who owns what.
+            task: its name.
+            watched: of which layers one can see what they read, where that was tried; others are left out.
+        """
         number, owner = ledger.index(task), ledger.owner_of_units(structure)
         if ledger.tasks[number].phase == "learn":
             owner = torch.where(owner == FREE, number, owner)
-        readers = [(name, use) for name, use in consumers(module, structure) if _is_seen(module, name)]
+        seen = partial(_is_seen, module) if watched is None else watched.weights.__contains__
+        readers = [(name, use) for name, use in consumers(module, structure) if seen(name)]
         hidden = []
         for group in structure.groups:
             for name, use in readers:
@@ -87,13 +129,18 @@ class Sites:
                     owners = owner[source.clamp_min(0)]
                     columns = (inside & (owners >= 0) & (owners <= number)).nonzero().flatten()
                     producer, rows = _producer(module, structure, group.first, group.size)
+                    if watched is not None and producer not in watched.weights:
+                        producer, rows = None, rows[:0]
                     held = owner[rows]
                     rows = ((held >= 0) & (held <= number)).nonzero().flatten()
                     hidden.append(Site(name, columns, owners[columns] == number, producer, rows))
                     break
         heads = cls.output_layers(structure)
-        first, outputs = _first_layer(module, structure), torch.tensor(ledger.reserved[task])
-        return cls(first, tuple(hidden), heads, outputs, _chain(module, structure, owner, number, first))
+        first, outputs = _first_layer(module, structure, seen), torch.tensor(ledger.reserved[task])
+        chain = _chain(module, structure, owner, number, first)
+        used = {first, *(site.weight for site in hidden)}
+        second = frozenset() if watched is None else watched.second & used
+        return cls(first, tuple(hidden), heads, outputs, chain, second)
 
     @staticmethod
     def output_layers(structure: Structure) -> dict[str, Int64[Tensor, "_"]]:
@@ -108,10 +155,11 @@ class Sites:
         """As plain containers and tensors."""
         return {
             "inputs": self.inputs,
-            "hidden": [(s.weight, s.columns, s.own, s.producer, s.rows) for s in self.hidden],
-            "heads": dict(self.heads),
-            "outputs": self.outputs,
-            "chain": [(link.weight, link.rows, link.columns) for link in self.chain],
+            "hidden": [(s.weight, kept(s.columns), kept(s.own), s.producer, kept(s.rows)) for s in self.hidden],
+            "heads": {path: kept(columns) for path, columns in self.heads.items()},
+            "outputs": kept(self.outputs),
+            "chain": [(link.weight, kept(link.rows), kept(link.columns)) for link in self.chain],
+            "second": sorted(self.second),
         }
 
     @classmethod
@@ -123,7 +171,15 @@ class Sites:
         )
         heads = {path: columns.cpu() for path, columns in state["heads"].items()}
         chain = tuple(Link(weight, rows.cpu(), columns.cpu()) for weight, rows, columns in state["chain"])
-        return cls(state["inputs"], hidden, heads, state["outputs"].cpu(), chain)
+        second = frozenset(state.get("second", ()))
+        return cls(state["inputs"], hidden, heads, state["outputs"].cpu(), chain, second)
+
+
+def kept(value: Tensor) -> Tensor:
+    """A tensor to keep: without its history, in memory of its own, whatever it was a part of."""
+    value = value.detach().cpu()
+    own = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+    return value if own else value.clone(memory_format=torch.contiguous_format)
 
 
 def _is_seen(module: nn.Module, name: str) -> bool:
@@ -134,13 +190,13 @@ def _is_seen(module: nn.Module, name: str) -> bool:
     return not isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) and ".parametrizations." not in name
 
 
-def _first_layer(module: nn.Module, structure: Structure) -> str | None:
+def _first_layer(module: nn.Module, structure: Structure, seen: Callable[[str], bool]) -> str | None:
     """The weight of the first layer that reads the network's input and nothing else."""
     parameters = dict(module.named_parameters())
     for name, uses in structure.entries.items():
         use = uses[0]
         if name in parameters and len(uses) == 1 and use.role == "weight" and parameters[name].ndim > 1:
-            rows = use.target.numel() == use.target.shape[0] and _is_seen(module, name)
+            rows = use.target.numel() == use.target.shape[0] and seen(name)
             if rows and bool((use.source == NO_UNIT).all()) and bool((use.target != NO_UNIT).any()):
                 return name
     return None

@@ -1,0 +1,119 @@
+"""Which strategies infer a network's tasks: what it allows, what was measured as best, and what works when tried."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_cf.errors import ContinualError
+from lightning_cf.evaluation import predict
+from lightning_cf.inferring import Kept, bare_heads, positions_of, watch_task, why_no_labels
+from lightning_cf.rehearsal import rehearse
+from lightning_cf.state import ContinualState
+from lightning_cf.structure import eval_mode
+from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, check_strategies, read
+from lightning_cf.task_inference.strategies import CHOICES, NEEDS
+from lightning_cf.task_inference.trained import changes_input
+from lightning_cf.tasks import Task
+
+ORDER = ("reconstruction_logits", "subspaces", "energy")
+"""The best ones first, as measured in benchmarks; the first one is trained with the network."""
+
+
+def choose_strategies(module: LightningModule, state: ContinualState, task: Task, wanted: str) -> tuple[str, ...]:
+    """The strategies to fit, the one that predicts first; none where tasks cannot be inferred and nobody insists.
+
+    Each one is tried first (see ``rehearsal``): what would fail at the seal is left out, or refused by name.
+
+    Args:
+        module: the network.
+        state: of it, with the task begun.
+        task: the first one.
+        wanted: a strategy's name; ``auto`` for the best that the network allows, ``statistics`` for the best that
+            leaves training as it is, ``all`` for all that the network allows, ``unchanged`` for those of them that do
+            not train over changed inputs.
+
+    Raises:
+        ContinualError: for a strategy that there is not, or that the network or the task does not allow.
+    """
+    if wanted not in CHOICES:
+        check_strategies([wanted])
+    reason, possible = _possible(module, state, task)
+    if wanted in CHOICES:
+        order = ORDER[1:] if wanted == "statistics" else ORDER
+        several = wanted in ("all", "unchanged")
+        names = [name for name in order if name in possible]
+        if several:
+            others = (n for n in possible if wanted == "all" or not changes_input(STRATEGIES[n]))
+            names = list(dict.fromkeys([*names[:1], *others]))
+        if several and names and not rehearse(module, state, task, TaskInference(tuple(names))):
+            return tuple(names)
+        chosen: list[str] = []
+        for name in names:
+            failure = rehearse(module, state, task, TaskInference((name,)))
+            if not failure:
+                chosen.append(name)
+                if not several:
+                    break
+            else:
+                reason = f"{name} does not work: {failure}"
+                warnings.warn(
+                    f"task_inference={wanted}: {name} is left out, since it does not work for"
+                    f" {type(module).__name__} with task '{task.name}': {failure}",
+                    stacklevel=2,
+                )
+        if not chosen and several:
+            raise ContinualError(f"task_inference={wanted}: {reason} Leave it out: task_inference=null.")
+        return tuple(chosen)
+    if wanted not in possible:
+        needs = NEEDS.get(STRATEGIES[wanted].needs, "")
+        lacks = f"it needs {needs}, which {type(module).__name__} with task '{task.name}' does not have."
+        raise ContinualError(
+            f"task_inference={wanted}: {reason or lacks} Use task_inference=auto, which takes what the network allows."
+        )
+    failure = rehearse(module, state, task, TaskInference((wanted,)))
+    if failure:
+        raise ContinualError(
+            f"task_inference={wanted}: it does not work for {type(module).__name__} with task '{task.name}': {failure}"
+            " Use task_inference=auto, which takes what works, or leave it out: task_inference=null."
+        )
+    return (wanted,)
+
+
+def _possible(module: LightningModule, state: ContinualState, task: Task) -> tuple[str, list[str]]:
+    """Why no task can be inferred, if so, and the strategies that the network and the task allow."""
+    if task.classes is None:
+        return f"task '{task.name}' has no classes to tell apart.", []
+    bare = bare_heads(state)
+    if bare:
+        return f"the output layer '{bare[0]}' has no weight of its own.", []
+    with eval_mode(module), torch.no_grad(), isolate_rng():
+        batch = task.check_data()
+        watched = watch_task(module, task, state, batch)
+        sites = Sites.of(module, state.structure, state.ledger, task.name, watched)
+        forward = Kept(partial(predict, module, task))
+        readout = read(module, [sites], partial(forward, batch))
+    predictions, target = forward.found
+    if readout.missing:
+        return f"no forward pass computes the outputs of all tasks: '{readout.missing[0]}' does not run.", []
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
+    if positions_of(task.classes, target, len(predictions)) is None:
+        return f"{why_no_labels(task, target, len(predictions))}", []
+    has = {"": True, "inputs": sites.inputs is not None, "hidden": bool(sites.hidden)}
+    # A layer that reads a sample in pieces, such as row by row, shows no row of values a sample.
+    one_row = sites.inputs in readout.given
+    has["first"] = one_row and bool(sites.hidden) and sites.hidden[0].producer == sites.inputs
+    # The heads train on the labels in the batch, whatever the task's evaluate= makes of them.
+    pair = pair and positions_of(task.classes, batch[1], len(predictions)) is not None
+    has["chain"] = one_row and bool(sites.chain) and pair and len(sites.hidden) >= len(sites.chain)
+    hooked = {sites.inputs, *(site.weight for site in sites.hidden[: len(sites.chain)])}
+    has["chain"] = has["chain"] and hooked <= watched.hooked
+    x = batch[0] if pair and isinstance(batch[0], Tensor) and len(batch[0]) == len(predictions) else torch.empty(0)
+    has["samples"] = bool(sites.hidden) and x.ndim > 1 and x[0].numel() > 1
+    has["square"] = has["samples"] and x.ndim > 2 and x.shape[-1] == x.shape[-2]
+    return "", [name for name, strategy in STRATEGIES.items() if has[strategy.needs]]

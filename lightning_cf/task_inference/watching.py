@@ -1,0 +1,108 @@
+"""Of which layers one can see what they read, sample by sample: found out by running the network, not by their kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lightning_cf.structure import eval_mode, layer_of, same_state
+from lightning_cf.task_inference.readout import Recorder
+from lightning_cf.task_inference.sites import Watched
+
+
+@torch.no_grad()
+def watch(
+    module: nn.Module,
+    weights: Iterable[str],
+    heads: Mapping[str, Int64[Tensor, "_"]],
+    run: Callable[[Any], Any],
+    batch: Any,
+) -> Watched:
+    """Runs a network on a batch, and on one of another size, and sees which axis of what the layers read follows.
+
+    Args:
+        module: the network.
+        weights: names of parameters whose layers to look at.
+        heads: path of each output layer, with the output columns that it computes.
+        run: runs the network on a batch.
+        batch: whose tensors have one row a sample.
+    """
+    names = list(weights)
+    with eval_mode(module), same_state(module):
+        found, hooked = _trial(module, names, heads, run, batch)
+        if not found.columns:
+            return Watched(frozenset(), whole=False)
+        count = _count(found)
+        other = count - 1 if count > 2 else count + 1
+        again = found
+        with suppress(Exception):  # whatever a user's forward pass raises for a batch of another size
+            again = _trial(module, names, heads, run, _resized(batch, count, other))[0]
+    axes = {name: _axis(found, again, name) for name in found.found}
+    seen = frozenset(name for name, axis in axes.items() if axis is not None)
+    second = frozenset(name for name in seen if axes[name] == 1)
+    return Watched(seen, second, hooked & seen, whole=found.columns.keys() >= set(heads))
+
+
+def _trial(
+    module: nn.Module, names: list[str], heads: Mapping[str, Tensor], run: Callable[[Any], Any], batch: Any
+) -> tuple[Recorder, frozenset[str]]:
+    recorder = Recorder(module, names, heads)
+    layers, parameters = dict(module.named_modules()), dict(module.named_parameters())
+    called: set[str] = set()
+    handles = []
+    for name in names:
+        layer = layers.get(layer_of(name))
+        if isinstance(layer, _LAYERS) and layer.weight is parameters[name]:
+
+            def see(*_: Any, name: str = name) -> None:
+                called.add(name)
+
+            handles.append(layer.register_forward_pre_hook(see))
+    try:
+        with recorder.watching():
+            run(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorder, frozenset(called)
+
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _count(recorder: Recorder) -> int:
+    """How many samples a batch had, by what the first output layer computed."""
+    return len(next(iter(recorder.columns.values())))
+
+
+def _resized(batch: Any, count: int, other: int) -> Any:
+    """A batch of another size, made of its samples."""
+    rows = torch.arange(other) % count
+
+    def cut(x: Tensor) -> Tensor:
+        return x[rows.to(x.device)] if x.ndim and len(x) == count else x
+
+    return tree_map_only(Tensor, cut, batch)
+
+
+def _axis(one: Recorder, other: Recorder, name: str) -> int | None:
+    """The axis along which the samples lie in what a layer reads; None where none follows the size of the batch."""
+    shape, samples = one.found[name].shape, _count(one)
+    if len(shape) < 2:
+        return None
+    if other is one or not other.columns or _count(other) == samples:  # no telling but by size
+        return 0 if shape[0] % samples == 0 else (1 if len(shape) > 2 and shape[1] == samples else None)
+    if name not in other.found or other.found[name].ndim != len(shape):
+        return None
+    changed = [axis for axis, (a, b) in enumerate(zip(shape, other.found[name].shape, strict=True)) if a != b]
+    if changed == [0] and shape[0] % samples == 0:
+        return 0 if other.found[name].shape[0] * samples == shape[0] * _count(other) else None
+    if changed == [1] and len(shape) > 2 and shape[1] == samples and other.found[name].shape[1] == _count(other):
+        return 1
+    return None
