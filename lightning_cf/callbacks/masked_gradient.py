@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,10 +37,21 @@ class MaskedGradientCallback(ContinualCallback):
         mask_outputs: while a task trains or is tested, show only its outputs (the others hold the lowest number), so
             that an unchanged loss over all classes trains the task's own. Needs logits; set False for losses that
             spread over all outputs.
+        ledger: a checkpoint whose ledger the module takes up where it has none, for a plain module whose weights were
+            loaded from it (see ``keep_ledger``).
     """
 
-    def __init__(self, *, subspace: Subspace | None = None, mask_outputs: bool = True) -> None:
+    holds = True
+
+    def __init__(
+        self,
+        *,
+        subspace: Subspace | None = None,
+        mask_outputs: bool = True,
+        ledger: str | Path | None = None,
+    ) -> None:
         super().__init__()
+        self.ledger = ledger
         self.subspace = subspace
         self.mask_outputs = mask_outputs
         self._freezer: Freezer | None = None
@@ -126,6 +138,7 @@ class MaskedGradientCallback(ContinualCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets go."""
+        super().teardown(trainer, pl_module, stage)
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -138,6 +151,7 @@ class MaskedGradientCallback(ContinualCallback):
             entries.restore()
         self._release()
         self._sealed = {}
+        super().on_exception(trainer, pl_module, exception)
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""

@@ -53,6 +53,8 @@ class PartitionCallback(ContinualCallback):
             :class:`~lightning_cf.records.PartitionRecord`); default none.
         similarity_matrix: whether the records hold the similarity of every two units.
         seed: what the re-initialised units and randomly chosen representatives depend on.
+        ledger: a checkpoint whose ledger the module takes up where it has none, for a plain module whose weights were
+            loaded from it (see ``keep_ledger``).
         options: how units are compared and how many are claimed, the fields of
             :class:`~lightning_cf.options.PartitionOptions`: ``measure``, ``threshold``, ``tolerance``, ``min_claim``,
             ``max_claim``, ``reserve_tasks``, ``clusters``, ``representative``, ``fold``, ``reinitialise``, ``layers``,
@@ -76,6 +78,7 @@ class PartitionCallback(ContinualCallback):
         records: str | Path | None = None,
         similarity_matrix: bool = False,
         seed: int = 0,
+        ledger: str | Path | None = None,
         **options: Unpack[PartitionKeywords],
     ) -> None:
         super().__init__()
@@ -104,6 +107,7 @@ class PartitionCallback(ContinualCallback):
         self.similarity_matrix = similarity_matrix
         self.options = PartitionOptions(**options)
         self.seed = seed
+        self.ledger = ledger
         self._step = 0
         self._partitioned_at: int | None = None
         self._ended = False
