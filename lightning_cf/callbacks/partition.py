@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_cf.averaging import restart_averages, take_averages
+from lightning_cf.callbacks.best import discount_scores
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_share
@@ -109,6 +110,7 @@ class PartitionCallback(ContinualCallback):
         self.seed = seed
         self.ledger = ledger
         self._step = 0
+        self._stale_scores = False
         self._partitioned_at: int | None = None
         self._ended = False
         self._start: dict[str, Tensor] | None = None
@@ -180,6 +182,8 @@ class PartitionCallback(ContinualCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes where the optimisers stand, since some batches end without a step."""
         self._step = trainer.global_step
+        if self._stale_scores:
+            self._discount(trainer, again=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -233,6 +237,12 @@ class PartitionCallback(ContinualCallback):
             ),
         )
         restart_averages(trainer, module)
+        self._discount(trainer, again=True)
+
+    def _discount(self, trainer: Trainer, *, again: bool) -> None:
+        """The best checkpoint is one from the partition on; what is logged until the next batch is from before it."""
+        discount_scores(trainer)
+        self._stale_scores = again
 
     def _partition_if_due(self, trainer: Trainer, module: LightningModule, *, epochs: int) -> None:
         """The first partition waits for the monitored value; later ones come only where they were asked for."""
