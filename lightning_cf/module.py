@@ -41,6 +41,8 @@ class ContinualModule(LightningModule):
     installs_callbacks: bool = True
     """Whether a fit installs the callbacks that the Trainer lacks."""
 
+    __jit_unused_properties__ = [*LightningModule.__jit_unused_properties__, "ledger"]  # noqa: RUF012
+
     def __new__(cls, *args: Any, **kwargs: Any) -> ContinualModule:
         """Changes the class of the module given; a derived class is made as usual."""
         if cls is not ContinualModule:
@@ -203,4 +205,6 @@ def _blank(base: type[LightningModule]) -> ContinualModule:
 
 @cache
 def _derived(base: type[LightningModule]) -> type[ContinualModule]:
-    return type(f"Continual{base.__name__}", (ContinualModule, base), {"__module__": base.__module__})
+    # Scripting compiles properties, but for these; the wrapped class may list its own.
+    unused = {"__jit_unused_properties__": [*base.__jit_unused_properties__, "ledger"]}
+    return type(f"Continual{base.__name__}", (ContinualModule, base), {"__module__": base.__module__, **unused})

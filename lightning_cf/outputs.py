@@ -173,7 +173,7 @@ def grow_head(head: Head, columns: int) -> None:
             f"The output head is a convolution in {groups} groups, to which no outputs can be added; give each"
             " task outputs=[...] that the head has, or use groups=1."
         )
-    _check_growth(head, old)
+    check_growth(head, old)
     bias = head.bias is not None
     if head.weight.ndim == 2:
         fresh: nn.Module = nn.Linear(head.weight.shape[1], columns - old, bias=bias)
@@ -191,7 +191,7 @@ def fit_head(head: Head, columns: int) -> None:
     old = head.weight.shape[0]
     grow_head(head, columns)
     if columns < old:
-        _check_growth(head, old)
+        check_growth(head, old)
         for name in ("weight", "bias"):
             parameter = getattr(head, name)
             if parameter is not None:
@@ -203,15 +203,15 @@ _COUNTS = ("out_features", "out_channels")
 """Attributes in which layers keep how many outputs they have."""
 
 
-def _check_growth(head: Head, columns: int) -> None:
-    """Refuses to change how many outputs a layer has where something unknown of it may depend on that."""
+def check_growth(head: Head, columns: int) -> None:
+    """Raises ContinualError where something unknown of a layer may depend on how many columns it has."""
     tensors = {**dict(head.named_parameters()), **dict(head.named_buffers())}
     strange = [n for n in tensors if n not in ("weight", "bias") and not n.startswith("parametrizations.")]
     if not is_known(head):
         numbers = {n: v for n, v in vars(head).items() if isinstance(v, int) and not isinstance(v, bool)}
         strange += [n for n, v in numbers.items() if v == columns and n not in _COUNTS and not n.startswith("in_")]
-        matrix = head.weight.ndim == 2 and len(head.weight) == columns and hasattr(head, "bias")
-        strange += [] if matrix else ["weight"]
+        strange += [] if head.weight.ndim == 2 and hasattr(head, "bias") else ["weight"]
+    strange += [] if len(head.weight) == columns else ["weight"]
     if strange:
         raise ContinualError(
             f"The output head is a {type(head).__name__}, to which no outputs can be added: nobody knows how its"

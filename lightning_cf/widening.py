@@ -12,7 +12,7 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.fingerprints import differences
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.normalisation import make_owner_aware
-from lightning_cf.outputs import fit_head, grow_head, head_columns, head_of
+from lightning_cf.outputs import check_growth, fit_head, grow_head, head_columns, head_of
 from lightning_cf.state import ContinualState
 from lightning_cf.structure import Structure, layer_of, named_tensors
 
@@ -72,7 +72,9 @@ def grow(module: nn.Module, state: ContinualState, count: int) -> list[int]:
     """Adds columns to the head; gives their numbers."""
     if count <= 0:
         return []
-    grow_head(head_of(module, state.structure), len(state.ledger.outputs) + count)
+    head = head_of(module, state.structure)
+    check_growth(head, len(state.ledger.outputs))
+    grow_head(head, len(state.ledger.outputs) + count)
     added = state.ledger.add_outputs(count)
     state.retrace(module)
     note_heads(state)

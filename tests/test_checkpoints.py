@@ -47,7 +47,9 @@ class Logged(Classifier):
         self.log("falling", -float(self.current_epoch))
 
     def test_step(self, batch, batch_idx):
-        self.log("acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+        logits = self(batch[0])
+        self.log("acc", (logits.argmax(1) == batch[1]).float().mean())
+        self.log("seen", (logits > -1e30).sum(1).float().mean())
 
     def validation_step(self, batch, batch_idx):
         self.test_step(batch, batch_idx)
@@ -342,3 +344,26 @@ def test_checkpoints_hold_what_weights_are_known_by(tmp_path):
     for name, sample in found.items():
         assert torch.equal(named_tensors(module)[name].flatten()[sample["places"]], sample["values"])
     assert not NeuronLedger.from_checkpoint(tmp_path / "epoch=0.ckpt").fingerprints
+
+
+# Evaluation in a new process
+
+
+@pytest.mark.parametrize("run", ["test", "validate"])
+@pytest.mark.parametrize("way", ["ledger", "ckpt_path", "wrapped"])
+def test_a_task_is_tested_on_its_own_outputs_in_a_new_process_too(way, run, tmp_path):
+    module, first, second = learned(tmp_path)
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="both")
+    fit(module, second, [*three(), keep], epochs=4, enable_checkpointing=True)
+    path = tmp_path / "both.ckpt"
+    evaluate = {"datamodule": first, "verbose": False}
+    (here,) = getattr(quiet_trainer(callbacks=three()), run)(module, **evaluate)
+    if way == "wrapped":
+        other = type(ContinualModule(Logged())).load_from_checkpoint(path, weights_only=True)
+    else:
+        other = Logged() if way == "ckpt_path" else Logged.load_from_checkpoint(path, weights_only=True)
+    masking = MaskedGradientCallback(ledger=path if way == "ledger" else None)
+    load = {"ckpt_path": path} if way == "ckpt_path" else {}
+    (there,) = getattr(quiet_trainer(callbacks=[masking]), run)(other, **evaluate, **load)
+    assert there == here
+    assert there["seen"] == 2
