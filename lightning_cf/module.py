@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, LedgerWarning
 from lightning_cf.inferring import predict_any
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.state import keep_ledger, ledger_of, state_for
@@ -191,7 +192,23 @@ class ContinualModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Moves it back."""
         super().on_load_checkpoint(checkpoint)
+        self._warn_of_loss(checkpoint.get(CHECKPOINT_KEY))
         checkpoint["state_dict"][_EXTRA_STATE] = checkpoint.get(CHECKPOINT_KEY, {})
+
+    def _warn_of_loss(self, found: dict[str, Any] | None) -> None:
+        """Warns where a Trainer without our callbacks, which would put the module back, loads an older ledger."""
+        trainer, known = self._trainer, self.ledger
+        if trainer is None or known is None or not found:
+            return
+        lost = known.undone_by(NeuronLedger.from_state_dict(found))
+        guarded = any(hasattr(callback, "partitions") for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if lost and not guarded:
+            warnings.warn(
+                f"ckpt_path={str(trainer.ckpt_path)!r} is older than what the module has learned: it takes back"
+                f" {' and '.join(map(repr, lost))}, weights and ledger. Load the last checkpoint again before you fit.",
+                LedgerWarning,
+                stacklevel=2,
+            )
 
 
 _EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX

@@ -1,6 +1,7 @@
 """Weights and ledger belong together, whatever is loaded between tasks, and in another process."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lightning_cf import (
     MaskedGradientCallback,
     NeuronLedger,
     PartitionCallback,
+    SequentialTaskRunner,
     keep_ledger,
 )
 from lightning_cf.fingerprints import differences
@@ -110,6 +112,31 @@ def test_an_evaluation_of_the_latest_checkpoint_says_nothing(wrap, tmp_path):
     fresh = ContinualModule(Logged()) if wrap else Logged()
     quiet_trainer(callbacks=three()).test(fresh, datamodule=first, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
     assert same(torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"], weights(fresh))
+
+
+def test_a_trainer_without_our_callbacks_is_told_what_it_takes_back(tmp_path):
+    module, first, second = learned(tmp_path, wrap=True)
+    module.installs_callbacks = False
+    with pytest.warns(LedgerWarning, match=r"epoch=0\.ckpt' is older than .*: it takes back '0-1', weights and ledger"):
+        quiet_trainer().test(module, datamodule=first, ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    with pytest.raises(ContinualError, match="'0-1' was never partitioned"):  # what came back belongs together
+        fit(module, second, three(), epochs=1)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_the_best_one_is_tested_by_the_trainer_of_the_fit(wrap, tmp_path):
+    torch.manual_seed(0)
+    module, (first, second) = ContinualModule(Logged()) if wrap else Logged(), tasks(2)
+    keep = ModelCheckpoint(dirpath=tmp_path, monitor="falling", mode="max")
+    trainer = fit(module, first, [*three(), keep], epochs=6, enable_checkpointing=True)
+    before = weights(module)
+    with pytest.warns(
+        LedgerWarning, match=rf"{re.escape(keep.best_model_path)}' holds task '0-1' as it was before its seal"
+    ):
+        trainer.test(module, datamodule=first, ckpt_path="best", verbose=False)
+    assert same(before, weights(module))
+    fit(module, second, three(), epochs=2)
+    assert phases(module) == [("0-1", "sealed"), ("2-3", "sealed")]
 
 
 def test_an_exception_in_such_an_evaluation_puts_back_too(tmp_path):
@@ -260,6 +287,18 @@ def test_a_plain_module_without_its_ledger_is_told(tmp_path):
     other.load_state_dict(torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)["state_dict"])
     with pytest.warns(LedgerWarning, match=r"rows of 'network\.\d\.weight' are cut off .*ledger=PATH.*keep_ledger"):
         fit(other, second, three(), epochs=2)
+
+
+def test_a_run_with_a_module_without_its_ledger_is_told(tmp_path):
+    learned(tmp_path / "first")
+    other = Logged.load_from_checkpoint(tmp_path / "first" / "epoch=3.ckpt", weights_only=True)
+    runner = SequentialTaskRunner(
+        other, tasks(3)[1:], trainer=quiet_trainer, task_inference=None, root=tmp_path / "run"
+    )
+    with pytest.warns(LedgerWarning, match="Tasks seem to have been learned here before"):
+        runner.start()
+    with pytest.raises(ContinualError, match=r"PartitionCallback\(ledger='a\.ckpt'\) cannot be taken up"):
+        SequentialTaskRunner(other, tasks(2), partition=PartitionCallback(ledger="a.ckpt"), root=tmp_path / "run")
 
 
 @pytest.mark.parametrize("given", ["partition", "masking", "keep_ledger"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_cf.averaging import restart_averages, take_averages
@@ -154,9 +155,10 @@ class PartitionCallback(ContinualCallback):
             checkpoint[START_KEY] = state.start
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes both out of the checkpoint."""
+        """Takes both out of the checkpoint; the weights at the start only for a fit that goes on from it."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        self._start = checkpoint.get(START_KEY)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._start = checkpoint.get(START_KEY)
 
     def select(self, module: LightningModule, state: ContinualState) -> None:
         """Notes in the ledger which groups are not partitioned, and checks that isolation can hold on the others.
