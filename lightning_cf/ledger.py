@@ -176,7 +176,8 @@ class NeuronLedger:
             if not 0 <= output < len(self.outputs):
                 raise ContinualError(
                     f"Task '{name}' needs output {output}, but the output head has {len(self.outputs)} columns"
-                    f" (0 to {len(self.outputs) - 1}). Widen the head, or correct the task's classes."
+                    f" (0 to {len(self.outputs) - 1}). Widen the head, the old rows first (a ContinualModule does it"
+                    " for classes), or correct the task's classes."
                 )
             for other, taken in self.reserved.items():
                 if other != name and output in taken:

@@ -2,6 +2,10 @@
 
 import copy
 import re
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,14 +64,22 @@ class Logged(Classifier):
         return self(batch[0])
 
 
-def learned(folder, *, wrap=False, epochs=4, **options):
-    """A module that learned the first of two tasks, with a checkpoint of every epoch; partitioned after the second."""
+@cache
+def once(wrap, epochs, **options):
+    """A module that learned the first of two tasks, and the folder with a checkpoint of every epoch."""
+    folder = Path(tempfile.mkdtemp())
     torch.manual_seed(0)
     module = ContinualModule(Logged()) if wrap else Logged()
     keep = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1, monitor="falling", mode="max", **options)
-    first, second = tasks(2)
-    fit(module, first, [*three(), keep], epochs=epochs, enable_checkpointing=True)
-    return module, first, second
+    fit(module, tasks(1)[0], [*three(), keep], epochs=epochs, enable_checkpointing=True)
+    return module, folder
+
+
+def learned(folder, *, wrap=False, epochs=4, **options):
+    """A copy of it, with its checkpoints in a folder, and both tasks; the first one's partition is in epoch 1."""
+    module, files = once(wrap, epochs, **options)
+    shutil.copytree(files, folder, dirs_exist_ok=True)
+    return copy.deepcopy(module), *tasks(2)
 
 
 def phases(module):
@@ -81,8 +93,10 @@ def same(before, after):
 # A checkpoint from before the partition comes back
 
 
-@pytest.mark.parametrize("run", ["test", "validate", "predict"])
-@pytest.mark.parametrize("kind", ["plain", "wrapped", "weights only"])
+@pytest.mark.parametrize(
+    ("kind", "run"),
+    [*(("plain", run) for run in ("test", "validate", "predict")), ("wrapped", "predict"), ("weights only", "predict")],
+)
 def test_an_evaluation_of_an_older_checkpoint_leaves_the_module_what_it_was(kind, run, tmp_path):
     module, first, second = learned(tmp_path, wrap=kind == "wrapped", save_weights_only=kind == "weights only")
     before, logits = weights(module), own_logits(module, first)
@@ -365,7 +379,7 @@ def test_zeros_of_other_origin_are_no_trace_of_tasks(name):
     assert rows_cut_off(trace(module, torch.ones(2, 6)), named_tensors(module)) is None
 
 
-@pytest.mark.parametrize("network", ["mlp", "cnn", "resnet"])
+@pytest.mark.parametrize("network", ["mlp", "cnn", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_traces_are_found_after_each_task_and_not_before(network):
     module, sequence = classifier(network), tasks(2)
     for number, task in enumerate(sequence):
@@ -388,8 +402,9 @@ def test_checkpoints_hold_what_weights_are_known_by(tmp_path):
 # Evaluation in a new process
 
 
-@pytest.mark.parametrize("run", ["test", "validate"])
-@pytest.mark.parametrize("way", ["ledger", "ckpt_path", "wrapped"])
+@pytest.mark.parametrize(
+    ("way", "run"), [("ledger", "test"), ("ledger", "validate"), ("ckpt_path", "test"), ("wrapped", "test")]
+)
 def test_a_task_is_tested_on_its_own_outputs_in_a_new_process_too(way, run, tmp_path):
     module, first, second = learned(tmp_path)
     keep = ModelCheckpoint(dirpath=tmp_path, filename="both")

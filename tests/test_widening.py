@@ -1,6 +1,7 @@
 """Heads that gain columns between tasks: widened by the user, or grown for class numbers that are new."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -44,6 +45,18 @@ def small(classes=2):
     return Small(classes)
 
 
+@cache
+def once(wrap):
+    module = ContinualModule(small()) if wrap else small()
+    fit(module, tasks(1)[0], three(max_claim=0.3), epochs=2)
+    return module
+
+
+def learned(wrap=False):
+    """A module of two columns that learned the classes 0 and 1."""
+    return copy.deepcopy(once(wrap))
+
+
 def wider(head, columns, *, copied=True):
     """A new layer with more columns, with the old rows copied."""
     new = copy.deepcopy(head)
@@ -67,9 +80,7 @@ def widen(module, columns, **how):
 @pytest.mark.parametrize("wrap", [False, True])
 @pytest.mark.parametrize("way", ["new layer", "new parameters"])
 def test_a_head_that_the_user_widened_is_taken_as_it_is(way, wrap):
-    module, (first, second, third) = small(), tasks(3)
-    module = ContinualModule(module) if wrap else module
-    fit(module, first, three(max_claim=0.3), epochs=2)
+    module, (first, second, third) = learned(wrap), tasks(3)
     if way == "new layer":
         widen(module, 6)
     else:
@@ -87,9 +98,7 @@ def test_a_head_that_the_user_widened_is_taken_as_it_is(way, wrap):
 
 @pytest.mark.parametrize("wrap", [False, True])
 def test_rows_that_were_not_copied_are_refused_by_name(wrap):
-    module, (first, second) = small(), tasks(2)
-    module = ContinualModule(module) if wrap else module
-    fit(module, first, three(), epochs=2)
+    module, (_, second) = learned(wrap), tasks(2)
     widen(module, 4)
     module.network[-1].weight.data[1] *= 1 + 1e-6  # every bit counts
     before = weights(module)
@@ -144,8 +153,7 @@ def test_new_class_numbers_get_columns_of_their_own_number():
 
 
 def test_a_fit_grows_the_head_for_new_class_numbers_by_itself():
-    module, (first, second) = ContinualModule(small()), tasks(2)
-    fit(module, first, three(), epochs=4)
+    module, (first, second) = learned(wrap=True), tasks(2)
     before = own_logits(module, first)
     module.add_task(second)
     torch.testing.assert_close(own_logits(module, first), before, rtol=1e-5, atol=1e-5)
@@ -195,7 +203,7 @@ def grown(folder):
     module, (first, second, third) = ContinualModule(small()), tasks(3)
     for task in (first, second):
         keep = ModelCheckpoint(dirpath=folder, filename=task.name, save_last=True)
-        fit(module, task, [*three(), keep], epochs=4, enable_checkpointing=True)
+        fit(module, task, [*three(max_claim=0.3), keep], epochs=2, enable_checkpointing=True)
     return module, first, second, third
 
 
@@ -221,8 +229,7 @@ def test_a_fit_in_a_new_process_goes_on_with_a_grown_head(tmp_path):
             if trainer.current_epoch == 3:
                 raise KeyError("power cut")
 
-    module, (first, second) = ContinualModule(small()), tasks(2)
-    fit(module, first, three(), epochs=2)
+    module, (first, second) = learned(wrap=True), tasks(2)
     with pytest.raises(KeyError):
         fit(module, second, [*three(), Fail(dirpath=tmp_path, filename="cut")], epochs=4, enable_checkpointing=True)
     other = ContinualModule(small())
@@ -302,13 +309,13 @@ def test_a_convolution_is_widened_too(by):
     net = nn.Sequential(nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 2, 1))
     module = Pixels(net) if by == "user" else ContinualModule(Pixels(net))
     first, second = pixels([0, 1]), pixels([2, 3])
-    fit(module, first, three(), epochs=4)
+    fit(module, first, three(), epochs=2)
     if by == "user":
         widen(module, 4)
     else:
         module.add_task(second)
     logits = own_logits(module, first)
-    fit(module, second, three(), epochs=4)
+    fit(module, second, three(), epochs=2)
     assert torch.equal(own_logits(module, first), logits)
     assert module.network[-1].out_channels == 4
     assert state_of(module).ledger.outputs.tolist() == [0, 0, 1, 1]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError, LedgerWarning
@@ -65,7 +66,8 @@ class LoadGuard:
         for layer, columns in self.ledger.heads.items():
             head: Any = self.module.get_submodule(layer)
             if len(head.weight) != len(columns):
-                fit_head(head, len(columns))
+                with isolate_rng():
+                    fit_head(head, len(columns))
         for name, tensor in named_tensors(self.module).items():
             tensor.copy_(self.before[name])
 
