@@ -9,6 +9,7 @@ from lightning_cf.errors import (
     DivergenceWarning,
     FrozenWarning,
     LeakError,
+    LedgerWarning,
     StructureError,
     StructureWarning,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "InvarianceCallback",
     "LeakError",
     "LearnedSubspace",
+    "LedgerWarning",
     "MaskedGradientCallback",
     "Mixture",
     "NeuronLedger",

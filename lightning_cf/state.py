@@ -21,6 +21,7 @@ from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, DivergenceError, StructureError
 from lightning_cf.evaluation import on_device
 from lightning_cf.finite import Snapshot, described, in_forward_order, infinite_on_purpose, not_finite
+from lightning_cf.foreign_heads import check_foreign_heads
 from lightning_cf.ledger import Isolation, NeuronLedger
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.outcome import Outcome
@@ -55,6 +56,7 @@ class ContinualState:
         fitted: the task of the last fit, which holds that fit's Trainer.
         mixed: what mixes the columns of the network's outputs, so that only ``perturb`` works; empty if nothing does.
         said: warnings about the network that were given.
+        checked: the structure whose output layers of other libraries' classes were looked at.
     """
 
     structure: Structure
@@ -73,6 +75,7 @@ class ContinualState:
     safe: Snapshot | None = None
     said: set[str] = field(default_factory=set)
     fitted: ReferenceType[Task] | None = None
+    checked: Structure | None = None
 
     def set_mask_outputs(self, mask_outputs: bool) -> None:
         """Whether each task sees its own outputs only.
@@ -216,6 +219,9 @@ class ContinualState:
         views = [
             list(zip(at or [], self.outputs_of(task), strict=True)) for at, task in zip(positions, tasks, strict=True)
         ]
+        if self.checked is not self.structure:
+            check_foreign_heads(module, self.structure, self.example, self.forward)
+            self.checked = self.structure
         several = len(self.structure.head.layers) > 1
         head = heads_of(module, self.structure) if several else head_of(module, self.structure)
         with OutputView(head, width=self.ledger.width, views=views) as view:

@@ -17,6 +17,7 @@ from lightning_cf.claim_folding import cut_claimed
 from lightning_cf.claiming import Claimer, warn_of_cost
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import evaluate, predict
+from lightning_cf.fingerprints import keep_fingerprints
 from lightning_cf.inferring import remember_task
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.options import PartitionOptions
@@ -142,6 +143,7 @@ def seal_task(
         state.ledger.tasks[-1].phase = phase  # nothing is sealed whose statistics could not be kept
         state.ledger.revision += 1
         raise
+    keep_fingerprints(module, state.structure, state.ledger, [task.name])
     state.start = state.outcome = None
     partitioned = any(record["task"] == task.name for record in state.ledger.records)
     if state.ledger.isolation == "exact" and partitioned and (options is None or options.reinitialise):

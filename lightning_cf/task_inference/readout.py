@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.finite import rows_finite
+from lightning_cf.outputs import column_axis
 from lightning_cf.structure import eval_mode
 from lightning_cf.task_inference.sites import Sites
 
@@ -176,7 +177,7 @@ class Recorder(TorchFunctionMode):
         return stack
 
     def _keep(self, path: str, layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.columns[path] = output if isinstance(layer, nn.Linear) else output.movedim(1, -1)
+        self.columns[path] = output.movedim(column_axis(layer, output), -1)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
