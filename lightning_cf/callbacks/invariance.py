@@ -137,7 +137,6 @@ class InvarianceCallback(ContinualCallback):
         """Puts the undisturbed values back and lets go; teardown does not run after an exception."""
         super().on_exception(trainer, pl_module, exception)
         self._release(pl_module)
-        super().on_exception(trainer, pl_module, exception)
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""

@@ -151,7 +151,6 @@ class MaskedGradientCallback(ContinualCallback):
             entries.restore()
         self._release()
         self._sealed = {}
-        super().on_exception(trainer, pl_module, exception)
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""

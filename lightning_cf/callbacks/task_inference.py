@@ -129,7 +129,6 @@ class TaskInferenceCallback(ContinualCallback):
         """Lets go; teardown does not run after an exception."""
         super().on_exception(trainer, pl_module, exception)
         self._release()
-        super().on_exception(trainer, pl_module, exception)
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
