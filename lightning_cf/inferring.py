@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, ContinualWarning
 from lightning_cf.evaluation import forward_context, predict
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.state import ContinualState, ledger_of
@@ -141,7 +141,11 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState, *,
         variants = variants_of(inference.strategies)
         held_out = view_of(module, task, sites, task.judging_batches(), SAMPLES, variants)
     if training is None or held_out is None:
-        warnings.warn(f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.", stacklevel=2)
+        warnings.warn(
+            f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.",
+            ContinualWarning,
+            stacklevel=2,
+        )
         return
     inference.learn(Known(task.name, list(task.classes), sites), training, held_out[0], sealed=sealed)
     keep_inference(state.ledger, inference)

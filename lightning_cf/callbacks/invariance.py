@@ -14,11 +14,11 @@ from lightning_cf.directions import DirectionLearner
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, check_count
 from lightning_cf.ledger import FREE
-from lightning_cf.perturbation import Perturbation, Resample
+from lightning_cf.perturbation import Perturbation, Resample, check_perturbation
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.state import ContinualState, state_of
 from lightning_cf.structure import named_tensors
-from lightning_cf.subspace import LearnedSubspace, Subspace
+from lightning_cf.subspace import LearnedSubspace, Subspace, check_subspace
 
 
 class InvarianceCallback(ContinualCallback):
@@ -49,6 +49,8 @@ class InvarianceCallback(ContinualCallback):
     ) -> None:
         super().__init__()
         self.perturbation = Resample() if perturbation is None else perturbation
+        check_perturbation("invariance", self.perturbation)
+        check_subspace("invariance", subspace)
         self.subspace = subspace
         given = {"steps": every_n_steps, "batches": every_n_batches, "epochs": every_n_epochs}
         given = {unit: count for unit, count in given.items() if count is not None} or {"steps": 1}
@@ -59,7 +61,7 @@ class InvarianceCallback(ContinualCallback):
             )
         self.unit, self.every_n = next(iter(given.items()))
         check_count("invariance", f"every_n_{self.unit}", self.every_n)  # type: ignore[arg-type]
-        self.seed = seed
+        self.seed = check_count("invariance", "seed", seed, least=0)
         self._learner: DirectionLearner | None = None
         self._bases: Mapping[str, Tensor] = {}
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from lightning_cf.averaging import exact_averages
 from lightning_cf.callbacks.session import ContinualCallback, task_of, without_address
-from lightning_cf.errors import ContinualError, FrozenWarning, StructureWarning
+from lightning_cf.errors import ContinualError, FrozenWarning, StructureWarning, check_flag
 from lightning_cf.freezing import Freezer, FrozenEntries
 from lightning_cf.ledger import FREE
 from lightning_cf.projection import Projection
 from lightning_cf.state import ContinualState, state_for, state_of
 from lightning_cf.structure import UnitGroup, named_tensors
-from lightning_cf.subspace import Subspace
+from lightning_cf.subspace import Subspace, check_subspace
 
 
 class MaskedGradientCallback(ContinualCallback):
@@ -40,8 +40,9 @@ class MaskedGradientCallback(ContinualCallback):
 
     def __init__(self, *, subspace: Subspace | None = None, mask_outputs: bool = True) -> None:
         super().__init__()
+        check_subspace("masking", subspace)
         self.subspace = subspace
-        self.mask_outputs = mask_outputs
+        self.mask_outputs = check_flag("masking", "mask_outputs", mask_outputs)
         self._freezer: Freezer | None = None
         self._projection: Projection | None = None
         self._revision = -1

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_cf.callbacks.heads import Heads
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.contexts import seeded
-from lightning_cf.errors import ContinualError, check_choice
+from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_number
 from lightning_cf.inferring import (
     choose_strategies,
     inference_of,
@@ -54,8 +54,8 @@ class TaskInferenceCallback(ContinualCallback):
         self.strategy, self.weight, self.lr, self.seed = strategy, weight, lr, seed
         check_choice("task_inference", "strategy", strategy, (*CHOICES, *STRATEGIES))
         for name, value in (("weight", weight), ("lr", lr)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ContinualError(f"task_inference: {name} must be above 0, got {value!r}.")
+            check_number("task_inference", name, value, above=0.0)
+        check_count("task_inference", "seed", seed, least=0)
         self._heads: Heads | None = None
 
     def check(self, module: LightningModule, state: ContinualState, task: Task) -> None:
@@ -113,6 +113,7 @@ class TaskInferenceCallback(ContinualCallback):
             warnings.warn(
                 f"task_inference: the head of {' and '.join(idle)} was never trained: no batch of (input, label) pairs"
                 " met a forward pass over as many samples. Use a strategy that is not trained, such as subspaces.",
+                ContinualWarning,
                 stacklevel=2,
             )
         self._release()
