@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import unicodedata
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -114,16 +115,17 @@ def check_path(owner: str, name: str, value: str | Path) -> Path:
     Raises:
         ContinualError: names the owner, the option and the value otherwise.
     """
-    if not isinstance(value, (str, Path)) or not str(value).strip() or "\0" in str(value):
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise ContinualError(f"{owner}: {name} must be the path of a folder, got {_shown(value)}.")
-    return Path(value)
+    return Path(text)
 
 
 def printable(text: str) -> str:
-    """A text with its control characters, which a terminal would obey, written out; line breaks are some of them.
+    r"""A text with its control characters, which a terminal would obey, written out; line breaks are some of them.
 
-    >>> print(printable("a\\x1b[31mb"))
-    a\\x1b[31mb
+    >>> print(printable("a\x1b[31mb"))
+    a\x1b[31mb
     """
     obeyed = ("Cc", "Cs", "Zl", "Zp")
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in obeyed else c for c in text)

@@ -60,7 +60,14 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser, with a schedule over the fit's steps."""
-        optimizer = self.make_optimizer(self.parameters())
+        try:
+            optimizer = self.make_optimizer(self.parameters())
+        except (TypeError, ValueError) as error:
+            raise ContinualError(f"Classifier: the optimizer cannot be made: {error}.") from error
+        if not isinstance(optimizer, Optimizer):
+            raise ContinualError(
+                f"Classifier: optimizer must make an optimiser, but made a {type(optimizer).__name__}."
+            )
         if not self.cosine:
             return optimizer
         steps = max(1, int(self.trainer.estimated_stepping_batches))

@@ -155,7 +155,7 @@ class Mixture:
         equal = (1.0,) * len(self.perturbations)
         given = self.weights.tolist() if isinstance(self.weights, Tensor) else self.weights
         weights = equal if given is None else tuple(check_list("Mixture", "weights", given, "numbers"))
-        numbers = all(isinstance(weight, Real) and 0 <= weight < math.inf for weight in weights)
+        numbers = all(isinstance(weight, Real) and 0 <= float(weight) < math.inf for weight in weights)
         fine = len(weights) == len(self.perturbations) and numbers
         if not fine or sum(weights) == 0:
             raise ContinualError(
@@ -251,7 +251,8 @@ def _check_given(name: str, value: Given | None, axes: int) -> None:
     if tensor is None or tensor.ndim != axes or not bool(torch.isfinite(tensor).all()):
         shape = "a square matrix" if axes == 2 else "a vector"
         raise ContinualError(
-            f"{name} must be {shape} of finite numbers, or a callable (inputs, generator) -> Tensor; got {_kind(value)}."
+            f"{name} must be {shape} of finite numbers, or a callable (inputs, generator) -> Tensor;"
+            f" got {_kind(value)}."
         )
 
 

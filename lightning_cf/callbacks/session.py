@@ -107,7 +107,21 @@ def reserve_outputs(module: LightningModule, task: Task) -> ContinualState:
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Raises ContinualError for strategies that would lose the ledger or shard what it guards."""
+    """Raises ContinualError for strategies that would lose the ledger or shard what it guards.
+
+    Also where other processes run than the strategy expects, once they are launched.
+    """
+    check_launch(trainer)
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if processes != trainer.world_size:
+        raise ContinualError(
+            f"The Trainer expects {trainer.world_size} processes, but {processes} are running: it would train on part"
+            " of the data. Start each distributed job in a fresh process (unset LOCAL_RANK and WORLD_SIZE)."
+        )
+
+
+def check_launch(trainer: Trainer) -> None:
+    """The part of :func:`check_strategy` that can be said before any process is launched."""
     strategy = trainer.strategy
     name = type(strategy).__name__
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
@@ -117,12 +131,6 @@ def check_strategy(trainer: Trainer) -> None:
         )
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ContinualError(f"strategy {name} shards or moves the weights that the ledger guards. Use 'ddp'.")
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if processes != trainer.world_size:
-        raise ContinualError(
-            f"The Trainer expects {trainer.world_size} processes, but {processes} are running: it would train on part"
-            " of the data. Start each distributed job in a fresh process (unset LOCAL_RANK and WORLD_SIZE)."
-        )
 
 
 def check_callbacks(trainer: Trainer) -> None:
