@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import unicodedata
@@ -138,6 +139,20 @@ def check_kind(owner: str, name: str, value: object, kinds: type | tuple[type, .
     """
     if isinstance(value, type) or not isinstance(value, kinds):
         raise ContinualError(f"{owner}: {name} must be {wanted}, got {_shown(value)}.")
+
+
+def check_function(owner: str, name: str, value: Any, arguments: str) -> None:
+    """Raises ContinualError for what cannot be called with these arguments, as far as one can tell."""
+    problem = f"got {_shown(value)}" if isinstance(value, type) or not callable(value) else ""
+    if not problem:
+        try:
+            inspect.signature(value).bind(*arguments.split(", "))
+        except TypeError as error:
+            problem = f"the one given takes others: {error}"
+        except ValueError:  # a function in C that does not say
+            pass
+    if problem:
+        raise ContinualError(f"{owner}: {name} must be a function of ({arguments}); {problem}.")
 
 
 def check_list(owner: str, name: str, value: Any, of: str) -> list[Any]:

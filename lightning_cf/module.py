@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, check_kind
 from lightning_cf.inferring import predict_any
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.outputs import Head, grow_head, head_of
@@ -74,6 +74,7 @@ class ContinualModule(LightningModule):
         Returns:
             the output column of each of the task's classes.
         """
+        check_kind("ContinualModule", "task", task, Task, "a Task(name, data, classes=[...])")
         state = state_for(self, task)
         outputs = state.meet(self, task)
         if task.name not in state.ledger.reserved:
@@ -103,6 +104,8 @@ class ContinualModule(LightningModule):
         Raises:
             ContinualError: if no task that can be inferred was learned yet.
         """
+        if x is None or isinstance(x, (str, bytes, int, float)):
+            raise ContinualError(f"predict: x must be a batch of inputs, as forward takes it, got a {type(x).__name__}.")
         return predict_any(self, x, strategy)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:

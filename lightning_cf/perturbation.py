@@ -20,14 +20,15 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from lightning_cf.affine import AffineMaps, AffinePerturbation, Vectors, standard_normal, widened
-from lightning_cf.errors import ContinualError, check_kind, check_list, check_number
+from lightning_cf.errors import ContinualError, check_function, check_kind, check_list, check_number
 
 
 @runtime_checkable
 class Perturbation(Protocol):
     """Maps incoming weight vectors to disturbed ones, always from the undisturbed base."""
 
-    def __call__(self, vectors: Vectors, generator: Generator) -> Vectors:
+    # Vectors; jsonargparse, and so LightningCLI, would take a class that stands here for the class to make.
+    def __call__(self, vectors: Vectors, generator: Generator) -> Any:
         """Returns disturbed copies of ``vectors``, one row a unit, drawn from ``generator`` alone."""
         ...
 
@@ -214,7 +215,8 @@ class InSubspace:
         wide = widened(vectors)
         basis = self.basis.to(wide)
         inside = wide @ basis
-        return (wide + (self.perturbation(inside, generator) - inside) @ basis.T).to(vectors)
+        disturbed: Tensor = wide + (self.perturbation(inside, generator) - inside) @ basis.T
+        return disturbed.to(vectors)
 
     def __repr__(self) -> str:
         return f"InSubspace(perturbation={self.perturbation!r}, basis={_label(self.basis)})"
@@ -223,6 +225,7 @@ class InSubspace:
 def check_perturbation(owner: str, perturbation: object) -> None:
     """Raises ContinualError for what is no perturbation, such as a class of them that was not called."""
     check_kind(owner, "perturbation", perturbation, Perturbation, "callable, such as Noise(scale=1.0)")
+    check_function(owner, "perturbation", perturbation, "vectors, generator")
 
 
 def _some(owner: str, perturbations: Sequence[Perturbation]) -> tuple[Perturbation, ...]:

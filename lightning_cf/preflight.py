@@ -64,8 +64,8 @@ def check_root(root: Path) -> None:
         raise ContinualError(f"runner: root={str(root)!r} cannot be written: {there} is read-only for this user.")
 
 
-def check_tasks(tasks: Sequence[Any]) -> None:
-    """Raises ContinualError for tasks that cannot be told apart or have no data."""
+def check_tasks(tasks: Sequence[Any]) -> list[Any]:
+    """Raises ContinualError for tasks that cannot be told apart or have no data; gives the first batch of each."""
     if not tasks:
         raise ContinualError("runner: tasks is empty; give at least one Task.")
     for task in tasks:
@@ -75,12 +75,14 @@ def check_tasks(tasks: Sequence[Any]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ContinualError(f"runner: two tasks are called '{name}'; give each a name of its own.")
+    batches = []
     for task in tasks:
         task.prepare_data()
         task.setup("fit")
         task.setup("test")
         with isolate_rng():
-            task.check_data()
+            batches.append(task.check_data())
+    return batches
 
 
 def check_widths(state: ContinualState, tasks: int) -> None:

@@ -23,12 +23,13 @@ from lightning_cf.callbacks.session import check_launch, check_strategy
 from lightning_cf.class_incremental import score_strategies
 from lightning_cf.contexts import on_device, seeded
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_path
-from lightning_cf.evaluation import check_scoring, constant_predictor, evaluate
+from lightning_cf.evaluation import check_scoring, constant_predictor, evaluate, transferred
 from lightning_cf.inferring import highest_output, inference_of
 from lightning_cf.joint import JointTask
 from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.module import ContinualModule
 from lightning_cf.noting import noting
+from lightning_cf.precision import check_inputs
 from lightning_cf.preflight import (
     check_parts,
     check_root,
@@ -277,7 +278,7 @@ class SequentialTaskRunner:
 
     def _start(self) -> None:
         check_root(self.store.root)
-        check_tasks(self.tasks)
+        batches = check_tasks(self.tasks)
         self._host = self.new_trainer(max_epochs=self.epochs, callbacks=[], root=self.store.root)
         check_launch(self._host)
         check_trains(self._host)
@@ -289,6 +290,10 @@ class SequentialTaskRunner:
         self._host.precision_plugin.convert_module(self.module)
         with seeded(self.seed, "outputs"):
             self.state = self.prepare_module()
+        for task, batch in zip(self.tasks, batches, strict=True):
+            given = self._host.precision_plugin.convert_input(batch)
+            with on_device(self.module, self._host.strategy.root_device), self.state.showing(self.module, [task]):
+                check_inputs(self._host, self.module, task.name, transferred(self.module, task, given))
         try:
             self.progress = self.store.open(self.module, self.state, self.settings())
         except OSError as error:

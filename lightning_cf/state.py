@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.disturbance import Disturbance
-from lightning_cf.errors import ContinualError, StructureError
+from lightning_cf.errors import ContinualError, StructureError, check_kind
 from lightning_cf.evaluation import on_device
 from lightning_cf.ledger import Isolation, NeuronLedger
 from lightning_cf.normalisation import make_owner_aware
@@ -239,6 +239,8 @@ def keep_ledger(module: nn.Module, ledger: NeuronLedger) -> None:
     A network with norms that mix units needs it to compute what it computed when the checkpoint was written: under
     ``exact`` these norms go by owners (see ``normalisation.py``). Loading a ContinualModule does it by itself.
     """
+    check_kind("keep_ledger", "module", module, nn.Module, "the network that the ledger is about")
+    check_kind("keep_ledger", "ledger", ledger, NeuronLedger, "a NeuronLedger, such as from_checkpoint(path) reads")
     state = state_of(module)
     if state is None:
         object.__setattr__(module, _PENDING, ledger)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 from torchmetrics import Metric
 
-from lightning_cf.errors import ContinualError, check_kind, check_list, check_share, check_text
+from lightning_cf.errors import ContinualError, check_function, check_kind, check_list, check_share, check_text
 from lightning_cf.randomness import keyed_generator
 
 Batches = Iterable[Any]
@@ -83,7 +83,9 @@ class Task(LightningDataModule):
         if metric is not None:
             check_kind(f"Task '{name}'", "metric", metric, Metric, "one torchmetrics Metric, such as BinaryAccuracy()")
         self.metric = metric
-        self.evaluate = supervised if evaluate is None else _checked_evaluate(name, evaluate)
+        if evaluate is not None:
+            check_function(f"Task '{name}'", "evaluate", evaluate, "module, batch")
+        self.evaluate = supervised if evaluate is None else evaluate
         self.holdout = check_share(f"Task '{name}'", "holdout", holdout)
         if holdout == 1:
             raise ContinualError(f"Task '{name}': holdout=1 leaves nothing to train on; keep it below 1.")
@@ -170,7 +172,7 @@ class Task(LightningDataModule):
 
 def single(loaders: Any) -> Batches:
     """The first of several loaders, or the only one."""
-    first: Batches = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+    first: Batches = next(iter(loaders), ()) if isinstance(loaders, (list, tuple)) else loaders
     return first
 
 
@@ -188,7 +190,7 @@ class _Loaders(LightningDataModule):
         if unknown or "train" not in loaders:
             raise ContinualError(f"{wanted}; got the stages {sorted(map(str, loaders))}.")
         for stage, loader in loaders.items():
-            if loader is None and stage != "train":
+            if stage != "train" and (loader is None or (isinstance(loader, (list, tuple)) and not loader)):
                 continue  # there is none, as Lightning takes it
             if isinstance(loader, (str, bytes)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
                 raise ContinualError(
@@ -249,23 +251,6 @@ def _checked_name(name: str) -> str:
         given = repr(name) if name is None or isinstance(name, (str, int, float)) else f"a {type(name).__name__}"
         raise ContinualError(f"A task needs a name, got {given}.")
     return check_text("Task", "name", name)
-
-
-def _checked_evaluate(name: str, evaluate: Any) -> Any:
-    """A function of two arguments, as far as one can tell."""
-    problem = "" if callable(evaluate) else f"got {evaluate!r}"[:80]
-    if not problem:
-        try:
-            inspect.signature(evaluate).bind(None, None)
-        except TypeError as error:
-            problem = f"the one given takes others: {error}"
-        except ValueError:  # a function in C that does not say
-            pass
-    if problem:
-        raise ContinualError(
-            f"Task '{name}': evaluate must be a function (module, batch) -> (predictions, targets); {problem}."
-        )
-    return evaluate
 
 
 def _checked_columns(name: str, what: str, columns: Sequence[int]) -> list[int]:

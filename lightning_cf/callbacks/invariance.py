@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_cf.callbacks.session import ContinualCallback, without_address
@@ -71,6 +72,8 @@ class InvarianceCallback(ContinualCallback):
         state = state_of(pl_module)
         assert state is not None
         self._bases = state.bases(self.subspace, named_tensors(pl_module))
+        if state.ledger.isolation == "perturb" and len(state.ledger.tasks) == 1:
+            self._try(pl_module, state)
         if isinstance(self.subspace, LearnedSubspace):
             self._learner = DirectionLearner(self.subspace, self._redundant(state))
             self._learner.attach(pl_module, state.structure.groups)
@@ -78,6 +81,7 @@ class InvarianceCallback(ContinualCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Perturbs."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = state_of(pl_module)
         task = None if state is None else state.ledger.current
         if state is None or task is None or task.phase != "invariance":
@@ -138,6 +142,19 @@ class InvarianceCallback(ContinualCallback):
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
         return {name: without_address(getattr(self, name)) for name in ("perturbation", "subspace", "unit", "every_n")}
+
+    def _try(self, module: LightningModule, state: ContinualState) -> None:
+        """Perturbs once and puts back: what cannot work on these layers is found before the first step."""
+        generator = keyed_generator(self.seed, "trial")
+        try:
+            with isolate_rng():
+                Disturbance(module, state.structure, state.ledger, self.perturbation, generator, self._bases).undo()
+        except ContinualError:
+            raise
+        except Exception as error:  # whatever a perturbation of the user's own raises
+            raise ContinualError(
+                f"invariance: the perturbation {without_address(self.perturbation)} fails on this network: {error}"
+            ) from error
 
     def _draw(self, trainer: Trainer) -> int:
         """Which draw is due, counted from the fit's start."""

@@ -193,6 +193,7 @@ class PartitionCallback(ContinualCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes where the optimisers stand, since some batches end without a step."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._step = trainer.global_step
 
     def on_train_batch_end(

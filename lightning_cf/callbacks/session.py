@@ -18,6 +18,7 @@ from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.module import ContinualModule
+from lightning_cf.precision import check_inputs
 from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.tasks import Task
 
@@ -54,6 +55,12 @@ class ContinualCallback(Callback):
             )
             ledger.seal()
         ledger.begin(task.name, task.classes or [])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Refuses inputs that the first training step would not take; the first of the callbacks looks."""
+        first = next(c for c in trainer.callbacks if isinstance(c, ContinualCallback))  # type: ignore[attr-defined]
+        if self is first and trainer.fit_loop.total_batch_idx == 0:
+            check_inputs(trainer, pl_module, task_of(trainer, type(self).__name__).name, batch)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the ledger into the checkpoint, and perturbed units back, which its weights share."""

@@ -74,6 +74,7 @@ class TaskInferenceCallback(ContinualCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Makes the heads, anew after a partition, and tells them the batch's labels."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = state_of(pl_module)
         if state is None or state.ledger.current is None:
             return
