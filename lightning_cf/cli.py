@@ -236,7 +236,7 @@ def _set(name: str, value: str | None) -> None:
 
 def _fail(error: Exception, *, foreseen: bool = False) -> NoReturn:
     check_stopped()  # what else went wrong on the way out
-    text = printable(" ".join(_told(error, foreseen).split()))
+    text = printable(" ".join(_told(error, foreseen).split())).removeprefix("lightning-cf: ")
     print(f"lightning-cf: error: {text}", file=sys.stderr)
     sys.exit(1)
 
@@ -248,7 +248,7 @@ def _told(error: BaseException, foreseen: bool) -> str:
     while isinstance(found, (HydraException, OmegaConfBaseException)) and found.__cause__ is not None:
         found = found.__cause__
     if isinstance(found, ContinualError):
-        return str(found).removeprefix("lightning-cf: ")
+        return str(found).partition(" raised while resolving interpolation: ")[2] or str(found)
     if isinstance(error, InstantiationException) and cause is not None:
         target, key = (re.search(p, str(error)) for p in (r"target '([^']*)'", r"full_key: (\S+)"))
         return f"{key[1] if key else 'the configuration'}: {target[1] if target else 'it'} cannot be made: {cause}"

@@ -105,7 +105,9 @@ class ContinualModule(LightningModule):
             ContinualError: if no task that can be inferred was learned yet.
         """
         if x is None or isinstance(x, (str, bytes, int, float)):
-            raise ContinualError(f"predict: x must be a batch of inputs, as forward takes it, got a {type(x).__name__}.")
+            raise ContinualError(
+                f"predict: x must be a batch of inputs, as forward takes it, got a {type(x).__name__}."
+            )
         return predict_any(self, x, strategy)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from contextlib import AbstractContextManager
 from typing import Any
@@ -46,21 +47,20 @@ def check_inputs(trainer: Trainer, module: LightningModule, task: str, batch: An
 
 def _failure(trainer: Trainer, module: LightningModule, batch: Any) -> Exception | None:
     """What a training step on a copy of the module raises, if anything; it logs nothing and moves nothing."""
-    try:
-        trial = copy.deepcopy(module)
-    except Exception as error:  # whatever a module holds that cannot be copied
-        return error
     context: AbstractContextManager[Any] = trainer.precision_plugin.train_step_context()
     try:
         with isolate_rng(), warnings.catch_warnings(), torch.enable_grad(), context:
             warnings.simplefilter("ignore")  # about logging without a Trainer
+            trial = copy.deepcopy(module)
             trial.train()
-            trial.training_step(*([batch, 0] if _takes_index(trial) else [batch]))
-    except Exception as error:  # whatever a user's step raises
+            trial.training_step(*_arguments(trial, batch))
+    except Exception as error:  # whatever a user's step raises, or a module that cannot be copied
         return error
     return None
 
 
-def _takes_index(module: LightningModule) -> bool:
-    code = getattr(module.training_step, "__code__", None)
-    return code is None or code.co_argcount > 2
+def _arguments(module: LightningModule, batch: Any) -> list[Any]:
+    """What Lightning hands to the training step, the batch and its number as far as they are asked for."""
+    asked = inspect.signature(module.training_step).parameters.values()
+    several = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in asked) or len(asked) > 1
+    return [batch, 0] if several else [batch]
