@@ -137,8 +137,11 @@ def saved(what):
     return path
 
 
-NAMES = {
+NAMES = {  # of the table's expressions
     **{name: getattr(lightning_cf, name) for name in lightning_cf.__all__},
+    **{made.__name__: made for made in (BinaryAccuracy, CNN, MeanSquaredError, MetricCollection, ModelPruning, ResNet)},
+    **{made.__name__: made for made in (PartitionOptions, Path, Timer)},
+    "np": np,
     **globals(),
     "text_file": "file.txt",
     "folder": "folder",
