@@ -1,65 +1,23 @@
 """Sequential tasks without forgetting, for PyTorch Lightning."""
 
-from lightning_cf.affine import Rotation, Scaling, Shear, Translation
-from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback, TaskInferenceCallback
-from lightning_cf.errors import (
-    CapacityError,
-    ContinualError,
-    DivergenceError,
-    DivergenceWarning,
-    FrozenWarning,
-    LeakError,
-    LedgerWarning,
-    StructureError,
-    StructureWarning,
-)
-from lightning_cf.ledger import NeuronLedger
-from lightning_cf.models import Classifier
-from lightning_cf.module import ContinualModule
-from lightning_cf.perturbation import Ablate, Affine, Compose, InSubspace, Mixture, Noise, Resample
-from lightning_cf.records import PartitionRecord
-from lightning_cf.result import Result
-from lightning_cf.runner import SequentialTaskRunner
-from lightning_cf.state import keep_ledger
-from lightning_cf.subspace import GivenSubspace, LearnedSubspace, RandomSubspace
-from lightning_cf.task_inference import Prediction
-from lightning_cf.tasks import Task
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Ablate",
-    "Affine",
-    "CapacityError",
-    "Classifier",
-    "Compose",
-    "ContinualError",
-    "ContinualModule",
-    "DivergenceError",
-    "DivergenceWarning",
-    "FrozenWarning",
-    "GivenSubspace",
-    "InSubspace",
-    "InvarianceCallback",
-    "LeakError",
-    "LearnedSubspace",
-    "LedgerWarning",
-    "MaskedGradientCallback",
-    "Mixture",
-    "NeuronLedger",
-    "Noise",
-    "PartitionCallback",
-    "PartitionRecord",
-    "Prediction",
-    "RandomSubspace",
-    "Resample",
-    "Result",
-    "Rotation",
-    "Scaling",
-    "SequentialTaskRunner",
-    "Shear",
-    "StructureError",
-    "StructureWarning",
-    "Task",
-    "TaskInferenceCallback",
-    "Translation",
-    "keep_ledger",
-]
+if TYPE_CHECKING:
+    from lightning_cf.api import *  # noqa: F403
+    from lightning_cf.api import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> Any:
+        """A public name, imported when it is first asked for: the command answers signals before torch is loaded."""
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(name)
+        api = import_module("lightning_cf.api")
+        if not hasattr(api, name):
+            if name in globals():
+                return globals()[name]  # a module that was loaded on the way
+            raise AttributeError(f"module 'lightning_cf' has no attribute {name!r}")
+        return globals().setdefault(name, getattr(api, name))
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *import_module("lightning_cf.api").__all__})

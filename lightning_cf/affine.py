@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, check_number
 
 Vectors = Float[Tensor, "units inputs"]
 Rows = Float[Tensor, "units rank inputs"]
@@ -140,7 +140,7 @@ class Rotation(AffinePerturbation):
     degrees: float = 90.0
 
     def __post_init__(self) -> None:
-        _check_number("Rotation: degrees", self.degrees)
+        check_number("Rotation", "degrees", self.degrees)
 
     def maps(self, vectors: Vectors, generator: Generator) -> AffineMaps:
         """One plane a unit."""
@@ -162,7 +162,7 @@ class Translation(AffinePerturbation):
     length: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_number("Translation: length", self.length, least=0.0)
+        check_number("Translation", "length", self.length, least=0.0)
 
     def maps(self, vectors: Vectors, generator: Generator) -> AffineMaps:
         """One displacement a unit."""
@@ -183,7 +183,7 @@ class Shear(AffinePerturbation):
     factor: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_number("Shear: factor", self.factor)
+        check_number("Shear", "factor", self.factor)
 
     def maps(self, vectors: Vectors, generator: Generator) -> AffineMaps:
         """One plane a unit."""
@@ -202,7 +202,7 @@ class Scaling(AffinePerturbation):
     factor: float = 2.0
 
     def __post_init__(self) -> None:
-        _check_number("Scaling: factor", self.factor, least=1.0)
+        check_number("Scaling", "factor", self.factor, least=1.0)
 
     def maps(self, vectors: Vectors, generator: Generator) -> AffineMaps:
         """One factor a unit."""
@@ -236,9 +236,3 @@ def _plane(vectors: Vectors, generator: Generator) -> Float[Tensor, "units 2 inp
     length = second.norm(dim=1, keepdim=True)
     exists = (first.norm(dim=1, keepdim=True) > 0) & (length > 0)
     return torch.stack([first * exists, second * (exists / length.where(exists, 1))], dim=1)
-
-
-def _check_number(name: str, value: float, *, least: float = -math.inf) -> None:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= least):
-        bound = "" if least == -math.inf else f" of at least {least:g}"
-        raise ContinualError(f"{name} must be a finite number{bound}, got {value!r}.")

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, ContinualWarning
 from lightning_cf.evaluation import predict
 from lightning_cf.inferring import Kept, bare_heads, positions_of, watch_task, why_no_labels
 from lightning_cf.rehearsal import rehearse
@@ -65,6 +65,7 @@ def choose_strategies(module: LightningModule, state: ContinualState, task: Task
                 warnings.warn(
                     f"task_inference={wanted}: {name} is left out, since it does not work for"
                     f" {type(module).__name__} with task '{task.name}': {failure}",
+                    ContinualWarning,
                     stacklevel=2,
                 )
         if not chosen and several:

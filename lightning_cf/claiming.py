@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_cf.activations import unit_outputs
 from lightning_cf.claim_folding import Passes, consumer_moments, cut_claimed, fold_claimed
-from lightning_cf.errors import ContinualError, DivergenceWarning
+from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning
 from lightning_cf.folding import Moments, Sample
 from lightning_cf.freezing import FrozenEntries
 from lightning_cf.ledger import FREE, NeuronLedger, Phase
@@ -28,7 +28,7 @@ from lightning_cf.similarity import Similarity
 from lightning_cf.structure import Structure, layer_of, lookup, named_tensors
 
 
-class PartitionWarning(UserWarning):
+class PartitionWarning(ContinualWarning):
     """A partition that works, but not as its options suggest."""
 
 

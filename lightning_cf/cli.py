@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
+import re
 import sys
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,23 +15,25 @@ from typing import Any, NoReturn
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_cf.claiming import PartitionWarning
-from lightning_cf.errors import ContinualError, check_choice, check_count
+from lightning_cf import stopping
+from lightning_cf.errors import ContinualError, check_choice, check_count, check_text, printable
+from lightning_cf.preflight import check_root
 from lightning_cf.progress import read_json, write_atomically
 from lightning_cf.progress_bar import RunBar
 from lightning_cf.report import print_summary, write_pictures, write_unit_pictures
 from lightning_cf.result import Result
+from lightning_cf.run_log import logged_warnings
 from lightning_cf.runner import Method, SequentialTaskRunner
+from lightning_cf.stopping import check_stopped, ended_by_signals
 from lightning_cf.sweep import run_job
 
 VERBS = ("train",)
@@ -40,33 +42,46 @@ _PACKAGED = Path(__file__).parent / "conf"
 _CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "conf"
 
 
+_FULL = "HYDRA_FULL_ERROR"
+_wanted: str | None = None
+"""What the user set it to."""
+
+
 def main() -> None:
     """Entry point. A verb is rewritten to ``command=VERB``, since distributed children run the same arguments."""
-    try:
-        if len(sys.argv) > 1 and sys.argv[1].isidentifier():
-            sys.argv[1] = f"command={check_choice('lightning-cf', 'verb', sys.argv[1], VERBS)}"
-    except ContinualError as error:
-        _fail(error)
+    global _wanted
+    # Hydra lets errors through where all of them is wanted; then we tell.
+    with ended_by_signals(), _environment(_FULL, "1") as _wanted:
+        try:
+            _main()
+        except Exception as error:
+            if _wanted not in (None, "", "0"):
+                raise
+            _fail(error, foreseen=True)  # outside of a job it is Hydra that reads what the user wrote
+
+
+def _main() -> None:
+    if len(sys.argv) > 1 and sys.argv[1].isidentifier():
+        sys.argv[1] = f"command={check_choice('lightning-cf', 'verb', sys.argv[1], VERBS)}"
     _job()
 
 
 @hydra.main(version_base="1.3", config_path=str(_CONF), config_name="config")
 def _job(config: DictConfig) -> float | None:
     """One job: this process's own, or one of a multirun in a child process; gives sweepers what they optimise."""
-    try:
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return run_job(folder, config.optimized_metric)
-        _quieten()
-        train(config, folder)
-    except InstantiationException as error:
-        _fail(error.__cause__ or error)
-    except (ContinualError, MisconfigurationException, OmegaConfBaseException) as error:
-        _fail(error)
-    except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR"):
-            raise
-        _fail(f"{type(error).__name__}: {error}", " (HYDRA_FULL_ERROR=1 shows where.)")
+    hydra, sweeps = HydraConfig.get(), HydraConfig.get().mode == RunMode.MULTIRUN
+    folder = Path(hydra.runtime.output_dir)
+    stopping.folder = str(Path(hydra.sweep.dir).absolute() if sweeps else folder)
+    with _environment(_FULL, _wanted):
+        try:
+            if sweeps:
+                return run_job(folder, config.optimized_metric)
+            train(config, folder)
+        except Exception as error:
+            check_stopped()
+            if _wanted not in (None, "", "0"):
+                raise
+            _fail(error)
     return None
 
 
@@ -81,24 +96,32 @@ def train(config: DictConfig, root: Path) -> dict[str, Any]:
         what ``result.json`` holds.
     """
     resolved = _checked(config, root)
+    with RunBar() as bar, logged_warnings(root, bar):
+        return _train(config, root, resolved, bar)
+
+
+def _train(config: DictConfig, root: Path, resolved: dict[str, Any], bar: RunBar) -> dict[str, Any]:
     chosen = _name(config.method, config.isolation)
     names = [chosen, *(name for name in ("exact", "perturb", "finetune") if config.compare and name != chosen)]
     # Every method's runner exists, and its options are checked, before the first one trains.
-    with RunBar() as bar:
-        runners = {name: _runner(config, name, root / name, bar) for name in names}
-        for runner in runners.values():
-            runner.start()
-        first_process = runners[chosen].host.is_global_zero
-        if first_process:
-            root.mkdir(parents=True, exist_ok=True)
-            write_atomically(root / "config.json", json.dumps(resolved, indent=2))
-        tasks = next(iter(runners.values())).tasks
-        fits = sum(1 if runner.method == "joint" else len(tasks) for runner in runners.values())
-        bar.total = fits * (config.epochs + config.invariance_epochs)
-        results: dict[str, Result] = {}
-        for name, runner in runners.items():
-            bar.title = name
-            results[name] = runner.run()
+    runners: dict[str, SequentialTaskRunner] = {}
+    for name in names:
+        bar.title = name
+        runners[name] = _runner(config, name, root / name, bar)
+    for bar.title, runner in runners.items():
+        runner.start()
+    first_process = runners[chosen].host.is_global_zero
+    if first_process:
+        root.mkdir(parents=True, exist_ok=True)
+        write_atomically(root / "config.json", json.dumps(resolved, indent=2))
+    tasks = next(iter(runners.values())).tasks
+    fits = sum(1 if runner.method == "joint" else len(tasks) for runner in runners.values())
+    bar.total = fits * (config.epochs + config.invariance_epochs)
+    results: dict[str, Result] = {}
+    for bar.title, runner in runners.items():
+        results[bar.title] = runner.run()
+        check_stopped()
+    bar.close()
     others = {name: result for name, result in results.items() if name != chosen}
     document = results[chosen].as_dict(compare=others, seed=config.seed, config=resolved)
     if first_process:
@@ -139,6 +162,9 @@ def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> Sequentia
 
 def _trainer_factory(config: DictConfig) -> Callable[..., Trainer]:
     make, make_logger = instantiate(config.trainer, _convert_="all"), instantiate(config.logger)
+    for name, made in (("trainer", make), ("logger", make_logger)):
+        if not isinstance(made, partial) and (made or name == "trainer"):  # an empty logger is none
+            raise ContinualError(f"lightning-cf: {name} must make one for each phase: set {name}._partial_=true.")
 
     def trainer(**options: Any) -> Trainer:
         logger = make_logger(save_dir=options["default_root_dir"]) if make_logger else False
@@ -160,6 +186,12 @@ def _checked(config: DictConfig, root: Path) -> dict[str, Any]:
     check_choice("lightning-cf", "isolation", config.isolation, ("exact", "perturb"))
     if not isinstance(config.compare, bool):
         raise ContinualError(f"lightning-cf: compare must be true or false, got {config.compare!r}.")
+    if config.pretrained is not None and not isinstance(config.pretrained, str):
+        raise ContinualError(f"lightning-cf: pretrained must be a checkpoint or null, got {config.pretrained!r}.")
+    check_text("lightning-cf", "optimized_metric", config.optimized_metric)
+    for name in ("tasks", "model", "trainer"):
+        if not isinstance(config[name], DictConfig):
+            raise ContinualError(f"lightning-cf: {name} must be one of the choices of its group, got {config[name]!r}.")
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     resolved["run"] = str(root)
     kept = root / "config.json"
@@ -173,21 +205,59 @@ def _checked(config: DictConfig, root: Path) -> dict[str, Any]:
     return dict(resolved)
 
 
-def _quieten() -> None:
-    """Leaves the terminal to the progress bar, our warnings and the summary."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=PossibleUserWarning)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.simplefilter("always", PartitionWarning)
-
-    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        RunBar.write(f"lightning-cf: warning: {message}")
-
-    warnings.showwarning = show
+def _run_folder(run: Any) -> str:
+    """The folder of a run, for Hydra, which else makes whatever stands there; an empty one is the current folder."""
+    if isinstance(run, bool) or not isinstance(run, (str, int, float)) or not str(run).strip():
+        raise ContinualError(f"lightning-cf: run must be a folder, such as run=runs/first, got {run!r}.")
+    check_root(Path(str(run)))
+    return str(run)
 
 
-def _fail(error: object, hint: str = "") -> NoReturn:
-    text = str(error) if isinstance(error, ContinualError) else (str(error).strip().splitlines() or ["unknown"])[0]
-    print(f"lightning-cf: error: {text}{hint}", file=sys.stderr)
+OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+
+
+@contextmanager
+def _environment(name: str, value: str | None) -> Iterator[str | None]:
+    """Meanwhile a variable of the environment has another value, or none; gives what it had."""
+    before = os.environ.get(name)
+    _set(name, value)
+    try:
+        yield before
+    finally:
+        _set(name, before)
+
+
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def _fail(error: Exception, *, foreseen: bool = False) -> NoReturn:
+    check_stopped()  # what else went wrong on the way out
+    text = printable(" ".join(_told(error, foreseen).split())).removeprefix("lightning-cf: ")
+    print(f"lightning-cf: error: {text}", file=sys.stderr)
     sys.exit(1)
+
+
+def _told(error: BaseException, foreseen: bool) -> str:
+    """What a user got wrong as it stands; with its type, and a hint, what nobody foresaw."""
+    cause = error.__cause__
+    found = error
+    while isinstance(found, (HydraException, OmegaConfBaseException)) and found.__cause__ is not None:
+        found = found.__cause__
+    if isinstance(found, ContinualError):
+        return str(found).partition(" raised while resolving interpolation: ")[2] or str(found)
+    if isinstance(error, InstantiationException) and cause is not None:
+        target, key = (re.search(p, str(error)) for p in (r"target '([^']*)'", r"full_key: (\S+)"))
+        return f"{key[1] if key else 'the configuration'}: {target[1] if target else 'it'} cannot be made: {cause}"
+    text = str(error).partition("\nConfig search path")[0].partition("\nSee https://")[0]
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
+        text += f" {cause}"
+    text = text.replace("\n    full_key:", " Key:").partition("\n    object_type=")[0]
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be used: {error.strerror}. Choose another folder with run=FOLDER."
+    if text and (foreseen or isinstance(error, (HydraException, OmegaConfBaseException, MisconfigurationException))):
+        return text
+    return f"{type(error).__name__}: {text} (HYDRA_FULL_ERROR=1 shows where.)"

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Generator, Tensor, nn
 
+from lightning_cf.errors import ContinualError
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.perturbation import InSubspace, Perturbation
 from lightning_cf.structure import Rows, Structure, UnitGroup, lookup, named_tensors
@@ -99,7 +100,14 @@ class Disturbance:
         vectors = group.weights(self.tensors)
         there = units.to(vectors.device)
         alive = (vectors[there] != 0).any(dim=1)
-        vectors[there] = perturbation(vectors[there], generator)
+        disturbed = perturbation(vectors[there], generator)
+        if not isinstance(disturbed, Tensor) or disturbed.shape != vectors[there].shape:
+            found = list(disturbed.shape) if isinstance(disturbed, Tensor) else type(disturbed).__name__
+            raise ContinualError(
+                f"invariance: the perturbation must give a tensor {list(vectors[there].shape)} for the units of"
+                f" '{group.name}', one row a unit, as it gets it; it gave {found}."
+            )
+        vectors[there] = disturbed
         group.write_weights(self.tensors, vectors, units)
         own = [base for base in self.base if base.group == group.name]
         for base in own:

@@ -20,7 +20,11 @@ from lightning_cf.tasks import Batches, Task
 
 def on_device(module: LightningModule, task: Task, batch: Any) -> Any:
     """A batch as a training step would get it: in the network's precision, through the data's or module's hooks."""
-    batch = in_precision_of(module, batch)
+    return transferred(module, task, in_precision_of(module, batch))
+
+
+def transferred(module: LightningModule, task: Task, batch: Any) -> Any:
+    """A batch through the data's or the module's hooks, in the precision in which it comes."""
     for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
         owner: Any = task if hook in task.__dict__ else module
         between = (module.device,) if hook == "transfer_batch_to_device" else ()

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_cf.errors import ContinualError, DivergenceWarning
+from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning
 from lightning_cf.evaluation import forward_context, on_device, predict
 from lightning_cf.finite import rows_finite
 from lightning_cf.ledger import NeuronLedger
@@ -73,7 +73,9 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState, *,
                 held_out = view_of(module, task, sites, task.judging_batches(), SAMPLES, variants)
         if sites is None or training is None or held_out is None:
             warnings.warn(
-                f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.", stacklevel=2
+                f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.",
+                ContinualWarning,
+                stacklevel=2,
             )
         else:
             known = Known(task.name, list(task.classes), sites)
@@ -99,6 +101,7 @@ def _begin_untrained(inference: TaskInference, known: Known, training: tuple[Vie
                 f"task_inference: the head of {head.head} was never trained on task '{known.name}', since its fits took"
                 " no training step with a TaskInferenceCallback. Use a strategy that is not trained, such as"
                 " subspaces, or train.",
+                ContinualWarning,
                 stacklevel=2,
             )
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from lightning_cf.errors import CapacityError, ContinualError
+from lightning_cf.errors import CapacityError, ContinualError, check_count, check_list, check_path
 from lightning_cf.files import load_tensors
 from lightning_cf.structure import Entries, Structure, lookup
 
@@ -172,6 +172,8 @@ class NeuronLedger:
         Raises:
             ContinualError: for a column that another task has, or that the head does not have.
         """
+        owner = f"Task '{name}'"
+        outputs = [check_count(owner, "outputs", x, least=0) for x in check_list(owner, "outputs", outputs, "columns")]
         for output in outputs:
             if not 0 <= output < len(self.outputs):
                 raise ContinualError(
@@ -218,6 +220,8 @@ class NeuronLedger:
                     " (PartitionCallback, after=...)."
                 )
             self.seal()
+        if name not in self.reserved:
+            raise ContinualError(f"Task '{name}' cannot start: no outputs are set aside for it; reserve them first.")
         self.require_capacity(name)
         self.tasks.append(TaskEntry(name, list(classes), self.reserved[name]))
         self.outputs[self.reserved[name]] = len(self.tasks) - 1
@@ -367,7 +371,21 @@ class NeuronLedger:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> NeuronLedger:
-        """The ledger that :meth:`state_dict` described."""
+        """The ledger that :meth:`state_dict` described.
+
+        Raises:
+            ContinualError: for anything else.
+        """
+        try:
+            return cls._from_state_dict(state)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ContinualError(
+                f"This is no ledger that NeuronLedger.state_dict() gave: {type(error).__name__}: {error}. Read one with"
+                " NeuronLedger.from_checkpoint(path)."
+            ) from error
+
+    @classmethod
+    def _from_state_dict(cls, state: Mapping[str, Any]) -> NeuronLedger:
         return cls(
             owners={name: owner.clone().cpu() for name, owner in state["owners"].items()},
             outputs=state["outputs"].clone().cpu(),
@@ -391,12 +409,17 @@ class NeuronLedger:
         """Reads the ledger from a Lightning checkpoint that was written with one of the callbacks.
 
         Raises:
-            ContinualError: if the checkpoint holds none, or cannot be read.
+            ContinualError: if the checkpoint holds none, or there is no such file.
         """
-        if not Path(path).is_file():
-            raise ContinualError(f"{path} is no file; give a Lightning checkpoint that was written with the callbacks.")
-        checkpoint = load_tensors(path, f"{path} is no checkpoint that torch.load reads.")
-        if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
+        path = check_path("NeuronLedger", "path", path)
+        if not path.is_file():
+            raise ContinualError(f"NeuronLedger: {path} is no file; give a checkpoint of Lightning's.")
+        checkpoint = load_tensors(
+            path,
+            f"{path} is no checkpoint that can be read safely: it is damaged, or holds more than tensors and plain"
+            " values.",
+        )
+        if not isinstance(checkpoint, Mapping) or CHECKPOINT_KEY not in checkpoint:
             raise ContinualError(
                 f"{path} holds no ledger: it was written without lightning_cf's callbacks, or with"
                 " save_weights_only=True, which leaves out what callbacks add."

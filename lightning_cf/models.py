@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_cf.errors import check_count
+from lightning_cf.errors import ContinualError, check_count, check_flag, check_kind, check_list
 
 Images = Float[Tensor, "batch channels height width"]
 Logits = Float[Tensor, "batch classes"]
@@ -36,9 +36,15 @@ class Classifier(LightningModule):
         cosine: bool = True,
     ) -> None:
         super().__init__()
+        check_kind("Classifier", "network", network, nn.Module, "a network that maps inputs to logits")
+        if not callable(optimizer):
+            raise ContinualError(
+                "Classifier: optimizer must make an optimiser from parameters, such as"
+                f" partial(torch.optim.Adam, lr=0.001); got a {type(optimizer).__name__}."
+            )
         self.network = network
         self.make_optimizer = optimizer
-        self.cosine = cosine
+        self.cosine = check_flag("Classifier", "cosine", cosine)
 
     def forward(self, x: Tensor) -> Tensor:  # plain types: TorchScript reads them
         """Logits of a batch."""
@@ -54,7 +60,14 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser, with a schedule over the fit's steps."""
-        optimizer = self.make_optimizer(self.parameters())
+        try:
+            optimizer = self.make_optimizer(self.parameters())
+        except (TypeError, ValueError) as error:
+            raise ContinualError(f"Classifier: the optimizer cannot be made: {error}.") from error
+        if not isinstance(optimizer, Optimizer):
+            raise ContinualError(
+                f"Classifier: optimizer must make an optimiser, but made a {type(optimizer).__name__}."
+            )
         if not self.cosine:
             return optimizer
         steps = max(1, int(self.trainer.estimated_stepping_batches))
@@ -72,10 +85,10 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, *, shape: Sequence[int], classes: int, hidden: Sequence[int] = (400, 400)) -> None:
+        check_count("MLP", "classes", classes)
         layers: list[nn.Module] = [nn.Flatten()]
-        width = int(torch.Size(shape).numel())
-        for units in hidden:
-            check_count("MLP", "hidden", units)
+        width = int(torch.Size(_sizes("MLP", "shape", shape)).numel())
+        for units in _sizes("MLP", "hidden", hidden):
             layers += [nn.Linear(width, units), nn.ReLU()]
             width = units
         super().__init__(*layers, nn.Linear(width, classes))
@@ -95,10 +108,11 @@ class CNN(nn.Module):
         self, *, shape: Sequence[int], classes: int, channels: Sequence[int] = (32, 64), hidden: int = 128
     ) -> None:
         super().__init__()
+        check_count("CNN", "classes", classes)
         layers: list[nn.Module] = []
-        width, height = shape[0], min(shape[1:])
-        for position, units in enumerate(channels):
-            check_count("CNN", "channels", units)
+        width, *sides = _sizes("CNN", "shape", shape, count=3)
+        height = min(sides)
+        for position, units in enumerate(_sizes("CNN", "channels", channels)):
             layers += [nn.Conv2d(width, units, 3, padding=1, bias=False), nn.BatchNorm2d(units), nn.ReLU()]
             if position < len(channels) - 1 and height >= 2:
                 layers.append(nn.MaxPool2d(2))
@@ -158,8 +172,11 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         check_count("ResNet", "blocks", blocks)
-        for units in channels:
-            check_count("ResNet", "channels", units)
+        check_count("ResNet", "classes", classes)
+        shape = _sizes("ResNet", "shape", shape, count=3)
+        channels = _sizes("ResNet", "channels", channels)
+        if not channels:
+            raise ContinualError("ResNet: channels must name the width of one stage at least, got none.")
         width = channels[0]
         self.stem = nn.Sequential(
             nn.Conv2d(shape[0], width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
@@ -176,3 +193,11 @@ class ResNet(nn.Module):
         """Logits of a batch of images."""
         logits: Tensor = self.head(self.stages(self.stem(x)).mean(dim=(2, 3)))
         return logits
+
+
+def _sizes(owner: str, name: str, sizes: Sequence[int], *, count: int | None = None) -> list[int]:
+    """Whole numbers from 1 on, as many as there must be."""
+    checked = [check_count(owner, name, size) for size in check_list(owner, name, sizes, "whole numbers")]
+    if count is not None and len(checked) != count:
+        raise ContinualError(f"{owner}: {name} must be (channels, height, width), got {list(sizes)}.")
+    return checked

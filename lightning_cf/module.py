@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
-from lightning_cf.errors import ContinualError, LedgerWarning
+from lightning_cf.errors import ContinualError, LedgerWarning, check_kind
 from lightning_cf.inferring import predict_any
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.state import keep_ledger, ledger_of, state_for
@@ -79,6 +79,7 @@ class ContinualModule(LightningModule):
         Returns:
             the output column of each of the task's classes.
         """
+        check_kind("ContinualModule", "task", task, Task, "a Task(name, data, classes=[...])")
         state = state_for(self, task)
         follow_head(self, state)
         outputs = state.meet(self, task)
@@ -124,6 +125,10 @@ class ContinualModule(LightningModule):
         Raises:
             ContinualError: if no task that can be inferred was learned yet.
         """
+        if x is None or isinstance(x, (str, bytes, int, float)):
+            raise ContinualError(
+                f"predict: x must be a batch of inputs, as forward takes it, got a {type(x).__name__}."
+            )
         return predict_any(self, x, strategy)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:

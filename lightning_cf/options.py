@@ -8,7 +8,16 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, TypedDict
 
-from lightning_cf.errors import ContinualError, check_choice, check_count, check_share
+from lightning_cf.errors import (
+    ContinualError,
+    check_choice,
+    check_count,
+    check_flag,
+    check_function,
+    check_list,
+    check_number,
+    check_share,
+)
 from lightning_cf.partition import CLUSTERS, REPRESENTATIVES, Clusters, Representative
 from lightning_cf.similarity import PairMeasure
 from lightning_cf.structure import Structure, UnitGroup
@@ -62,13 +71,15 @@ class PartitionOptions:
     def __post_init__(self) -> None:
         if not callable(self.measure):
             check_choice("partition", "measure", self.measure, MEASURES)
-        number = isinstance(self.threshold, (int, float)) and math.isfinite(self.threshold)
-        number = number and not isinstance(self.threshold, bool)
-        if self.threshold != "auto" and not (number and (callable(self.measure) or -1 <= self.threshold <= 1)):
+        else:
+            check_function("partition", "measure", self.measure, "vectors_a, biases_a, vectors_b, biases_b")
+        given = self.threshold
+        number = isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
+        fine = given == "auto" if isinstance(given, str) else number and (callable(self.measure) or -1 <= given <= 1)
+        if not fine:
             kind = "a finite number" if callable(self.measure) else "a number in [-1, 1]"
             raise ContinualError(f"partition: threshold must be {kind} or 'auto', got {self.threshold!r}.")
-        if not (isinstance(self.tolerance, (int, float)) and 0 <= self.tolerance < math.inf):
-            raise ContinualError(f"partition: tolerance must be a finite number of at least 0, got {self.tolerance!r}.")
+        check_number("partition", "tolerance", self.tolerance, least=0.0)
         check_share("partition", "min_claim", self.min_claim, above_zero=True)
         if self.max_claim is not None:
             check_share("partition", "max_claim", self.max_claim, above_zero=True)
@@ -86,7 +97,15 @@ class PartitionOptions:
             names = getattr(self, name)
             if isinstance(names, str):
                 raise ContinualError(f"partition: {name} must be a list of layer names, got the string {names!r}.")
-            object.__setattr__(self, name, None if names is None else tuple(names))
+            names = None if names is None else tuple(check_list("partition", name, names, "layer names"))
+            strange = [layer for layer in names or () if not isinstance(layer, str)]
+            if strange:
+                raise ContinualError(
+                    f"partition: {name} must be a list of layer names, such as 'network.1', got {strange[0]!r}."
+                )
+            object.__setattr__(self, name, names)
+        for name in ("fold", "reinitialise"):
+            check_flag("partition", name, getattr(self, name))
 
     def as_dict(self) -> dict[str, Any]:
         """Every option as a plain value; a callable measure by its name."""

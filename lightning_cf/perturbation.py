@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,14 +20,15 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from lightning_cf.affine import AffineMaps, AffinePerturbation, Vectors, standard_normal, widened
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, check_function, check_kind, check_list, check_number
 
 
 @runtime_checkable
 class Perturbation(Protocol):
     """Maps incoming weight vectors to disturbed ones, always from the undisturbed base."""
 
-    def __call__(self, vectors: Vectors, generator: Generator) -> Vectors:
+    # Vectors; jsonargparse, and so LightningCLI, would take a class that stands here for the class to make.
+    def __call__(self, vectors: Vectors, generator: Generator) -> Any:
         """Returns disturbed copies of ``vectors``, one row a unit, drawn from ``generator`` alone."""
         ...
 
@@ -56,8 +58,7 @@ class Noise:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.scale >= 0:
-            raise ContinualError(f"Noise: scale must be at least 0, got {self.scale!r}.")
+        check_number("Noise", "scale", self.scale, least=0.0)
 
     def __call__(self, vectors: Vectors, generator: Generator) -> Vectors:
         """Vectors with noise."""
@@ -93,6 +94,10 @@ class Affine(AffinePerturbation):
 
     matrix: Given | None = None
     shift: Given | None = None
+
+    def __post_init__(self) -> None:
+        for name, axes in (("matrix", 2), ("shift", 1)):
+            _check_given(f"Affine: {name}", getattr(self, name), axes)
 
     def maps(self, vectors: Vectors, generator: Generator) -> AffineMaps:
         """The same map for each unit.
@@ -148,8 +153,11 @@ class Mixture:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "perturbations", _some("Mixture", self.perturbations))
-        weights = (1.0,) * len(self.perturbations) if self.weights is None else tuple(self.weights)
-        fine = len(weights) == len(self.perturbations) and all(0 <= weight < math.inf for weight in weights)
+        equal = (1.0,) * len(self.perturbations)
+        given = self.weights.tolist() if isinstance(self.weights, Tensor) else self.weights
+        weights = equal if given is None else tuple(check_list("Mixture", "weights", given, "numbers"))
+        numbers = all(isinstance(weight, Real) and 0 <= float(weight) < math.inf for weight in weights)
+        fine = len(weights) == len(self.perturbations) and numbers
         if not fine or sum(weights) == 0:
             raise ContinualError(
                 f"Mixture: weights must be {len(self.perturbations)} numbers of at least 0, one for each perturbation "
@@ -185,6 +193,14 @@ class InSubspace:
     perturbation: Perturbation
     basis: Float[Tensor, "inputs dimensions"]
 
+    def __post_init__(self) -> None:
+        check_perturbation("InSubspace", self.perturbation)
+        if not isinstance(self.basis, Tensor) or self.basis.ndim != 2 or not self.basis.is_floating_point():
+            raise ContinualError(
+                "InSubspace: basis must be a floating-point tensor (inputs, dimensions), such as torch.eye(64)[:, :8];"
+                f" got {_kind(self.basis)}."
+            )
+
     def __call__(self, vectors: Vectors, generator: Generator) -> Vectors:
         """Vectors disturbed in the sub-space.
 
@@ -199,22 +215,55 @@ class InSubspace:
         wide = widened(vectors)
         basis = self.basis.to(wide)
         inside = wide @ basis
-        return (wide + (self.perturbation(inside, generator) - inside) @ basis.T).to(vectors)
+        disturbed: Tensor = wide + (self.perturbation(inside, generator) - inside) @ basis.T
+        return disturbed.to(vectors)
 
     def __repr__(self) -> str:
         return f"InSubspace(perturbation={self.perturbation!r}, basis={_label(self.basis)})"
 
 
+def check_perturbation(owner: str, perturbation: object) -> None:
+    """Raises ContinualError for what is no perturbation, such as a class of them that was not called."""
+    check_kind(owner, "perturbation", perturbation, Perturbation, "callable, such as Noise(scale=1.0)")
+    check_function(owner, "perturbation", perturbation, "vectors, generator")
+
+
 def _some(owner: str, perturbations: Sequence[Perturbation]) -> tuple[Perturbation, ...]:
-    if len(perturbations) == 0:
+    given = check_list(owner, "perturbations", perturbations, "perturbations")
+    if not given:
         raise ContinualError(f"{owner}: perturbations must be at least one, got none.")
-    for perturbation in perturbations:
+    for perturbation in given:
+        if isinstance(perturbation, type):
+            check_perturbation(owner, perturbation)
         if not callable(perturbation):  # Hydra makes a config of any dataclass in a list, unless told not to
             raise ContinualError(
                 f"{owner}: perturbations must be callable, got {perturbation!r} of type {type(perturbation).__name__}; "
                 "a config needs _convert_: all beside its _target_."
             )
-    return tuple(perturbations)
+    return tuple(given)
+
+
+def _check_given(name: str, value: Given | None, axes: int) -> None:
+    """Raises ContinualError for numbers that make no vector or matrix; what is callable is asked later."""
+    if value is None or (callable(value) and not isinstance(value, (Tensor, type))):
+        return
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):  # texts, rows of different lengths, anything else
+        tensor = None
+    if tensor is None or tensor.ndim != axes or not bool(torch.isfinite(tensor).all()):
+        shape = "a square matrix" if axes == 2 else "a vector"
+        raise ContinualError(
+            f"{name} must be {shape} of finite numbers, or a callable (inputs, generator) -> Tensor;"
+            f" got {_kind(value)}."
+        )
+
+
+def _kind(value: object) -> str:
+    """What was given, in short."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)} and type {value.dtype}"
+    return repr(value)[:80]
 
 
 def _given(name: str, value: Given, shape: tuple[int, ...], generator: Generator) -> Tensor:

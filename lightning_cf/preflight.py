@@ -2,22 +2,70 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_cf.errors import CapacityError, ContinualError
+from lightning_cf.callbacks import (
+    InvarianceCallback,
+    MaskedGradientCallback,
+    PartitionCallback,
+    TaskInferenceCallback,
+)
+from lightning_cf.errors import CapacityError, ContinualError, check_kind, check_list
 from lightning_cf.files import load_tensors
 from lightning_cf.ledger import CHECKPOINT_KEY
 from lightning_cf.state import ContinualState
+from lightning_cf.task_inference import Strategy
 from lightning_cf.tasks import Task
 
 
-def check_tasks(tasks: Sequence[Any]) -> None:
-    """Raises ContinualError for tasks that cannot be told apart or have no data."""
+def check_parts(
+    trainer: object, partition: object, invariance: object, masking: object, task_inference: object, pretrained: object
+) -> None:
+    """Raises ContinualError for arguments of the runner that are of another kind than it takes."""
+    if isinstance(trainer, Trainer) or not callable(trainer):
+        kind = "a Trainer, which fits once" if isinstance(trainer, Trainer) else f"a {type(trainer).__name__}"
+        raise ContinualError(
+            "runner: trainer must make Trainers from keywords, one a phase, such as Trainer itself or partial(Trainer,"
+            f" accelerator='auto'); got {kind}."
+        )
+    kinds = {
+        "partition": (partition, PartitionCallback),
+        "invariance": (invariance, InvarianceCallback),
+        "masking": (masking, MaskedGradientCallback),
+    }
+    for name, (value, kind_of) in kinds.items():
+        if value is not None:
+            check_kind("runner", name, value, kind_of, f"a {kind_of.__name__}(...), or None to leave it out")
+    wanted = "the name of a strategy, a Strategy, a TaskInferenceCallback(...), or None to leave it out"
+    if task_inference is not None:
+        check_kind("runner", "task_inference", task_inference, (str, Strategy, TaskInferenceCallback), wanted)
+    check_kind("runner", "pretrained", pretrained, (bool, str, Path), "True, False or the path of a checkpoint")
+
+
+def listed_tasks(tasks: Any) -> list[Any]:
+    """The runner's tasks as a list; raises ContinualError for what is no list."""
+    if isinstance(tasks, Task):
+        raise ContinualError(f"runner: tasks must be a list of Tasks, got one; give [Task('{tasks.name}', ...)].")
+    return check_list("runner", "tasks", tasks, "Tasks")
+
+
+def check_root(root: Path) -> None:
+    """Raises ContinualError for a folder that cannot be made, since a file is in the way or nothing may be written."""
+    there = next(place for place in (root, *root.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ContinualError(f"runner: root={str(root)!r} cannot be a folder: {there} is a file. Choose another.")
+    if not os.access(there, os.W_OK):
+        raise ContinualError(f"runner: root={str(root)!r} cannot be written: {there} is read-only for this user.")
+
+
+def check_tasks(tasks: Sequence[Any]) -> list[Any]:
+    """Raises ContinualError for tasks that cannot be told apart or have no data; gives the first batch of each."""
     if not tasks:
         raise ContinualError("runner: tasks is empty; give at least one Task.")
     for task in tasks:
@@ -27,12 +75,14 @@ def check_tasks(tasks: Sequence[Any]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ContinualError(f"runner: two tasks are called '{name}'; give each a name of its own.")
+    batches = []
     for task in tasks:
         task.prepare_data()
         task.setup("fit")
         task.setup("test")
         with isolate_rng():
-            task.check_data()
+            batches.append(task.check_data())
+    return batches
 
 
 def check_widths(state: ContinualState, tasks: int) -> None:

@@ -30,6 +30,7 @@ class RunProgress:
         stages: each task's score once learned, partitioned and retrained.
         strategies: by strategy of task inference, its scores after each task.
         seconds: time spent in finished phases.
+        warnings: texts of what we warned of so far.
     """
 
     finished: list[str] = field(default_factory=list)
@@ -38,6 +39,7 @@ class RunProgress:
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     strategies: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
+from lightning_cf.stopping import check_stopped, take_signals
+
 
 class RunBar:
     """A bar that counts epochs; shown by the first process only."""
@@ -21,6 +23,10 @@ class RunBar:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the bar as it stands; what is printed afterwards comes below it."""
         if self.bar is not None:
             self.bar.close()
 
@@ -52,9 +58,16 @@ class _MoveBar(Callback):
     def __deepcopy__(self, memo: object) -> _MoveBar:
         return self
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        take_signals()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        take_signals()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        check_stopped()
         if trainer.is_global_zero:
             task = trainer.datamodule.name  # type: ignore[attr-defined]
             self.bar.move(1 / max(1, int(trainer.num_training_batches)), f"task {task}")

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, check_path
 from lightning_cf.ledger import Isolation
 from lightning_cf.partition import Partition
 from lightning_cf.progress import write_atomically
@@ -172,7 +172,8 @@ class PartitionRecord:
         Raises:
             ContinualError: if there is no record, one of a newer format, or one whose files are missing or damaged.
         """
-        manifest = _read_manifest(Path(folder))
+        folder = check_path("PartitionRecord", "folder", folder)
+        manifest = _read_manifest(folder)
         try:
             layers = tuple(_read_layer(Path(folder), entry) for entry in manifest["layers"])
             return cls(**{name: manifest[name] for name in _PLAIN}, layers=layers)

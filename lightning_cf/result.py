@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -45,6 +45,7 @@ class Result:
             classes.
         weights_sha256: of the final weights.
         seconds: time spent, all phases together.
+        warnings: what the package warned of, each text once; also in the parts of a run that was taken up again.
     """
 
     tasks: list[str]
@@ -58,6 +59,7 @@ class Result:
     constant_predictor: list[float | None]
     weights_sha256: str
     seconds: float
+    warnings: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -84,6 +86,7 @@ class Result:
             constant_predictor=list(constant_predictor),
             weights_sha256=weights_sha256(module),
             seconds=progress.seconds,
+            warnings=list(progress.warnings),
         )
 
     def averages(self) -> dict[str, float]:
@@ -134,11 +137,13 @@ class Result:
                     "stages": other.stages,
                     "class_incremental": other.class_incremental,
                     "seconds": other.seconds,
+                    "warnings": other.warnings,
                 }
                 for name, other in (compare or {}).items()
             },
             "weights_sha256": self.weights_sha256,
             "seconds": self.seconds,
+            "warnings": self.warnings,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "seed": seed,
             "config": dict(config),

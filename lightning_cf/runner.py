@@ -22,16 +22,25 @@ from lightning_cf.callbacks import (
 )
 from lightning_cf.callbacks.divergence import WatchingCallback
 from lightning_cf.callbacks.loading import warn_of_traces
-from lightning_cf.callbacks.session import check_strategy
+from lightning_cf.callbacks.session import check_launch, check_strategy
 from lightning_cf.class_incremental import score_strategies
 from lightning_cf.contexts import on_device, seeded
-from lightning_cf.errors import ContinualError, check_choice, check_count
-from lightning_cf.evaluation import check_scoring, constant_predictor, evaluate
+from lightning_cf.errors import ContinualError, check_choice, check_count, check_path
+from lightning_cf.evaluation import check_scoring, constant_predictor, evaluate, transferred
 from lightning_cf.inferring import highest_output, inference_of
 from lightning_cf.joint import JointTask
 from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.module import ContinualModule
-from lightning_cf.preflight import check_tasks, check_widths, load_pretrained
+from lightning_cf.noting import noting
+from lightning_cf.precision import check_inputs
+from lightning_cf.preflight import (
+    check_parts,
+    check_root,
+    check_tasks,
+    check_widths,
+    listed_tasks,
+    load_pretrained,
+)
 from lightning_cf.progress import RunProgress, RunStore
 from lightning_cf.recording import TaskFolders
 from lightning_cf.result import Result
@@ -40,12 +49,18 @@ from lightning_cf.steps import decide_together, seal_task, synchronise
 from lightning_cf.subspace import LearnedSubspace
 from lightning_cf.task_inference import Strategy, TaskInference
 from lightning_cf.tasks import Batches, Task, single
+from lightning_cf.trainers import (
+    MakeTrainer,
+    check_trains,
+    end_processes,
+    fit_whole,
+    listed_callbacks,
+    make_trainer,
+)
 
 Method = Literal["partition", "finetune", "joint"]
 METHODS = ("partition", "finetune", "joint")
 SCORED = ("test", "validation")
-
-MakeTrainer = Callable[..., Trainer]
 
 
 class SequentialTaskRunner:
@@ -95,7 +110,8 @@ class SequentialTaskRunner:
         root: str | Path,
     ) -> None:
         self.module = ContinualModule(module)
-        self.tasks = list(tasks)
+        check_parts(trainer, partition, invariance, masking, task_inference, pretrained)
+        self.tasks = listed_tasks(tasks)
         self.make_trainer = trainer
         self.epochs = check_count("runner", "epochs", epochs)
         self.invariance_epochs = check_count("runner", "invariance_epochs", invariance_epochs, least=0)
@@ -119,8 +135,9 @@ class SequentialTaskRunner:
                     " own ledger in root. Leave it out, or fit the tasks one by one with the callbacks."
                 )
         self.pretrained = pretrained
-        self.callbacks = list(callbacks)
-        self.store = RunStore(Path(root))
+        self.callbacks = listed_callbacks("callbacks", callbacks)
+        root = check_path("runner", "root", root)
+        self.store = RunStore(root)
         if isinstance(getattr(masking, "subspace", None), LearnedSubspace) and not isinstance(
             getattr(invariance, "subspace", None), LearnedSubspace
         ):
@@ -128,7 +145,7 @@ class SequentialTaskRunner:
                 "runner: masking trains in a sub-space that is learned, but nothing learns it; give invariance the same"
                 " subspace."
             )
-        self.folders = TaskFolders(Path(root) / "tasks", partition is not None and partition.similarity_matrix)
+        self.folders = TaskFolders(root / "tasks", partition is not None and partition.similarity_matrix)
         if self.perturbing is not None:
             self.perturbing.seed = self.seed
         if self.partitioning is not None:
@@ -145,6 +162,7 @@ class SequentialTaskRunner:
             self.partitioning.isolation, self.partitioning.seed = self.isolation, self.seed
             self.partitioning.folders = self.folders
         self.progress = RunProgress()
+        self.notes: list[str] = []
         self._host: Trainer | None = None
 
     def run(self) -> Result:
@@ -158,7 +176,9 @@ class SequentialTaskRunner:
         """
         try:
             return self._run()
-        except BaseException:
+        except BaseException as error:
+            if self._host is not None and not isinstance(error, Exception):
+                end_processes(self._host)
             self._host = None  # so that another call takes up what was stored, not a phase half done
             raise
 
@@ -263,9 +283,16 @@ class SequentialTaskRunner:
 
     def start(self) -> None:
         """Checks everything that can be checked before training, and takes up an earlier run's state."""
-        check_tasks(self.tasks)
+        with noting(self.notes):
+            self._start()
+
+    def _start(self) -> None:
+        check_root(self.store.root)
+        batches = check_tasks(self.tasks)
         self.check_callbacks()
         self._host = self.new_trainer(max_epochs=self.epochs, callbacks=[], root=self.store.root)
+        check_launch(self._host)
+        check_trains(self._host)
         strategy = self._host.strategy
         if strategy.launcher is not None:
             strategy.launcher.launch(strategy.setup_environment, trainer=self._host)
@@ -274,8 +301,17 @@ class SequentialTaskRunner:
         self._host.precision_plugin.convert_module(self.module)
         with seeded(self.seed, "outputs"):
             self.state = self.prepare_module()
+        for task, batch in zip(self.tasks, batches, strict=True):
+            given = self._host.precision_plugin.convert_input(batch)
+            with on_device(self.module, self._host.strategy.root_device), self.state.showing(self.module, [task]):
+                check_inputs(self._host, self.module, task.name, transferred(self.module, task, given))
         self.state.check_finite(self.module, "runner: nothing is trained")
-        self.progress = self.store.open(self.module, self.state, self.settings())
+        try:
+            self.progress = self.store.open(self.module, self.state, self.settings())
+        except OSError as error:
+            raise ContinualError(f"runner: root={str(self.store.root)!r} cannot be used: {error}") from error
+        self.notes[:] = dict.fromkeys([*self.progress.warnings, *self.notes])
+        self.progress.warnings = list(self.notes)
         if self.host.world_size > 1:
             self.host.strategy.barrier()
 
@@ -322,10 +358,11 @@ class SequentialTaskRunner:
         if name in self.progress.finished:
             return
         began = time.monotonic()
-        with seeded(self.seed, name):
+        with seeded(self.seed, name), noting(self.notes):
             step()
             synchronise(self.host, self.module)
         self.state.check_finite(self.module, f"runner: phase '{name}' is not stored")
+        self.progress.warnings = list(self.notes)
         self.progress.seconds += time.monotonic() - began
         self.progress.finished.append(name)
         if self.host.is_global_zero:
@@ -345,7 +382,7 @@ class SequentialTaskRunner:
             if isinstance(task, Task):
                 self.state.begin_fit(task)
             trainer = self.new_trainer(max_epochs=epochs, callbacks=callbacks, root=folder)
-            trainer.fit(self.module, datamodule=task)
+            fit_whole(trainer, self.module, task)
 
     def new_trainer(self, *, max_epochs: int, callbacks: list[Callback], root: Path) -> Trainer:
         """A Trainer from the user's factory."""
@@ -356,13 +393,12 @@ class SequentialTaskRunner:
                 f" invariance_epochs={self.invariance_epochs} decide. Leave max_epochs out."
             )
         given = copy.deepcopy(self.given_callbacks())
-        return self.make_trainer(max_epochs=max_epochs, callbacks=[*given, *callbacks], default_root_dir=root)
+        return make_trainer(self.make_trainer, max_epochs=max_epochs, callbacks=[*given, *callbacks], root=root)
 
     def given_callbacks(self) -> list[Callback]:
         """Those that the user's factory gives each Trainer."""
         theirs = self.make_trainer.keywords if isinstance(self.make_trainer, partial) else {}
-        given = theirs.get("callbacks") or []
-        return list(given) if isinstance(given, Sequence) else [given]
+        return listed_callbacks("the trainer's callbacks", theirs.get("callbacks"))
 
     def keep(self, task: Task) -> None:
         """Writes the network as it is after a task, next to the record of its partition."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -17,9 +18,9 @@ Units = Int64[Tensor, "some"]
 
 PairMeasure = Callable[
     [Float64[Tensor, "a inputs"], Float64[Tensor, "a"], Float64[Tensor, "b inputs"], Float64[Tensor, "b"]],
-    Float[Tensor, "a b"],
+    Any,  # Float[Tensor, "a b"], which jsonargparse would take for the class that a function named here must return
 ]
-"""Similarities of the units ``a`` with the units ``b``, from the vectors and biases of ``a``, then of ``b``.
+"""Similarities (a x b) of the units ``a`` with the units ``b``, from the vectors and biases of ``a``, then of ``b``.
 
 Finite, larger for more alike units, and the same whichever unit of a pair comes first; the scale is free.
 """
@@ -145,7 +146,8 @@ class Similarity:
                 f" the finite similarity of each of {len(a)} units with each of {len(b)}, larger for more alike units"
                 " and the same whichever unit of a pair comes first."
             )
-        return tile.detach().double()
+        found: Tensor = tile.detach().double()
+        return found
 
 
 def _fault(tile: object, a: int, b: int, *, same: bool) -> str | None:

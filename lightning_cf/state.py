@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.disturbance import Disturbance
-from lightning_cf.errors import ContinualError, DivergenceError, StructureError
+from lightning_cf.errors import ContinualError, DivergenceError, StructureError, check_kind
 from lightning_cf.evaluation import on_device
 from lightning_cf.finite import Snapshot, described, in_forward_order, infinite_on_purpose, not_finite
 from lightning_cf.foreign_heads import check_foreign_heads
@@ -336,6 +336,8 @@ def keep_ledger(module: nn.Module, ledger: NeuronLedger) -> None:
     A network with norms that mix units needs it to compute what it computed when the checkpoint was written: under
     ``exact`` these norms go by owners (see ``normalisation.py``). Loading a ContinualModule does it by itself.
     """
+    check_kind("keep_ledger", "module", module, nn.Module, "the network that the ledger is about")
+    check_kind("keep_ledger", "ledger", ledger, NeuronLedger, "a NeuronLedger, such as from_checkpoint(path) reads")
     state = state_of(module)
     if state is None:
         object.__setattr__(module, _PENDING, _Pending(ledger))

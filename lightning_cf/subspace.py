@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError, check_count
+from lightning_cf.errors import ContinualError, check_count, check_kind
 from lightning_cf.files import load_tensors
 from lightning_cf.randomness import keyed_generator
 
@@ -54,7 +54,7 @@ class GivenSubspace:
             if not Path(bases).is_file():
                 raise ContinualError(f"subspace: there is no file {bases}; give one that torch.save wrote.")
             bases = load_tensors(bases, f"subspace: {bases} is no file that torch.load reads.")
-        if not isinstance(bases, Mapping) or not all(isinstance(b, Tensor) and b.ndim == 2 for b in bases.values()):
+        if not isinstance(bases, Mapping) or not all(map(_is_matrix, bases.values())):
             raise ContinualError(
                 "subspace: bases must map each layer to a matrix (inputs, dimensions), for instance"
                 " {'network.1': torch.eye(64)[:, :8]}."
@@ -111,6 +111,7 @@ class RandomSubspace:
 
     def __post_init__(self) -> None:
         _check_dimensions(self.dimensions)
+        check_count("subspace", "seed", self.seed, least=0)
 
     def basis(self, layer: str, inputs: int, directions: Bases) -> Basis | None:
         """The span of standard normal vectors: every sub-space of that size is equally likely."""
@@ -142,10 +143,17 @@ class LearnedSubspace:
     def __post_init__(self) -> None:
         _check_dimensions(self.dimensions)
         check_count("subspace", "steps", self.steps)
+        check_count("subspace", "seed", self.seed, least=0)
 
     def basis(self, layer: str, inputs: int, directions: Bases) -> Basis | None:
         """What was learned."""
         return directions.get(layer)
+
+
+def check_subspace(owner: str, subspace: object) -> None:
+    """Raises ContinualError for what is no sub-space, such as a class of them that was not called."""
+    if subspace is not None:
+        check_kind(owner, "subspace", subspace, Subspace, "a sub-space, such as RandomSubspace(dimensions=0.5)")
 
 
 def count_of(dimensions: float | int, inputs: int) -> int:
@@ -157,6 +165,10 @@ def count_of(dimensions: float | int, inputs: int) -> int:
 def exact_dtype(device: torch.device) -> torch.dtype:
     """Double precision, whose products neither autocast nor TF32 shortens; single where a device has no double."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _is_matrix(basis: object) -> bool:
+    return isinstance(basis, Tensor) and basis.ndim == 2 and basis.numel() > 0 and not basis.is_complex()
 
 
 def _check_dimensions(dimensions: float | int) -> None:

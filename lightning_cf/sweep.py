@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.progress import write_atomically
+from lightning_cf.progress import read_json, write_atomically
 from lightning_cf.report import table
 
 _RANK_VARIABLES = (
@@ -28,6 +29,10 @@ _RANK_VARIABLES = (
     "MASTER_PORT",
     "PL_GLOBAL_SEED",
 )
+
+
+GRACE = 20.0
+"""Seconds that a job has to end, once the sweep is to."""
 
 
 def run_job(folder: Path, metric: str) -> float:
@@ -53,14 +58,38 @@ def run_job(folder: Path, metric: str) -> float:
     environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
     # A configuration that asks for a multirun, such as a search, is one job here.
     command += [*overrides, f"run='{folder}'", "hydra.mode=RUN"]
-    status = subprocess.run(command, env=environment, check=False).returncode
+    status = _status(command, environment)
+    if status > 128:
+        print(f"lightning-cf: job {folder.name} was stopped by {_signal(status)}; the sweep goes on", file=sys.stderr)
     write_atomically(folder / "job.json", json.dumps({"overrides": overrides, "status": status}))
     if status != 0:
         return math.nan
-    value = json.loads((folder / "result.json").read_text()).get(metric)
+    value = read_json(folder / "result.json").get(metric)
     if not isinstance(value, (int, float)):
         raise ContinualError(f"lightning-cf: optimized_metric={metric!r} is no number in {folder / 'result.json'}.")
     return value
+
+
+def _status(command: list[str], environment: dict[str, str]) -> int:
+    """What a command ends with, as a shell has it; it does not outlive this process's own end."""
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(timeout=GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+    return status if status >= 0 else 128 - status
+
+
+def _signal(status: int) -> str:
+    try:
+        return signal.Signals(status - 128).name
+    except ValueError:
+        return f"status {status}"
 
 
 class SweepTable(Callback):

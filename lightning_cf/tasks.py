@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 from torchmetrics import Metric
 
-from lightning_cf.errors import ContinualError, check_share
+from lightning_cf.errors import ContinualError, check_function, check_kind, check_list, check_share, check_text
 from lightning_cf.randomness import keyed_generator
 
 Batches = Iterable[Any]
@@ -80,8 +80,12 @@ class Task(LightningDataModule):
                 f"Task '{name}' has {len(self.classes)} classes {self.classes} but {len(self.outputs)} outputs"
                 f" {self.outputs}; give one output a class."
             )
+        if metric is not None:
+            check_kind(f"Task '{name}'", "metric", metric, Metric, "one torchmetrics Metric, such as BinaryAccuracy()")
         self.metric = metric
-        self.evaluate = evaluate or supervised
+        if evaluate is not None:
+            check_function(f"Task '{name}'", "evaluate", evaluate, "module, batch")
+        self.evaluate = supervised if evaluate is None else evaluate
         self.holdout = check_share(f"Task '{name}'", "holdout", holdout)
         if holdout == 1:
             raise ContinualError(f"Task '{name}': holdout=1 leaves nothing to train on; keep it below 1.")
@@ -175,7 +179,7 @@ class Task(LightningDataModule):
 
 def single(loaders: Any) -> Batches:
     """The first of several loaders, or the only one."""
-    first: Batches = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+    first: Batches = next(iter(loaders), ()) if isinstance(loaders, (list, tuple)) else loaders
     return first
 
 
@@ -184,13 +188,22 @@ class _Loaders(LightningDataModule):
 
     def __init__(self, name: str, loaders: Mapping[str, Any]) -> None:
         super().__init__()
+        wanted = f"Task '{name}': data must be a LightningDataModule or loaders by stage, with 'train' and perhaps"
+        wanted += " 'val', 'test', 'predict'"
+        if not isinstance(loaders, Mapping):
+            kind = f"the class {loaders.__name__}" if isinstance(loaders, type) else f"a {type(loaders).__name__}"
+            raise ContinualError(f"{wanted}: {{'train': DataLoader(...), 'val': DataLoader(...)}}; got {kind}.")
         unknown = set(loaders) - {"train", "val", "test", "predict"}
         if unknown or "train" not in loaders:
-            raise ContinualError(
-                f"Task '{name}': data must be a LightningDataModule or loaders by stage, with 'train' and perhaps"
-                f" 'val', 'test', 'predict'; got the stages {sorted(loaders)}."
-            )
+            raise ContinualError(f"{wanted}; got the stages {sorted(map(str, loaders))}.")
         for stage, loader in loaders.items():
+            if stage != "train" and (loader is None or (isinstance(loader, (list, tuple)) and not loader)):
+                continue  # there is none, as Lightning takes it
+            if isinstance(loader, (str, bytes)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+                raise ContinualError(
+                    f"Task '{name}': data['{stage}'] must be a DataLoader, or something else that gives batches; got a"
+                    f" {type(loader).__name__}."
+                )
             setattr(self, f"{stage}_dataloader", _Constant(loader).get)
 
 
@@ -242,12 +255,13 @@ def _subset(loader: DataLoader[Any], indices: list[int], *, shuffle: bool | None
 
 def _checked_name(name: str) -> str:
     if not isinstance(name, str) or not name.strip():
-        raise ContinualError(f"A task needs a name, got {name!r}.")
-    return name
+        given = repr(name) if name is None or isinstance(name, (str, int, float)) else f"a {type(name).__name__}"
+        raise ContinualError(f"A task needs a name, got {given}.")
+    return check_text("Task", "name", name)
 
 
 def _checked_columns(name: str, what: str, columns: Sequence[int]) -> list[int]:
-    columns = list(columns)
+    columns = check_list(f"Task '{name}'", what, columns, "whole numbers")
     if not columns or any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in columns):
         raise ContinualError(f"Task '{name}': {what} must be whole numbers from 0 on, got {columns}.")
     if len(set(columns)) < len(columns):

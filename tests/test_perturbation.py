@@ -57,7 +57,7 @@ def test_the_scale_is_the_length_of_the_noise_relative_to_the_vectors(scale):
 
 @pytest.mark.parametrize("scale", [-0.1, float("nan")])
 def test_noise_of_negative_scale_is_refused(scale):
-    with pytest.raises(ContinualError, match=f"Noise: scale must be at least 0, got {scale}"):
+    with pytest.raises(ContinualError, match=f"Noise: scale must be a finite number of at least 0, got {scale}"):
         Noise(scale=scale)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_cf.callbacks.session import ContinualCallback, without_address
@@ -14,11 +15,11 @@ from lightning_cf.directions import DirectionLearner
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, check_count
 from lightning_cf.ledger import FREE
-from lightning_cf.perturbation import Perturbation, Resample
+from lightning_cf.perturbation import Perturbation, Resample, check_perturbation
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.state import ContinualState, state_of
 from lightning_cf.structure import named_tensors
-from lightning_cf.subspace import LearnedSubspace, Subspace
+from lightning_cf.subspace import LearnedSubspace, Subspace, check_subspace
 
 
 class InvarianceCallback(ContinualCallback):
@@ -49,6 +50,8 @@ class InvarianceCallback(ContinualCallback):
     ) -> None:
         super().__init__()
         self.perturbation = Resample() if perturbation is None else perturbation
+        check_perturbation("invariance", self.perturbation)
+        check_subspace("invariance", subspace)
         self.subspace = subspace
         given = {"steps": every_n_steps, "batches": every_n_batches, "epochs": every_n_epochs}
         given = {unit: count for unit, count in given.items() if count is not None} or {"steps": 1}
@@ -59,7 +62,7 @@ class InvarianceCallback(ContinualCallback):
             )
         self.unit, self.every_n = next(iter(given.items()))
         check_count("invariance", f"every_n_{self.unit}", self.every_n)  # type: ignore[arg-type]
-        self.seed = seed
+        self.seed = check_count("invariance", "seed", seed, least=0)
         self._learner: DirectionLearner | None = None
         self._bases: Mapping[str, Tensor] = {}
 
@@ -69,6 +72,8 @@ class InvarianceCallback(ContinualCallback):
         state = state_of(pl_module)
         assert state is not None
         self._bases = state.bases(self.subspace, named_tensors(pl_module))
+        if state.ledger.isolation == "perturb" and len(state.ledger.tasks) == 1:
+            self._try(pl_module, state)
         if isinstance(self.subspace, LearnedSubspace):
             self._learner = DirectionLearner(self.subspace, self._redundant(state))
             self._learner.attach(pl_module, state.structure.groups)
@@ -76,6 +81,7 @@ class InvarianceCallback(ContinualCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Perturbs."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = state_of(pl_module)
         task = None if state is None else state.ledger.current
         if state is None or task is None or task.phase != "invariance":
@@ -141,6 +147,19 @@ class InvarianceCallback(ContinualCallback):
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
         return {name: without_address(getattr(self, name)) for name in ("perturbation", "subspace", "unit", "every_n")}
+
+    def _try(self, module: LightningModule, state: ContinualState) -> None:
+        """Perturbs once and puts back: what cannot work on these layers is found before the first step."""
+        generator = keyed_generator(self.seed, "trial")
+        try:
+            with isolate_rng():
+                Disturbance(module, state.structure, state.ledger, self.perturbation, generator, self._bases).undo()
+        except ContinualError:
+            raise
+        except Exception as error:  # whatever a perturbation of the user's own raises
+            raise ContinualError(
+                f"invariance: the perturbation {without_address(self.perturbation)} fails on this network: {error}"
+            ) from error
 
     def _draw(self, trainer: Trainer) -> int:
         """Which draw is due, counted from the fit's start."""

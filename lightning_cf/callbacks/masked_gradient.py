@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from lightning_cf.averaging import exact_averages
 from lightning_cf.callbacks.session import ContinualCallback, task_of, without_address
-from lightning_cf.errors import ContinualError, FrozenWarning, StructureWarning
+from lightning_cf.errors import ContinualError, ContinualWarning, FrozenWarning, StructureWarning, check_flag
 from lightning_cf.freezing import Freezer, FrozenEntries
 from lightning_cf.ledger import FREE
 from lightning_cf.projection import Projection
 from lightning_cf.state import ContinualState, ledger_of, state_for, state_of
 from lightning_cf.structure import UnitGroup, named_tensors
-from lightning_cf.subspace import Subspace
+from lightning_cf.subspace import Subspace, check_subspace
 from lightning_cf.tasks import Task
 
 
@@ -52,9 +52,10 @@ class MaskedGradientCallback(ContinualCallback):
         ledger: str | Path | None = None,
     ) -> None:
         super().__init__()
+        check_subspace("masking", subspace)
         self.ledger = ledger
         self.subspace = subspace
-        self.mask_outputs = mask_outputs
+        self.mask_outputs = check_flag("masking", "mask_outputs", mask_outputs)
         self._freezer: Freezer | None = None
         self._projection: Projection | None = None
         self._revision = -1
@@ -94,6 +95,7 @@ class MaskedGradientCallback(ContinualCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Takes up masks, or optimisers, that changed within the fit."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = state_of(pl_module)
         if state is None or self._freezer is None:
             return
@@ -178,7 +180,9 @@ class MaskedGradientCallback(ContinualCallback):
             with torch.inference_mode(False):
                 state = state_for(module, task)
         except ContinualError as error:
-            warnings.warn(f"All outputs are shown, not those of task '{task.name}' alone: {error}", stacklevel=2)
+            warnings.warn(
+                f"All outputs are shown, not those of task '{task.name}' alone: {error}", ContinualWarning, stacklevel=2
+            )
         else:
             self._show(module, state, trainer)
 

@@ -15,7 +15,16 @@ from lightning_cf.averaging import restart_averages, take_averages
 from lightning_cf.callbacks.best import discount_scores
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.claiming import PartitionWarning, warn_of_cost
-from lightning_cf.errors import ContinualError, check_choice, check_count, check_share
+from lightning_cf.errors import (
+    ContinualError,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_path,
+    check_share,
+    check_text,
+)
 from lightning_cf.evaluation import check_scoring
 from lightning_cf.exactness import check_exact
 from lightning_cf.ledger import ISOLATIONS, Isolation
@@ -90,8 +99,9 @@ class PartitionCallback(ContinualCallback):
         for name, count in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
             if count is not None:
                 check_count("partition", name, count)
-        if when_below is not None and not (isinstance(when_below, (int, float)) and math.isfinite(when_below)):
-            raise ContinualError(f"partition: when_below must be a finite number, got {when_below!r}.")
+        if when_below is not None:
+            check_number("partition", "when_below", when_below)
+        check_text("partition", "monitor", monitor)
         self.every_n_steps = every_n_steps
         self.every_n_epochs = every_n_epochs
         self.when_below = when_below
@@ -105,11 +115,19 @@ class PartitionCallback(ContinualCallback):
                 "partition: measure='update' compares with the weights before the task was learned, which after=0 does"
                 " not have. Use measure='weight' or 'activation'."
             )
-        self.folders = None if records is None else TaskFolders(Path(records), similarity_matrix)
+        check_flag("partition", "similarity_matrix", similarity_matrix)
+        strange = [name for name in options if name not in PartitionKeywords.__annotations__]
+        if strange:
+            raise ContinualError(
+                f"partition: there is no option {strange[0]!r}; there are"
+                f" {', '.join(sorted(PartitionKeywords.__annotations__))}."
+            )
+        folder = None if records is None else check_path("partition", "records", records)
+        self.folders = None if folder is None else TaskFolders(folder, similarity_matrix)
         self.similarity_matrix = similarity_matrix
         self.options = PartitionOptions(**options)
-        self.seed = seed
-        self.ledger = ledger
+        self.seed = check_count("partition", "seed", seed, least=0)
+        self.ledger = None if ledger is None else check_path("partition", "ledger", ledger)
         self._step = 0
         self._stale_scores = False
         self._partitioned_at: int | None = None
@@ -197,6 +215,7 @@ class PartitionCallback(ContinualCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes where the optimisers stand, since some batches end without a step."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._step = trainer.global_step
         if self._stale_scores:
             self._discount(trainer, again=False)

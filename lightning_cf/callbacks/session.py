@@ -24,6 +24,7 @@ from lightning_cf.fingerprints import keep_fingerprints
 from lightning_cf.finite import described, mend_free, not_finite
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.module import ContinualModule
+from lightning_cf.precision import check_inputs
 from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.tasks import Task
 from lightning_cf.widening import follow_head, note_heads
@@ -79,6 +80,12 @@ class ContinualCallback(WatchingCallback):
             ledger.seal()
         ledger.begin(task.name, task.classes or [])
         mend(pl_module, task)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Refuses inputs that the first training step would not take; the first of the callbacks looks."""
+        first = next(c for c in trainer.callbacks if isinstance(c, ContinualCallback))  # type: ignore[attr-defined]
+        if self is first and trainer.fit_loop.total_batch_idx == 0:
+            check_inputs(trainer, pl_module, task_of(trainer, type(self).__name__).name, batch)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the ledger into the checkpoint, and perturbed units back, which its weights share."""
@@ -219,7 +226,21 @@ def mend(module: LightningModule, task: Task) -> None:
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Raises ContinualError for strategies that would lose the ledger or shard what it guards."""
+    """Raises ContinualError for strategies that would lose the ledger or shard what it guards.
+
+    Also where other processes run than the strategy expects, once they are launched.
+    """
+    check_launch(trainer)
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if processes != trainer.world_size:
+        raise ContinualError(
+            f"The Trainer expects {trainer.world_size} processes, but {processes} are running: it would train on part"
+            " of the data. Start each distributed job in a fresh process (unset LOCAL_RANK and WORLD_SIZE)."
+        )
+
+
+def check_launch(trainer: Trainer) -> None:
+    """The part of :func:`check_strategy` that can be said before any process is launched."""
     strategy = trainer.strategy
     name = type(strategy).__name__
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
@@ -229,12 +250,6 @@ def check_strategy(trainer: Trainer) -> None:
         )
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ContinualError(f"strategy {name} shards or moves the weights that the ledger guards. Use 'ddp'.")
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if processes != trainer.world_size:
-        raise ContinualError(
-            f"The Trainer expects {trainer.world_size} processes, but {processes} are running: it would train on part"
-            " of the data. Start each distributed job in a fresh process (unset LOCAL_RANK and WORLD_SIZE)."
-        )
 
 
 def check_callbacks(trainer: Trainer) -> None:

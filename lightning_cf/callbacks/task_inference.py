@@ -16,7 +16,7 @@ from lightning_cf.callbacks.heads import Heads
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.choosing import choose_strategies
 from lightning_cf.contexts import seeded
-from lightning_cf.errors import ContinualError, check_choice
+from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_number
 from lightning_cf.inferring import finite_samples, inference_of, keep_inference, look
 from lightning_cf.rehearsal import rehearse
 from lightning_cf.state import ContinualState, state_of
@@ -51,8 +51,8 @@ class TaskInferenceCallback(ContinualCallback):
         self.strategy, self.weight, self.lr, self.seed = strategy, weight, lr, seed
         check_choice("task_inference", "strategy", strategy, (*CHOICES, *STRATEGIES))
         for name, value in (("weight", weight), ("lr", lr)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ContinualError(f"task_inference: {name} must be above 0, got {value!r}.")
+            check_number("task_inference", name, value, above=0.0)
+        check_count("task_inference", "seed", seed, least=0)
         self._heads: Heads | None = None
 
     def check(self, module: LightningModule, state: ContinualState, task: Task) -> None:
@@ -71,6 +71,7 @@ class TaskInferenceCallback(ContinualCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Makes the heads, anew after a partition, and tells them the batch's labels."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = state_of(pl_module)
         if state is None or state.ledger.current is None:
             return
@@ -116,6 +117,7 @@ class TaskInferenceCallback(ContinualCallback):
             warnings.warn(
                 f"task_inference: the head of {' and '.join(idle)} was never trained: no batch of (input, label) pairs"
                 " met a forward pass over as many samples. Use a strategy that is not trained, such as subspaces.",
+                ContinualWarning,
                 stacklevel=2,
             )
         self._release()
@@ -213,4 +215,4 @@ def prepare(module: LightningModule, state: ContinualState, task: Task, wanted: 
         if failure:
             known.left_out.append(task.name)
             keep_inference(state.ledger, known)
-            warnings.warn(f"Task '{task.name}' will not be inferred: {failure}", stacklevel=2)
+            warnings.warn(f"Task '{task.name}' will not be inferred: {failure}", ContinualWarning, stacklevel=2)

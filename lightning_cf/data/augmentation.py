@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, check_number
 
 Images = Float[Tensor, "batch channels height width"]
 
@@ -31,8 +31,8 @@ class RandomAffine:
         self.degrees, self.scale, self.shear, self.translate = degrees, scale, shear, translate
         for name in ("degrees", "scale", "shear", "translate"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 180:
-                raise ContinualError(f"RandomAffine: {name} must be a number from 0 on, got {value!r}.")
+            if check_number("RandomAffine", name, value, least=0.0) >= 180:
+                raise ContinualError(f"RandomAffine: {name} must be below 180, got {value!r}.")
 
     def __call__(self, images: Images) -> Images:
         """The images changed, black where nothing was."""

@@ -11,6 +11,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from lightning_cf.errors import ContinualError
+
 Batch = tuple[Tensor, Tensor]
 Transform = Callable[[Tensor], Tensor]
 
@@ -89,6 +91,8 @@ class ImageData(LightningDataModule):
 
     def __init__(self, splits: ImageSplits, *, batch_size: int, augment: Transform | None = None) -> None:
         super().__init__()
+        if augment is not None and not callable(augment):
+            raise ContinualError(f"ImageData: augment must change a batch of images, got {augment!r}.")
         self.splits, self.batch_size = splits, batch_size
         if augment is not None:
             self.splits = replace(splits, train=splits.train.augmented(augment))

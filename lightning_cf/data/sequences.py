@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_cf.data.images import ImageData, ImageSplits, Transform
-from lightning_cf.errors import ContinualError, check_count
+from lightning_cf.errors import ContinualError, check_count, check_kind, check_list, check_number
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.tasks import Task
 
@@ -32,10 +32,11 @@ def split_tasks(
         batch_size: images in a training batch.
         augment: changes each batch of training images, such as :class:`RandomAffine`.
     """
+    _check_source(source)
     check_count("tasks", "classes_per_task", classes_per_task)
     check_count("tasks", "batch_size", batch_size)
     known = sorted(set(source.train.labels.tolist()))
-    classes = known if order is None else list(order)
+    classes = known if order is None else check_list("tasks", "order", order, "classes")
     strange = [c for c in classes if c not in known]
     if strange or len(set(classes)) < len(classes):
         raise ContinualError(f"tasks: order must name classes of {known}, each once, got {classes}.")
@@ -67,7 +68,9 @@ def permuted_tasks(
         seed: what the permutations depend on.
         augment: changes each batch of training images, before the permutation.
     """
+    _check_source(source)
     check_count("tasks", "count", count)
+    check_count("tasks", "seed", seed, least=0)
     pixels = source.train.images[0].numel()
     orders = [torch.arange(pixels)]
     orders += [torch.randperm(pixels, generator=keyed_generator("permutation", seed, i)) for i in range(1, count)]
@@ -91,12 +94,18 @@ def rotated_tasks(
         batch_size: images in a training batch.
         augment: changes each batch of training images, before the rotation.
     """
+    _check_source(source)
     check_count("tasks", "count", count)
+    check_number("tasks", "degrees", degrees)
     if degrees == 0 and count > 1:
         raise ContinualError("tasks: degrees must not be 0, or all tasks are the same one; got 0.")
     return [
         _domain(f"rotated-{i * degrees:g}", source, _rotate(i * degrees), batch_size, augment) for i in range(count)
     ]
+
+
+def _check_source(source: object) -> None:
+    check_kind("tasks", "source", source, ImageSplits, "a data set in three parts, such as lightning_cf.data.digits()")
 
 
 def _domain(name: str, source: ImageSplits, transform: Transform, batch_size: int, augment: Transform | None) -> Task:

@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from lightning_cf.data.images import ImageSplits, TensorImages
-from lightning_cf.errors import ContinualError, check_count
+from lightning_cf.errors import ContinualError, check_count, check_path
 
 _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -46,7 +46,7 @@ def mnist(data_dir: str | Path | None, *, download: bool = False, limit: int | N
     """
     if data_dir is None:
         raise ContinualError("MNIST needs data_dir=FOLDER, the folder that holds MNIST/raw with the IDX files.")
-    raw = Path(data_dir) / "MNIST" / "raw"
+    raw = check_path("MNIST", "data_dir", data_dir) / "MNIST" / "raw"
     if download:
         from torchvision.datasets import MNIST
 

@@ -1,0 +1,65 @@
+"""The public names, as ``lightning_cf`` gives them."""
+
+from lightning_cf.affine import Rotation, Scaling, Shear, Translation
+from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback, TaskInferenceCallback
+from lightning_cf.errors import (
+    CapacityError,
+    ContinualError,
+    DivergenceError,
+    DivergenceWarning,
+    FrozenWarning,
+    LeakError,
+    LedgerWarning,
+    StructureError,
+    StructureWarning,
+)
+from lightning_cf.ledger import NeuronLedger
+from lightning_cf.models import Classifier
+from lightning_cf.module import ContinualModule
+from lightning_cf.perturbation import Ablate, Affine, Compose, InSubspace, Mixture, Noise, Resample
+from lightning_cf.records import PartitionRecord
+from lightning_cf.result import Result
+from lightning_cf.runner import SequentialTaskRunner
+from lightning_cf.state import keep_ledger
+from lightning_cf.subspace import GivenSubspace, LearnedSubspace, RandomSubspace
+from lightning_cf.task_inference import Prediction
+from lightning_cf.tasks import Task
+
+__all__ = [
+    "Ablate",
+    "Affine",
+    "CapacityError",
+    "Classifier",
+    "Compose",
+    "ContinualError",
+    "ContinualModule",
+    "DivergenceError",
+    "DivergenceWarning",
+    "FrozenWarning",
+    "GivenSubspace",
+    "InSubspace",
+    "InvarianceCallback",
+    "LeakError",
+    "LearnedSubspace",
+    "LedgerWarning",
+    "MaskedGradientCallback",
+    "Mixture",
+    "NeuronLedger",
+    "Noise",
+    "PartitionCallback",
+    "PartitionRecord",
+    "Prediction",
+    "RandomSubspace",
+    "Resample",
+    "Result",
+    "Rotation",
+    "Scaling",
+    "SequentialTaskRunner",
+    "Shear",
+    "StructureError",
+    "StructureWarning",
+    "Task",
+    "TaskInferenceCallback",
+    "Translation",
+    "keep_ledger",
+]
