@@ -17,6 +17,10 @@ class FrozenWarning(UserWarning):
     """Something changed what belongs to earlier tasks; it was put back."""
 
 
+class DataWarning(UserWarning):
+    """Data that are read, or judged on, in another way than one might think."""
+
+
 class CapacityError(ContinualError):
     """No free unit is left where a new task needs one."""
 

@@ -18,6 +18,7 @@ from lightning_cf.evaluation import forward_context, predict
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.state import ContinualState, ledger_of
 from lightning_cf.structure import call, eval_mode, in_precision_of
+from lightning_cf.targets import one_hot_labels
 from lightning_cf.task_inference import (
     STRATEGIES,
     Known,
@@ -32,6 +33,7 @@ from lightning_cf.task_inference.inference import read_all, variants_of
 from lightning_cf.task_inference.strategies import CHOICES, NEEDS
 from lightning_cf.task_inference.trained import changes_input
 from lightning_cf.tasks import Task
+from lightning_cf.training_batches import first_batch, training_batches
 
 SAMPLES = 20_000
 """From how many of a task's training inputs its statistics are taken at most."""
@@ -52,6 +54,8 @@ def keep_inference(ledger: NeuronLedger, inference: TaskInference) -> None:
 
 def positions_of(labels: list[int], target: Any, batch: int) -> Int64[Tensor, "batch"] | None:
     """Which of the labels each target is; None where the targets are no labels, one a sample."""
+    one_hot = one_hot_labels(target)
+    target = target if one_hot is None else one_hot
     if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != (batch,):
         return None
     found = (target[:, None] == torch.tensor(labels, device=target.device)).long()
@@ -103,13 +107,14 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
         return f"the output layer '{bare[0]}' has no weight of its own.", []
     sites = Sites.of(module, state.structure, state.ledger, task.name)
     with eval_mode(module), torch.no_grad(), isolate_rng():
-        batch = task.check_data()
+        batch = first_batch(module, task)
         forward = Kept(partial(predict, module, task))
         readout = read(module, [sites], partial(forward, batch))
     predictions, target = forward.found
     if readout.missing:
         return f"no forward pass computes the outputs of all tasks: '{readout.missing[0]}' does not run.", []
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
+    pair = pair and not task.task_loaders.side_by_side  # else a training step's batch is no pair
     if positions_of(task.classes, target, len(predictions)) is None:
         return f"the targets of task '{task.name}' are no labels, one a sample.", []
     has = {"": True, "inputs": sites.inputs is not None, "hidden": bool(sites.hidden)}
@@ -137,7 +142,7 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState, *,
         return
     sites = Sites.of(module, state.structure, state.ledger, task.name)
     with isolate_rng():
-        training = view_of(module, task, sites, task.train_dataloader(), SAMPLES)
+        training = view_of(module, task, sites, training_batches(module, task), SAMPLES)
         variants = variants_of(inference.strategies)
         held_out = view_of(module, task, sites, task.judging_batches(), SAMPLES, variants)
     if training is None or held_out is None:

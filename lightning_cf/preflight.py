@@ -12,12 +12,18 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_cf.errors import CapacityError, ContinualError
 from lightning_cf.files import load_tensors
 from lightning_cf.ledger import CHECKPOINT_KEY
+from lightning_cf.reading import Limits
 from lightning_cf.state import ContinualState
 from lightning_cf.tasks import Task
 
 
-def check_tasks(tasks: Sequence[Any]) -> None:
-    """Raises ContinualError for tasks that cannot be told apart or have no data."""
+def check_tasks(tasks: Sequence[Any], limits: Limits) -> None:
+    """Raises ContinualError for tasks that cannot be told apart or have no data.
+
+    Args:
+        tasks: all of the sequence.
+        limits: how much of their data the Trainers will read.
+    """
     if not tasks:
         raise ContinualError("runner: tasks is empty; give at least one Task.")
     for task in tasks:
@@ -28,6 +34,7 @@ def check_tasks(tasks: Sequence[Any]) -> None:
         if names.count(name) > 1:
             raise ContinualError(f"runner: two tasks are called '{name}'; give each a name of its own.")
     for task in tasks:
+        task.task_loaders.limits = limits
         task.prepare_data()
         task.setup("fit")
         task.setup("test")

@@ -76,6 +76,7 @@ class InvarianceCallback(ContinualCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Perturbs."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = state_of(pl_module)
         task = None if state is None else state.ledger.current
         if state is None or task is None or task.phase != "invariance":
@@ -111,6 +112,7 @@ class InvarianceCallback(ContinualCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the undisturbed values back where a batch was left early."""
+        super().on_train_epoch_end(trainer, pl_module)
         self._undisturb(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -74,6 +74,7 @@ class MaskedGradientCallback(ContinualCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Takes up masks, or optimisers, that changed within the fit."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = state_of(pl_module)
         if state is None or self._freezer is None:
             return

@@ -14,11 +14,11 @@ from lightning_cf.averaging import restart_averages, take_averages
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_share
-from lightning_cf.evaluation import check_scoring
 from lightning_cf.exactness import check_exact
 from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.options import PartitionKeywords, PartitionOptions
 from lightning_cf.recording import TaskFolders
+from lightning_cf.scoring_check import check_scoring
 from lightning_cf.state import ContinualState, state_for, state_of
 from lightning_cf.steps import decide_together, partition_task, remember_claim, seal_task
 from lightning_cf.structure import named_tensors
@@ -175,6 +175,7 @@ class PartitionCallback(ContinualCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes where the optimisers stand, since some batches end without a step."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -186,6 +187,7 @@ class PartitionCallback(ContinualCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Partitions when it is due; at the fit's last epoch, before checkpoints are written, ends the phase."""
+        super().on_train_epoch_end(trainer, pl_module)
         if _over(trainer) or _stops(trainer):
             self._end_phase(trainer, pl_module)
         elif self._phase(pl_module) is not None and self.should_partition(trainer):

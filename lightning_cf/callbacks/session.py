@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_cf.averaging import check_averaging
 from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError
+from lightning_cf.label_watch import watch_of
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.module import ContinualModule
 from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
@@ -36,6 +37,7 @@ class ContinualCallback(Callback):
         check_averaging(trainer, pl_module)
         check_callbacks(trainer)
         task = task_of(trainer, type(self).__name__)
+        task.task_loaders.check()
         if not is_overridden("configure_model", pl_module, parent=LightningModule):
             reserve_outputs(pl_module, task)
 
@@ -54,6 +56,15 @@ class ContinualCallback(Callback):
             )
             ledger.seal()
         ledger.begin(task.name, task.classes or [])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Looks at the batch's labels."""
+        watch = watch_of(trainer, pl_module, task_of(trainer, type(self).__name__))
+        watch.look(batch, batch_idx, trainer.fit_loop.total_batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says which labels were found that are none of the task's."""
+        watch_of(trainer, pl_module, task_of(trainer, type(self).__name__)).settle()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the ledger into the checkpoint, and perturbed units back, which its weights share."""

@@ -27,6 +27,7 @@ from lightning_cf.task_inference import STRATEGIES, Sites, Strategy, TaskInferen
 from lightning_cf.task_inference.strategies import CHOICES
 from lightning_cf.task_inference.trained import heads_of
 from lightning_cf.tasks import Task
+from lightning_cf.training_batches import training_batches
 
 
 class TaskInferenceCallback(ContinualCallback):
@@ -74,6 +75,7 @@ class TaskInferenceCallback(ContinualCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Makes the heads, anew after a partition, and tells them the batch's labels."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = state_of(pl_module)
         if state is None or state.ledger.current is None:
             return
@@ -147,7 +149,7 @@ class TaskInferenceCallback(ContinualCallback):
             return
         sites = Sites.of(module, state.structure, state.ledger, task.name)
         with seeded(self.seed, task.name, "task inference"):
-            found = view_of(module, task, sites, task.train_dataloader(), 2000)
+            found = view_of(module, task, sites, training_batches(module, task), 2000)
         if found is None:
             return
         view, labels = found
