@@ -93,12 +93,12 @@ def split(loader: Any, share: float, *, name: str, processes: int = 1) -> Split:
     shuffled = isinstance(loader.sampler, RandomSampler)
     generator = getattr(loader.sampler, "generator", None)
     sampler = PartSampler(kept, shuffled=shuffled, generator=generator)
+    resample(train, sampler)
     if processes > 1 and shuffled:
-        if _is_dataloader_shuffled(loader):
+        if _is_dataloader_shuffled(train):
             sampler.shuffled = False  # Lightning's sampler, which comes around it, shuffles
         else:
             sampler.seed = derive_seed("holdout", name)
-    resample(train, sampler)
     resample(judge, PartSampler(held), drop_last=False)
     judge.__dict__["generator"] = None
     for twin in (train, judge):

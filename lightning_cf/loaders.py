@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.data import _replace_dunder_methods
@@ -105,7 +105,9 @@ class Loaders:
         if self.validates():
             return self._of_this_task("val")
         opened = self._readable("train")
-        return self._reading("train", [(0, opened.split.held)], ("val", "train"))
+        reading = self._reading("train", [(0, opened.split.held)], ("val", "train"))
+        pairs = self.batches == "pairs" and self.side_by_side
+        return replace(reading, parts=pairs_in) if pairs else reading
 
     def testing(self) -> Reading | None:
         """Test data, if there are any."""

@@ -87,6 +87,7 @@ class Reading:
         stages: whose limits hold.
         what: how a warning calls it.
         began: is told a loader's place before its batches come.
+        parts: what of a batch is given, if not the batch itself.
     """
 
     loaders: Sequence[tuple[int, Any]]
@@ -94,6 +95,7 @@ class Reading:
     stages: Sequence[str] = ()
     what: str = ""
     began: Callable[[int], None] | None = None
+    parts: Callable[[Any], Iterable[Any]] | None = None
 
     @property
     def loader(self) -> Any:
@@ -112,7 +114,7 @@ class Reading:
                 for batch in batches if math.isinf(count) else islice(batches, int(count)):
                     if self.began is not None:
                         self.began(place)
-                    yield batch
+                    yield from [batch] if self.parts is None else self.parts(batch)
                     seen += samples_in(batch)
                     if math.isinf(count) and seen >= WITHOUT_LENGTH:
                         self._stopped(seen)

@@ -16,6 +16,7 @@ from lightning_cf.reading import samples_in
 from lightning_cf.structure import eval_mode
 from lightning_cf.targets import finite, labels_of, strange
 from lightning_cf.tasks import Task
+from lightning_cf.training_batches import settle
 
 SCANNED = 2048
 """Over how many judging samples labels are looked at before training."""
@@ -28,6 +29,7 @@ def check_scoring(module: LightningModule, task: Task) -> None:
     Raises:
         ContinualError: if that does not work: better now than after training.
     """
+    settle(module, task)
     why = task.task_loaders.whole()
     if why:
         warnings.warn(
@@ -46,8 +48,10 @@ def check_scoring(module: LightningModule, task: Task) -> None:
         )
     scorer, seen = Scorer(module, task, "its judging data"), 0
     with eval_mode(module), isolate_rng():
+        labelled = False
         for number, batch in enumerate(task.judging_batches()):
-            if number == 0 or _to_be_looked_at(task, batch):
+            labelled = labelled or (number == 0 and labels_of(batch) is not None)
+            if number == 0 or _to_be_looked_at(task, batch, labelled):
                 _tried(scorer, batch, number)
             seen += samples_in(batch)
             if number == 0:
@@ -95,8 +99,8 @@ def _cannot(scorer: Scorer, error: Exception) -> ContinualError:
     )
 
 
-def _to_be_looked_at(task: Task, batch: Any) -> bool:
-    """Whether a batch holds labels of other tasks, or numbers that are not finite."""
+def _to_be_looked_at(task: Task, batch: Any, labelled: bool) -> bool:
+    """Whether a batch holds labels of other tasks, numbers that are not finite, or no labels though the first did."""
     labels = labels_of(batch)
     other = task.classes is not None and labels is not None and strange(labels, task.classes, [])
-    return bool(other) or not finite(batch)
+    return bool(other) or (labelled and labels is None) or not finite(batch)

@@ -27,8 +27,7 @@ def training_batches(module: LightningModule, task: Task) -> Iterator[Any]:
     if not loaders.side_by_side:
         yield from loaders.training()
         return
-    if loaders.batches is None:
-        loaders.batches = _kind_of_batches(module, task)
+    settle(module, task)
     for batch in loaders.judging() if loaders.batches == "val" else loaders.training():
         yield from pairs_in(batch) if loaders.batches == "pairs" else [batch]
 
@@ -41,6 +40,16 @@ def first_batch(module: LightningModule, task: Task) -> Any:
     """
     first = task.check_data()
     return next(iter(training_batches(module, task)), first) if task.task_loaders.side_by_side else first
+
+
+def settle(module: LightningModule, task: Task) -> None:
+    """Finds out what of batches of several loaders the task's ``evaluate`` takes.
+
+    Raises:
+        ContinualError: if it takes nothing of them.
+    """
+    if task.task_loaders.side_by_side and task.task_loaders.batches is None:
+        task.task_loaders.batches = _kind_of_batches(module, task)
 
 
 def _kind_of_batches(module: LightningModule, task: Task) -> str:
