@@ -95,7 +95,7 @@ class Scorer:
         # A metric or an evaluate= of the user's own may make labels into anything.
         known = task.metric is None or type(task.metric).__module__.startswith("torchmetrics.")
         self._by_class = task.classes is not None and task.evaluate is supervised and known
-        self._told = False
+        self._told, self.one_hot = False, False
 
     def add(self, batch: Any, number: int) -> None:
         """Counts a batch."""
@@ -104,6 +104,7 @@ class Scorer:
         predictions, target = predict(self.module, task, batch)
         if task.metric is None:
             check_for_accuracy(task, predictions, target)
+        self.one_hot = isinstance(batch, (tuple, list)) and len(batch) == 2 and predictions.shape == _shape(batch[1])
         if self._by_class and not target.is_floating_point():
             self._check_labels(batch, target, where)
         check_finite(task, batch, predictions, target, where)
@@ -133,7 +134,7 @@ class Scorer:
 
     def _check_labels(self, batch: Any, target: Tensor, where: str) -> None:
         """Labels of samples are the task's classes; of pixels and tokens some may be void, which is said."""
-        labels = labels_of(batch)
+        labels = target if self.one_hot else labels_of(batch)
         if labels is not None and labels.numel() == target.numel():
             check_labels(self.task, target, self._left_out, where)
             return
@@ -148,6 +149,10 @@ class Scorer:
                     DataWarning,
                     stacklevel=4,
                 )
+
+
+def _shape(value: Any) -> torch.Size | None:
+    return value.shape if isinstance(value, Tensor) else None
 
 
 @torch.no_grad()

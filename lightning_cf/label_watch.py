@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.loaders import pairs_in
+from lightning_cf.state import ledger_of
 from lightning_cf.targets import labels_of, left_out
 from lightning_cf.tasks import Task
 
@@ -30,6 +31,8 @@ class LabelWatch:
     def __init__(self, module: LightningModule, task: Task) -> None:
         self.task = task
         self.known = frozenset({*(task.classes or []), *left_out(task, module)})
+        ledger = ledger_of(module)
+        self.columns = None if ledger is None else ledger.width
         self.seen = _NONE
         self._known: Tensor | None = None
         self._found: Tensor | None = None
@@ -39,8 +42,8 @@ class LabelWatch:
         if self.task.classes is None or count == self.seen:
             return
         self.seen = count
-        whole = labels_of(batch)
-        for labels in [whole] if whole is not None else [labels_of(pair) for pair in pairs_in(batch)]:
+        whole = labels_of(batch, self.columns)
+        for labels in [whole] if whole is not None else [labels_of(pair, self.columns) for pair in pairs_in(batch)]:
             if labels is None or labels.numel() == 0:
                 continue
             if labels.device.type == "cpu":

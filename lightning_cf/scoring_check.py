@@ -48,13 +48,13 @@ def check_scoring(module: LightningModule, task: Task) -> None:
         )
     scorer, seen = Scorer(module, task, "its judging data"), 0
     with eval_mode(module), isolate_rng():
-        labelled = False
+        rows = False
         for number, batch in enumerate(task.judging_batches()):
-            labelled = labelled or (number == 0 and labels_of(batch) is not None)
-            if number == 0 or _to_be_looked_at(task, batch, labelled):
+            if number == 0 or rows or _to_be_looked_at(task, batch):
                 _tried(scorer, batch, number)
             seen += samples_in(batch)
             if number == 0:
+                rows = scorer.one_hot  # those of a later batch may be none
                 _try_score(scorer)
             if seen >= SCANNED:
                 break
@@ -99,8 +99,8 @@ def _cannot(scorer: Scorer, error: Exception) -> ContinualError:
     )
 
 
-def _to_be_looked_at(task: Task, batch: Any, labelled: bool) -> bool:
-    """Whether a batch holds labels of other tasks, numbers that are not finite, or no labels though the first did."""
+def _to_be_looked_at(task: Task, batch: Any) -> bool:
+    """Whether a batch holds labels of other tasks, or numbers that are not finite."""
     labels = labels_of(batch)
     other = task.classes is not None and labels is not None and strange(labels, task.classes, [])
-    return bool(other) or (labelled and labels is None) or not finite(batch)
+    return bool(other) or not finite(batch)

@@ -36,14 +36,20 @@ def one_hot_labels(target: Any) -> Int64[Tensor, "samples"] | None:
     return ones.long().argmax(dim=1) if bool(exact) else None
 
 
-def labels_of(batch: Any) -> Int64[Tensor, "samples"] | None:
-    """The labels of a batch of (input, target) pairs; None where its targets are no labels, one a sample."""
+def labels_of(batch: Any, columns: int | None = None) -> Int64[Tensor, "samples"] | None:
+    """The labels of a batch of (input, target) pairs; None where its targets are no labels, one a sample.
+
+    Args:
+        batch: of a loader.
+        columns: how many outputs there are: targets that are one-hot rows of so many numbers are labels too.
+    """
     target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
-    if not isinstance(target, Tensor) or target.is_complex() or target.dtype == torch.bool:
+    if not isinstance(target, Tensor):
         return None
-    if target.is_floating_point():
+    if target.ndim == 2 and target.shape[1] == columns:
         return one_hot_labels(target)
-    return target.long() if target.ndim == 1 else None
+    whole = not target.is_floating_point() and not target.is_complex() and target.dtype != torch.bool
+    return target.long() if whole and target.ndim == 1 else None
 
 
 def left_out(task: Task, module: nn.Module | None = None) -> set[int]:
