@@ -20,6 +20,7 @@ from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, check_
 from lightning_cf.task_inference.strategies import CHOICES, NEEDS
 from lightning_cf.task_inference.trained import changes_input
 from lightning_cf.tasks import Task
+from lightning_cf.training_batches import first_batch
 
 ORDER = ("reconstruction_logits", "subspaces", "energy")
 """The best ones first, as measured in benchmarks; the first one is trained with the network."""
@@ -94,7 +95,7 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     if bare:
         return f"the output layer '{bare[0]}' has no weight of its own.", []
     with eval_mode(module), torch.no_grad(), isolate_rng():
-        batch = task.check_data()
+        batch = first_batch(module, task)
         watched = watch_task(module, task, state, batch)
         sites = Sites.of(module, state.structure, state.ledger, task.name, watched)
         forward = Kept(partial(predict, module, task))
@@ -103,6 +104,7 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     if readout.missing:
         return f"no forward pass computes the outputs of all tasks: '{readout.missing[0]}' does not run.", []
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
+    pair = pair and not task.task_loaders.side_by_side  # else a training step's batch is no pair
     if positions_of(task.classes, target, len(predictions)) is None:
         return f"{why_no_labels(task, target, len(predictions))}", []
     has = {"": True, "inputs": sites.inputs is not None, "hidden": bool(sites.hidden)}

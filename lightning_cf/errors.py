@@ -36,6 +36,10 @@ class LedgerWarning(ContinualWarning):
     """Weights and ledger may not belong together."""
 
 
+class DataWarning(ContinualWarning):
+    """Data that are read, or judged on, in another way than one might think."""
+
+
 class CapacityError(ContinualError):
     """No free unit is left where a new task needs one."""
 

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, DataWarning
 from lightning_cf.structure import eval_mode, in_precision_of
-from lightning_cf.tasks import Batches, Task
+from lightning_cf.targets import (
+    IGNORED,
+    check_finite,
+    check_for_accuracy,
+    check_labels,
+    check_pair,
+    labels_of,
+    left_out,
+    one_hot_labels,
+    strange,
+)
+from lightning_cf.tasks import Batches, Task, supervised
 
 
 def on_device(module: LightningModule, task: Task, batch: Any) -> Any:
@@ -28,7 +40,7 @@ def transferred(module: LightningModule, task: Task, batch: Any) -> Any:
     for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
         owner: Any = task if hook in task.__dict__ else module
         between = (module.device,) if hook == "transfer_batch_to_device" else ()
-        batch = getattr(owner, hook)(batch, *between, 0)
+        batch = getattr(owner, hook)(batch, *between, task.task_loaders.place)
     return batch
 
 
@@ -47,9 +59,16 @@ def forward_context(module: LightningModule) -> Iterator[None]:
 
 
 def predict(module: LightningModule, task: Task, batch: Any) -> tuple[Tensor, Tensor]:
-    """The task's predictions and targets for a batch, computed in the Trainer's precision, with numbers of 4 bytes."""
+    """The task's predictions and targets for a batch, computed in the Trainer's precision, with numbers of 4 bytes.
+
+    Where the default metric counts right classes, targets that are one-hot rows become labels.
+    """
     with forward_context(module):
         predictions, target = task.evaluate(module, on_device(module, task, batch))
+    check_pair(task, predictions, target)
+    if task.metric is None and predictions.shape == target.shape:
+        labels = one_hot_labels(target)
+        target = target if labels is None else labels
     half = predictions.dtype in (torch.float16, torch.bfloat16)
     return (predictions.float() if half else predictions).contiguous(), target.contiguous()
 
@@ -60,36 +79,84 @@ def metric_for(task: Task, predictions: Tensor) -> Metric:
     It does not gather over processes: each process scores all of the data, or only the first does.
     """
     metric = (
-        task.metric.clone() if task.metric is not None else MulticlassAccuracy(predictions.shape[1], average="micro")
+        task.metric.clone()
+        if task.metric is not None
+        else MulticlassAccuracy(predictions.shape[1], average="micro", ignore_index=IGNORED)
     )
     metric.reset()
     metric.distributed_available_fn = lambda: False
     return metric.to(predictions.device)
 
 
-@torch.no_grad()
-def check_scoring(module: LightningModule, task: Task) -> None:
-    """Scores the first batch that judges partitions.
+class Scorer:
+    """The task's metric over some batches, each of which is looked at before it counts."""
 
-    Raises:
-        ContinualError: if that does not work: better now than after training.
-    """
-    with eval_mode(module), isolate_rng():
-        for batch in task.judging_batches():
-            shapes = ""
-            try:
-                predictions, target = predict(module, task, batch)
-                shapes = f" of predictions {list(predictions.shape)} and targets {list(target.shape)}"
-                metric_for(task, predictions).update(predictions, target)
-            except Exception as error:  # whatever a user's evaluate or metric raises
-                raise ContinualError(
-                    f"Task '{task.name}' cannot be scored: {error} That is what its metric says{shapes}. Give the task"
-                    " evaluate=lambda module, batch: (predictions, target) and metric=... that fit each other."
-                    if shapes
-                    else f"Task '{task.name}' cannot be scored: its evaluate says: {error} Give the task"
-                    " evaluate=lambda module, batch: (predictions, target)."
-                ) from error
+    def __init__(self, module: LightningModule, task: Task, what: str) -> None:
+        self.module, self.task, self.what = module, task, what
+        self.metric: Metric | None = None
+        self.shapes = ""
+        self._left_out = left_out(task, module)
+        # A metric or an evaluate= of the user's own may make labels into anything.
+        known = task.metric is None or type(task.metric).__module__.startswith("torchmetrics.")
+        self._by_class = task.classes is not None and task.evaluate is supervised and known
+        self._told, self.one_hot = False, False
+
+    def add(self, batch: Any, number: int) -> None:
+        """Counts a batch."""
+        task, where = self.task, f"batch {number} of {self.what}"
+        self.shapes = ""
+        predictions, target = predict(self.module, task, batch)
+        if task.metric is None:
+            check_for_accuracy(task, predictions, target)
+        self.one_hot = isinstance(batch, (tuple, list)) and len(batch) == 2 and predictions.shape == _shape(batch[1])
+        if self._by_class and not target.is_floating_point():
+            self._check_labels(batch, target, where)
+        check_finite(task, batch, predictions, target, where)
+        self.shapes = f" of predictions {list(predictions.shape)} and targets {list(target.shape)}"
+        self.metric = self.metric or metric_for(task, predictions)
+        self.metric.update(predictions, target)
+
+    def score(self) -> float:
+        """What the metric says.
+
+        Raises:
+            ContinualError: if there was no batch, or the metric gives several numbers.
+        """
+        task = self.task
+        if self.metric is None:
+            raise ContinualError(f"Task '{task.name}' has no data to score it on; give it a test or validation loader.")
+        value = self.metric.compute()
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+            return float(value)
+        if isinstance(value, (int, float)):
+            return float(value)
+        found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ContinualError(
+            f"Task '{task.name}': its metric {type(self.metric).__name__} gives {found}, but a partition is judged by"
+            " one number. Use a metric that averages, such as average='macro', or one of those in a collection."
+        )
+
+    def _check_labels(self, batch: Any, target: Tensor, where: str) -> None:
+        """Labels of samples are the task's classes; of pixels and tokens some may be void, which is said."""
+        labels = target if self.one_hot else labels_of(batch)
+        if labels is not None and labels.numel() == target.numel():
+            check_labels(self.task, target, self._left_out, where)
             return
+        if not self._told and self.task.metric is None and isinstance(batch, (tuple, list)) and len(batch) == 2:
+            found = strange(target.flatten(), self.task.classes or [], self._left_out)
+            self._told = bool(found)
+            if found:
+                warnings.warn(
+                    f"Task '{self.task.name}' declares classes {self.task.classes}, but {where} holds label {found[0]},"
+                    " which counts as wrong. If it stands for nothing, give the task"
+                    f" metric=MulticlassAccuracy(..., ignore_index={found[0]}).",
+                    DataWarning,
+                    stacklevel=4,
+                )
+
+
+def _shape(value: Any) -> torch.Size | None:
+    return value.shape if isinstance(value, Tensor) else None
 
 
 @torch.no_grad()
@@ -102,17 +169,30 @@ def evaluate(module: LightningModule, task: Task, batches: Batches) -> float:
         batches: what to score on.
 
     Raises:
-        ContinualError: if there is no batch.
+        ContinualError: if there is no batch, a label that is no class of the task, a prediction that is not finite, or
+            a metric of several numbers.
     """
-    metric: Metric | None = None
+    scorer = Scorer(module, task, "the data that it is scored on")
     with eval_mode(module):
-        for batch in batches:
-            predictions, target = predict(module, task, batch)
-            metric = metric or metric_for(task, predictions)
-            metric.update(predictions, target)
-    if metric is None:
-        raise ContinualError(f"Task '{task.name}' has no data to score it on; give it a test or validation loader.")
-    return float(metric.compute())
+        for number, batch in enumerate(batches):
+            scorer.add(batch, number)
+    return scorer.score()
+
+
+def judge(module: LightningModule, task: Task) -> float:
+    """The task's metric on the data that judges partitions, which must be a finite number.
+
+    Raises:
+        ContinualError: if it is not, and as :func:`evaluate`.
+    """
+    score = evaluate(module, task, task.judging_batches())
+    if not math.isfinite(score):
+        metric = "accuracy" if task.metric is None else type(task.metric).__name__
+        raise ContinualError(
+            f"Task '{task.name}': its {metric} is {score} on the data that judges its partition, which nothing can be"
+            " judged by. Give it other judging data, or another metric."
+        )
+    return score
 
 
 @torch.no_grad()
@@ -133,7 +213,10 @@ def constant_predictor(
     with eval_mode(module), shown:
         for batch in batches:
             predictions, target = predict(module, task, batch)
-            for label in task.classes:
+            if predictions.ndim < 2:
+                return None
+            columns = task.classes if max(task.classes) < predictions.shape[1] else range(predictions.shape[1])
+            for label in columns:
                 metric = metrics.setdefault(label, metric_for(task, predictions))
                 constant = torch.zeros_like(predictions)
                 constant[:, label] = 1

@@ -22,12 +22,14 @@ from lightning_cf.finite import rows_finite
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.state import ContinualState, ledger_of
 from lightning_cf.structure import call, in_precision_of
+from lightning_cf.targets import one_hot_labels
 from lightning_cf.task_inference import STRATEGIES, Known, Prediction, Sites, TaskInference, View
 from lightning_cf.task_inference.inference import read_all, variants_of
 from lightning_cf.task_inference.sites import Watched
 from lightning_cf.task_inference.trained import heads_of
 from lightning_cf.task_inference.watching import watch
 from lightning_cf.tasks import Task
+from lightning_cf.training_batches import training_batches
 
 Samples = tuple[View, Int64[Tensor, "samples"]]
 """A task's view of some samples, and their labels from 0 on."""
@@ -48,6 +50,8 @@ def keep_inference(ledger: NeuronLedger, inference: TaskInference) -> None:
 
 def positions_of(labels: list[int], target: Any, batch: int) -> Int64[Tensor, "batch"] | None:
     """Which of the labels each target is; None where the targets are no labels, one a sample."""
+    one_hot = one_hot_labels(target)
+    target = target if one_hot is None else one_hot
     if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != (batch,):
         return None
     found = (target[:, None] == torch.tensor(labels, device=target.device)).long()
@@ -67,7 +71,7 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState, *,
     known = None
     if task.classes is not None and task.name not in inference.left_out:
         with isolate_rng():
-            sites, training = look(module, task, state, task.train_dataloader(), SAMPLES)
+            sites, training = look(module, task, state, training_batches(module, task), SAMPLES)
             variants, held_out = variants_of(inference.strategies), None
             if sites is not None and training is not None:
                 held_out = view_of(module, task, sites, task.judging_batches(), SAMPLES, variants)

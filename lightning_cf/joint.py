@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.holdout import PartSampler
 from lightning_cf.outputs import OutputView
 from lightning_cf.tasks import Task
 
@@ -48,7 +49,7 @@ class JointTask(LightningDataModule):
         """Samples of all tasks in batches of the first task's size."""
         first = self.loaders[0]
         return DataLoader(
-            _Numbered([loader.dataset for loader in self.loaders]),
+            _Numbered([_drawn(loader) for loader in self.loaders]),
             batch_size=first.batch_size,
             shuffle=True,
             num_workers=first.num_workers,
@@ -62,6 +63,12 @@ class JointTask(LightningDataModule):
         if self.view is not None:
             self.view.view_of_sample = tasks
         return samples
+
+
+def _drawn(loader: DataLoader[Any]) -> Dataset[Any]:
+    """A loader's data set, less what its sampler holds out."""
+    sampler = loader.sampler
+    return Subset(loader.dataset, sampler.indices) if isinstance(sampler, PartSampler) else loader.dataset
 
 
 class _Numbered(Dataset[Any]):

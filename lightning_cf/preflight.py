@@ -19,6 +19,7 @@ from lightning_cf.callbacks import (
 from lightning_cf.errors import CapacityError, ContinualError, check_kind, check_list
 from lightning_cf.files import load_tensors
 from lightning_cf.ledger import CHECKPOINT_KEY
+from lightning_cf.reading import Limits
 from lightning_cf.state import ContinualState
 from lightning_cf.task_inference import Strategy
 from lightning_cf.tasks import Task
@@ -64,8 +65,13 @@ def check_root(root: Path) -> None:
         raise ContinualError(f"runner: root={str(root)!r} cannot be written: {there} is read-only for this user.")
 
 
-def check_tasks(tasks: Sequence[Any]) -> list[Any]:
-    """Raises ContinualError for tasks that cannot be told apart or have no data; gives the first batch of each."""
+def check_tasks(tasks: Sequence[Any], limits: Limits) -> list[Any]:
+    """Raises ContinualError for tasks that cannot be told apart or have no data; gives the first batch of each.
+
+    Args:
+        tasks: all of the sequence.
+        limits: how much of their data the Trainers will read.
+    """
     if not tasks:
         raise ContinualError("runner: tasks is empty; give at least one Task.")
     for task in tasks:
@@ -77,6 +83,7 @@ def check_tasks(tasks: Sequence[Any]) -> list[Any]:
             raise ContinualError(f"runner: two tasks are called '{name}'; give each a name of its own.")
     batches = []
     for task in tasks:
+        task.task_loaders.limits = limits
         task.prepare_data()
         task.setup("fit")
         task.setup("test")

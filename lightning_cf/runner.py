@@ -26,7 +26,7 @@ from lightning_cf.callbacks.session import check_launch, check_strategy
 from lightning_cf.class_incremental import score_strategies
 from lightning_cf.contexts import on_device, seeded
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_path
-from lightning_cf.evaluation import check_scoring, constant_predictor, evaluate, transferred
+from lightning_cf.evaluation import constant_predictor, evaluate, transferred
 from lightning_cf.inferring import highest_output, inference_of
 from lightning_cf.joint import JointTask
 from lightning_cf.ledger import ISOLATIONS, Isolation
@@ -42,13 +42,15 @@ from lightning_cf.preflight import (
     load_pretrained,
 )
 from lightning_cf.progress import RunProgress, RunStore
+from lightning_cf.reading import Limits
 from lightning_cf.recording import TaskFolders
 from lightning_cf.result import Result
+from lightning_cf.scoring_check import check_scoring
 from lightning_cf.state import ContinualState, state_for
 from lightning_cf.steps import decide_together, seal_task, synchronise
 from lightning_cf.subspace import LearnedSubspace
 from lightning_cf.task_inference import Strategy, TaskInference
-from lightning_cf.tasks import Batches, Task, single
+from lightning_cf.tasks import Batches, Task
 from lightning_cf.trainers import (
     MakeTrainer,
     check_trains,
@@ -288,11 +290,11 @@ class SequentialTaskRunner:
 
     def _start(self) -> None:
         check_root(self.store.root)
-        batches = check_tasks(self.tasks)
         self.check_callbacks()
         self._host = self.new_trainer(max_epochs=self.epochs, callbacks=[], root=self.store.root)
         check_launch(self._host)
         check_trains(self._host)
+        batches = check_tasks(self.tasks, Limits.of(self._host))
         strategy = self._host.strategy
         if strategy.launcher is not None:
             strategy.launcher.launch(strategy.setup_environment, trainer=self._host)
@@ -413,8 +415,8 @@ class SequentialTaskRunner:
 
     def scoring_batches(self, task: Task) -> Batches:
         """The data that a task is scored on."""
-        tests = self.score_on == "test" and "test_dataloader" in task.__dict__
-        return single(task.test_dataloader()) if tests else task.judging_batches()
+        tests = task.task_loaders.testing() if self.score_on == "test" else None
+        return task.judging_batches() if tests is None else tests
 
     def score_of(self, task: Task) -> float:
         """The task's score on the data that it is scored on, on its own outputs; higher is better."""

@@ -30,6 +30,7 @@ from lightning_cf.structure import Forward, Structure, call, eval_mode, named_te
 from lightning_cf.subspace import GivenSubspace, Subspace
 from lightning_cf.tasks import Task, required_arguments, supervised
 from lightning_cf.tracing import trace
+from lightning_cf.training_batches import first_batch
 
 _ATTRIBUTE = "_continual_state"
 _PENDING = "_continual_ledger"
@@ -349,7 +350,7 @@ def keep_ledger(module: nn.Module, ledger: NeuronLedger) -> None:
 
 def _way(module: LightningModule, task: Task) -> tuple[Any, Forward]:
     """An example, and how the task runs the network on it: all outputs, and those that it is scored on."""
-    batch = task.check_data()
+    batch = first_batch(module, task)
     inputs = _inputs(module, task, batch)
     if task.evaluate is supervised and inputs is not None and required_arguments(module.forward) == 1:
         return inputs, call

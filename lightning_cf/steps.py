@@ -11,23 +11,24 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_cf.claim_folding import cut_claimed
 from lightning_cf.claiming import Claimer, warn_of_cost
 from lightning_cf.errors import ContinualError
-from lightning_cf.evaluation import evaluate, predict
+from lightning_cf.evaluation import judge, predict
 from lightning_cf.fingerprints import keep_fingerprints
 from lightning_cf.inferring import remember_task
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.options import PartitionOptions
 from lightning_cf.probe import probe
 from lightning_cf.randomness import derive_seed
+from lightning_cf.reading import samples_in
 from lightning_cf.recording import TaskFolders
 from lightning_cf.reinitialise import reinitialise_free
 from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.structure import eval_mode, named_tensors
 from lightning_cf.tasks import Task
+from lightning_cf.training_batches import training_batches
 
 FOLD_SAMPLES = 4096
 """From how many inputs of the task the regression learns what to fold."""
@@ -68,7 +69,7 @@ def partition_task(
             structure=state.structure,
             ledger=state.ledger,
             options=options,
-            score=lambda: evaluate(module, task, task.judging_batches()),
+            score=lambda: judge(module, task),
             higher_is_better=not _lower_is_better(task),
             passes=lambda: _passes(module, task),
             start=state.start,
@@ -129,7 +130,7 @@ def seal_task(
     if not all(record.get("within_tolerance", True) for record in state.ledger.records if record["task"] == task.name):
         tolerance = (options or PartitionOptions()).tolerance
         with isolate_rng(), eval_mode(module), state.showing(module, [task]):
-            now = evaluate(module, task, task.judging_batches())
+            now = judge(module, task)
         warn_of_cost(state.ledger, tolerance, lower_is_better=_lower_is_better(task), now=now)
     if folders is not None:
         folders.complete(module, state.structure, state.ledger)
@@ -167,13 +168,14 @@ def ablation_accuracy(module: LightningModule, task: Task) -> float:
     """The current task's score without its redundant units, on the data that judges partitions."""
     state = state_for(module, task)
     before = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
-    with isolate_rng(), eval_mode(module), state.showing(module, [task]):
-        cut_claimed(module, state.structure, state.ledger)
-        score = evaluate(module, task, task.judging_batches())
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(before[name])
-    return score
+    try:
+        with isolate_rng(), eval_mode(module), state.showing(module, [task]):
+            cut_claimed(module, state.structure, state.ledger)
+            return judge(module, task)
+    finally:
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(before[name])
 
 
 def decide_together(trainer: Trainer, module: LightningModule, step: Callable[[], None]) -> None:
@@ -250,8 +252,8 @@ def _ledger(module: nn.Module) -> NeuronLedger:
 def _passes(module: LightningModule, task: Task) -> Iterator[Callable[[], Any]]:
     """Forward passes over the task's training data, up to ``FOLD_SAMPLES`` inputs."""
     seen = 0
-    for batch in task.train_dataloader():
+    for batch in training_batches(module, task):
         yield partial(predict, module, task, batch)
-        seen += max((len(x) for x in tree_leaves(batch) if isinstance(x, torch.Tensor) and x.ndim), default=1)
+        seen += samples_in(batch)
         if seen >= FOLD_SAMPLES:
             return

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
+import numpy as np
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 from torchmetrics import Metric
 
 from lightning_cf.errors import ContinualError, check_function, check_kind, check_list, check_share, check_text
-from lightning_cf.randomness import keyed_generator
+from lightning_cf.loaders import STAGES, Loaders
+from lightning_cf.reading import Reading
+from lightning_cf.targets import labels_of, left_out, strange
 
 Batches = Iterable[Any]
 
+_WATCHED = ("setup", "teardown", "val_dataloader", "test_dataloader")
+"""Hooks of the data that open loaders, or change what is behind them."""
+
 _HOOKS = (
     "prepare_data",
-    "setup",
-    "teardown",
-    "val_dataloader",
-    "test_dataloader",
     "predict_dataloader",
     "on_before_batch_transfer",
     "transfer_batch_to_device",
@@ -45,7 +45,7 @@ class Task(LightningDataModule):
     Args:
         name: what the task is called in the ledger, in files and in plots; each task has a name of its own.
         data: a datamodule, or loaders by stage: ``{"train": ..., "val": ..., "test": ...}``.
-        classes: the labels in the data.
+        classes: the labels in the data; of a list, an array, a tensor or a series, as ``np.unique(y)`` gives.
         outputs: the head's columns that the task owns, one a class. Default: equal to its classes; in a
             ``ContinualModule``, columns of its own where an earlier task has those already. Without classes: those that
             ``evaluate`` returns, such as all of a head of the task's own.
@@ -60,8 +60,8 @@ class Task(LightningDataModule):
         name: str,
         data: LightningDataModule | Mapping[str, Any],
         *,
-        classes: Sequence[int] | None = None,
-        outputs: Sequence[int] | None = None,
+        classes: Iterable[Any] | None = None,
+        outputs: Iterable[Any] | None = None,
         metric: Metric | None = None,
         evaluate: Callable[[LightningModule, Any], tuple[Tensor, Tensor]] | None = None,
         holdout: float = 0.1,
@@ -89,11 +89,15 @@ class Task(LightningDataModule):
         self.holdout = check_share(f"Task '{name}'", "holdout", holdout)
         if holdout == 1:
             raise ContinualError(f"Task '{name}': holdout=1 leaves nothing to train on; keep it below 1.")
+        self.task_loaders = Loaders(self)
         self.data = data if isinstance(data, LightningDataModule) else _Loaders(name, data)
         # Lightning asks of each hook whether it is overridden, so only those that the data overrides are passed on.
         for hook in _HOOKS:
             if is_overridden(hook, self.data, parent=LightningDataModule):
                 setattr(self, hook, getattr(self.data, hook))
+        for hook in _WATCHED:
+            if is_overridden(hook, self.data, parent=LightningDataModule):
+                setattr(self, hook, getattr(self, f"_{hook}"))
         for option in ("prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"):
             setattr(self, option, getattr(self.data, option))
 
@@ -107,10 +111,14 @@ class Task(LightningDataModule):
         own = "data" not in self.__dict__ or name in self.__dict__ or hasattr(type(self), name)
         if not own and hasattr(self.data, name):
             setattr(self.data, name, value)
+            self.task_loaders.drop(*STAGES)  # such as another batch size
             return
+        another = name == "trainer" and value is not self.__dict__.get("trainer")
         super().__setattr__(name, value)
         if name == "trainer" and "data" in self.__dict__:
             self.data.trainer = value
+            if value is not None:
+                self.task_loaders.attach(value, another=another)
 
     def let_go(self) -> None:
         """Forgets the Trainer of the last fit; another one that fits the same data now stays known to it."""
@@ -122,25 +130,19 @@ class Task(LightningDataModule):
     @property
     def has_validation(self) -> bool:
         """Whether the data brings a validation set of its own."""
-        return is_overridden("val_dataloader", self.data, parent=LightningDataModule)
+        return self.task_loaders.validates()
 
     def train_dataloader(self) -> Any:
         """The data's training loader, less what is held out where there is no validation set."""
-        loader = self.data.train_dataloader()
-        parts = None if self.has_validation else self._parts(loader)
-        return loader if parts is None else _subset(loader, parts[0], shuffle=None)
+        return self.task_loaders.hand("train")
 
-    def judging_batches(self) -> Batches:
+    def judging_batches(self) -> Reading:
         """What a partition is judged on: validation data, else held-out or, failing that, all training data."""
-        if self.has_validation:
-            return single(self.data.val_dataloader())
-        loader = self.data.train_dataloader()
-        parts = self._parts(loader)
-        return loader if parts is None else _subset(loader, parts[1], shuffle=False)
+        return self.task_loaders.judging()
 
     def check_data(self) -> Any:
-        """Raises ContinualError if the task has no training data; returns the first batch."""
-        for batch in self.train_dataloader():
+        """Raises ContinualError if the task has no training data that can be read again; returns the first batch."""
+        for batch in self.task_loaders.training():
             self._check_labels(batch)
             return batch
         raise ContinualError(
@@ -149,38 +151,27 @@ class Task(LightningDataModule):
         )
 
     def _check_labels(self, batch: Any) -> None:
-        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
-        if self.classes is None or not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
-            return
-        strange = sorted(set(labels.tolist()) - set(self.classes))
-        if strange:
+        labels = labels_of(batch)
+        found = [] if self.classes is None or labels is None else strange(labels, self.classes, left_out(self))
+        if found:
             raise ContinualError(
-                f"Task '{self.name}' declares classes {self.classes}, but its data holds label {strange[0]};"
+                f"Task '{self.name}' declares classes {self.classes}, but its data holds label {found[0]};"
                 " correct classes=[...] or the data."
             )
 
-    def _parts(self, loader: Any) -> tuple[list[int], list[int]] | None:
-        """Indices to train on and to hold out; None where the loader cannot be split."""
-        if not isinstance(loader, DataLoader):
-            return None
-        sampler = loader.sampler
-        plain = isinstance(sampler, SequentialSampler) or (
-            isinstance(sampler, RandomSampler)
-            and not sampler.replacement
-            and sampler.num_samples == len(sampler.data_source)
-        )
-        if not plain or loader.batch_size is None or self.holdout == 0:
-            return None
-        size = len(loader.dataset)  # type: ignore[arg-type]
-        order = torch.randperm(size, generator=keyed_generator("holdout", self.name, size)).tolist()
-        held = int(size * self.holdout)
-        return (sorted(order[held:]), sorted(order[:held])) if held else None
+    def _val_dataloader(self) -> Any:
+        return self.task_loaders.hand("val")
 
+    def _test_dataloader(self) -> Any:
+        return self.task_loaders.hand("test")
 
-def single(loaders: Any) -> Batches:
-    """The first of several loaders, or the only one."""
-    first: Batches = next(iter(loaders), ()) if isinstance(loaders, (list, tuple)) else loaders
-    return first
+    def _setup(self, stage: Any = None) -> None:
+        self.task_loaders.drop(*{"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, STAGES))
+        self.data.setup(stage)
+
+    def _teardown(self, stage: Any = None) -> None:
+        self.task_loaders.drop(*STAGES)
+        self.data.teardown(stage)
 
 
 class _Loaders(LightningDataModule):
@@ -236,23 +227,6 @@ def required_arguments(function: Callable[..., Any]) -> int:
     return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
 
 
-def _subset(loader: DataLoader[Any], indices: list[int], *, shuffle: bool | None) -> DataLoader[Any]:
-    """The same loader over some of its data."""
-    return DataLoader(
-        Subset(loader.dataset, indices),
-        batch_size=loader.batch_size,
-        shuffle=isinstance(loader.sampler, RandomSampler) if shuffle is None else shuffle,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last if shuffle is None else False,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        persistent_workers=loader.persistent_workers,
-        generator=loader.generator if shuffle is None else None,
-    )
-
-
 def _checked_name(name: str) -> str:
     if not isinstance(name, str) or not name.strip():
         given = repr(name) if name is None or isinstance(name, (str, int, float)) else f"a {type(name).__name__}"
@@ -260,10 +234,16 @@ def _checked_name(name: str) -> str:
     return check_text("Task", "name", name)
 
 
-def _checked_columns(name: str, what: str, columns: Sequence[int]) -> list[int]:
-    columns = check_list(f"Task '{name}'", what, columns, "whole numbers")
+def _checked_columns(name: str, what: str, columns: Iterable[Any]) -> list[int]:
+    columns = [_plain(column) for column in check_list(f"Task '{name}'", what, columns, "whole numbers")]
     if not columns or any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in columns):
         raise ContinualError(f"Task '{name}': {what} must be whole numbers from 0 on, got {columns}.")
     if len(set(columns)) < len(columns):
         raise ContinualError(f"Task '{name}': {what} must differ from one another, got {columns}.")
     return columns
+
+
+def _plain(column: Any) -> Any:
+    """A whole number of numpy's, torch's or pandas' as Python's; anything else as it is."""
+    scalar = isinstance(column, (np.generic, Tensor)) and column.ndim == 0
+    return column.item() if scalar else column

@@ -14,7 +14,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, DataWarning
+from lightning_cf.holdout import PartSampler
 from lightning_cf.tasks import Task
 
 HOOKS = ["prepare_data", "setup", "teardown", "val_dataloader", "test_dataloader", "predict_dataloader"]
@@ -95,9 +96,11 @@ def test_with_validation_data_nothing_is_held_out(data):
     assert seen(task.judging_batches()) == list(range(40))
 
 
-def test_the_first_of_several_validation_loaders_judges():
+def test_the_first_of_several_validation_loaders_judges_where_labels_do_not_tell():
     one, two = loader(shuffle=False), loader()
-    assert Task("a", {"train": loader(), "val": [one, two]}, classes=[0, 1]).judging_batches() is one
+    with pytest.warns(DataWarning, match=r"Task 'a' has 2 val loaders, and no labels tell .* scored on loader 0\."):
+        judging = Task("a", {"train": loader(), "val": [one, two]}, classes=[0, 1]).judging_batches()
+    assert judging.loader is one
 
 
 def test_the_loader_is_kept_but_for_its_data():
@@ -107,11 +110,11 @@ def test_the_loader_is_kept_but_for_its_data():
     plain = loader(drop_last=True, collate_fn=collate, generator=torch.Generator().manual_seed(0))
     task = Task("a", {"train": plain}, classes=[0, 1])
     train, held = task.train_dataloader(), task.judging_batches()
-    for name in ("batch_size", "collate_fn", "num_workers", "drop_last", "generator", "pin_memory"):
+    for name in ("dataset", "batch_size", "collate_fn", "num_workers", "drop_last", "generator", "pin_memory"):
         assert getattr(train, name) is getattr(plain, name)
-    assert isinstance(train.sampler, RandomSampler)
-    assert isinstance(held.sampler, SequentialSampler)
-    assert held.drop_last is False
+    assert isinstance(held.loader.sampler, PartSampler)
+    assert held.loader.dataset is plain.dataset
+    assert held.loader.drop_last is False
 
 
 def weighted():
@@ -131,7 +134,7 @@ def test_where_nothing_can_be_held_out_the_training_data_judges(train, holdout):
     plain = train()
     task = Task("a", {"train": plain}, classes=[0, 1], holdout=holdout)
     assert task.train_dataloader() is plain
-    assert task.judging_batches() is plain
+    assert task.judging_batches().loader is plain
 
 
 def test_a_sampler_of_few_samples_is_kept():

@@ -173,7 +173,7 @@ class Heads:
         inputs = [x]
         for name in self.changes:
             inputs.append(strange(x, self.generator) if name == "strange" else VARIANTS[name](x))
-        batch = torch.cat(inputs), target.repeat(len(inputs))
+        batch = torch.cat(inputs), torch.cat([target] * len(inputs))
         self.inside = True
         try:
             with aside(self.module):

@@ -118,8 +118,8 @@ class InvarianceCallback(ContinualCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the undisturbed values back where a batch was left early."""
-        self._undisturb(pl_module)
         super().on_train_epoch_end(trainer, pl_module)
+        self._undisturb(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the undisturbed values back where a batch was left early."""

@@ -22,6 +22,7 @@ from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError, DivergenceWarning
 from lightning_cf.fingerprints import keep_fingerprints
 from lightning_cf.finite import described, mend_free, not_finite
+from lightning_cf.label_watch import watch_of
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.module import ContinualModule
 from lightning_cf.precision import check_inputs
@@ -57,6 +58,7 @@ class ContinualCallback(WatchingCallback):
         check_averaging(trainer, pl_module)
         check_callbacks(trainer)
         task = task_of(trainer, type(self).__name__)
+        task.task_loaders.check()
         if not is_overridden("configure_model", pl_module, parent=LightningModule):
             reserve_outputs(pl_module, task)
 
@@ -82,10 +84,16 @@ class ContinualCallback(WatchingCallback):
         mend(pl_module, task)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Refuses inputs that the first training step would not take; the first of the callbacks looks."""
-        first = next(c for c in trainer.callbacks if isinstance(c, ContinualCallback))  # type: ignore[attr-defined]
-        if self is first and trainer.fit_loop.total_batch_idx == 0:
-            check_inputs(trainer, pl_module, task_of(trainer, type(self).__name__).name, batch)
+        """Refuses inputs that the first training step would not take, and labels that are none of the task's."""
+        task = task_of(trainer, type(self).__name__)
+        if self._leads(trainer) and trainer.fit_loop.total_batch_idx == 0:
+            check_inputs(trainer, pl_module, task.name, batch)
+        watch_of(trainer, pl_module, task).look(batch, batch_idx, trainer.fit_loop.total_batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says which labels were found that are none of the task's."""
+        super().on_train_epoch_end(trainer, pl_module)
+        watch_of(trainer, pl_module, task_of(trainer, type(self).__name__)).settle()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the ledger into the checkpoint, and perturbed units back, which its weights share."""

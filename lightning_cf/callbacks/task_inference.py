@@ -24,6 +24,7 @@ from lightning_cf.task_inference import STRATEGIES, Strategy, TaskInference, reg
 from lightning_cf.task_inference.strategies import CHOICES
 from lightning_cf.task_inference.trained import heads_of
 from lightning_cf.tasks import Task
+from lightning_cf.training_batches import training_batches
 
 
 class TaskInferenceCallback(ContinualCallback):
@@ -153,7 +154,7 @@ class TaskInferenceCallback(ContinualCallback):
         if not strategies:
             return
         with seeded(self.seed, task.name, "task inference"):
-            sites, found = look(module, task, state, task.train_dataloader(), 2000)
+            sites, found = look(module, task, state, training_batches(module, task), 2000)
         if sites is None or found is None:
             return
         view, labels = finite_samples(found, task, quiet=True)

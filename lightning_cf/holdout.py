@@ -1,0 +1,146 @@
+"""Some training samples are held out by the loader's sampler; the loader, its data set and its workers stay."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.data import _is_dataloader_shuffled
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from lightning_cf.randomness import derive_seed, keyed_generator
+from lightning_cf.reading import resample
+
+
+class PartSampler(Sampler[int]):
+    """Draws some of a data set's samples, as a sampler draws all of them.
+
+    Lightning wraps it where it distributes samples over processes, and leaves their order to it.
+
+    Args:
+        indices: which samples.
+        shuffled: whether in another order in each pass.
+        generator: what the order is drawn from; as for a ``RandomSampler``.
+        seed: what the order depends on, with the epoch, where it must be the same on all processes.
+    """
+
+    def __init__(
+        self,
+        indices: list[int],
+        *,
+        shuffled: bool = False,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.indices, self.shuffled, self.generator, self.seed, self.epoch = indices, shuffled, generator, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        places: Sampler[int] = SequentialSampler(self.indices)
+        if self.shuffled:
+            generator = self.generator if self.seed is None else torch.Generator().manual_seed(self.seed + self.epoch)
+            places = RandomSampler(self.indices, generator=generator)
+        return (self.indices[place] for place in places)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which pass comes, where the order depends on it."""
+        self.epoch = epoch
+
+
+@dataclass(frozen=True)
+class Split:
+    """A loader in two.
+
+    Attributes:
+        train: what is left to train on.
+        held: what is held out, in order.
+        why: why nothing could be held out, where both are the loader itself.
+    """
+
+    train: Any
+    held: Any
+    why: str = ""
+
+
+def split(loader: Any, share: float, *, name: str, processes: int = 1) -> Split:
+    """Holds some of a loader's samples out.
+
+    Args:
+        loader: as the user made it; it stays as it is.
+        share: of the samples.
+        name: of the task, which decides which samples.
+        processes: over how many Lightning distributes the rest.
+    """
+    why = _unlike_plain(loader)
+    if why:
+        return Split(loader, loader, why)
+    size = len(loader.dataset)
+    count = _count(size, share, loader.batch_size, loader.drop_last, processes)
+    if count == 0:
+        rest = " and drop_last" if loader.drop_last else ""
+        return Split(
+            loader, loader, f"{size} samples in batches of {loader.batch_size}{rest} cannot spare {share:.0%} of them"
+        )
+    order = torch.randperm(size, generator=keyed_generator("holdout", name, size)).tolist()
+    kept, held = sorted(order[count:]), sorted(order[:count])
+    train, judge = copy.copy(loader), copy.copy(loader)
+    shuffled = isinstance(loader.sampler, RandomSampler)
+    generator = getattr(loader.sampler, "generator", None)
+    sampler = PartSampler(kept, shuffled=shuffled, generator=generator)
+    resample(train, sampler)
+    if processes > 1 and shuffled:
+        if _is_dataloader_shuffled(train):
+            sampler.shuffled = False  # Lightning's sampler, which comes around it, shuffles
+        else:
+            sampler.seed = derive_seed("holdout", name)
+    resample(judge, PartSampler(held), drop_last=False)
+    judge.__dict__["generator"] = None
+    for twin in (train, judge):
+        twin.__dict__["_iterator"] = None
+    return Split(train, judge)
+
+
+def _unlike_plain(loader: Any) -> str:
+    """Why a loader's samples are not known to be those of its data set, each once."""
+    if not isinstance(loader, DataLoader):
+        return f"a {type(loader).__name__} is no DataLoader"
+    sampler = loader.sampler
+    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
+        return "its DataLoader has a batch_sampler or no batches"
+    plain = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+    )
+    if not plain:
+        return f"its {type(sampler).__name__} decides what is drawn"
+    if any(isinstance(value, _BaseDataLoaderIter) for key, value in vars(loader).items() if key != "_iterator"):
+        return f"its {type(loader).__name__} keeps an iterator of its own"
+    return ""
+
+
+def _count(size: int, share: float, batch: int, drop_last: bool, processes: int) -> int:
+    """How many samples to hold out: about that share, such that what is left makes batches like those of all.
+
+    A last batch of one sample, which BatchNorm cannot take, comes only where the loader has one by itself; and
+    ``drop_last`` must not drop half of the batches.
+    """
+
+    def ragged(samples: int) -> bool:
+        return not drop_last and batch > 1 and -(-samples // processes) % batch == 1
+
+    def enough(samples: int) -> bool:
+        before, after = (-(-n // processes) // batch for n in (size, samples))
+        return not drop_last or 2 * after > before or before == 0
+
+    wanted = int(size * share)
+    for count in sorted(range(1, size), key=lambda n: (abs(n - wanted), n)) if wanted else ():
+        if abs(count - wanted) > processes + 1:
+            break
+        if (ragged(size) or not ragged(size - count)) and enough(size - count):
+            return count
+    return 0

@@ -1,0 +1,90 @@
+"""Looks at the labels of every training batch: a label of another task makes the loss infinite or trains on nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_cf.errors import ContinualError
+from lightning_cf.loaders import pairs_in
+from lightning_cf.state import ledger_of
+from lightning_cf.targets import labels_of, left_out
+from lightning_cf.tasks import Task
+
+_NONE = -1
+
+
+class LabelWatch:
+    """Raises ContinualError for training labels that are no classes of the task.
+
+    Labels on a GPU are compared there, and what was found is fetched once an epoch, so that no step waits.
+
+    Args:
+        module: whose losses may leave labels out.
+        task: with classes or without.
+    """
+
+    def __init__(self, module: LightningModule, task: Task) -> None:
+        self.task = task
+        self.known = frozenset({*(task.classes or []), *left_out(task, module)})
+        ledger = ledger_of(module)
+        self.columns = None if ledger is None else ledger.width
+        self.seen = _NONE
+        self._known: Tensor | None = None
+        self._found: Tensor | None = None
+
+    def look(self, batch: Any, batch_idx: int, count: int) -> None:
+        """Looks at a batch, once for each count of batches."""
+        if self.task.classes is None or count == self.seen:
+            return
+        self.seen = count
+        whole = labels_of(batch, self.columns)
+        for labels in [whole] if whole is not None else [labels_of(pair, self.columns) for pair in pairs_in(batch)]:
+            if labels is None or labels.numel() == 0:
+                continue
+            if labels.device.type == "cpu":
+                found = set(labels.tolist()) - self.known
+                if found:
+                    self._refuse(min(found), batch_idx)
+            else:
+                self._note(labels, batch_idx)
+
+    def settle(self) -> None:
+        """Fetches what was found on a GPU."""
+        if self._found is not None:
+            label, batch_idx = self._found.tolist()
+            self._found = None
+            if batch_idx != _NONE:
+                self._refuse(label, batch_idx)
+
+    def _note(self, labels: Tensor, batch_idx: int) -> None:
+        """Keeps the first label of another task and its batch, without waiting for the device."""
+        if self._known is None or self._known.device != labels.device:
+            self._known = torch.tensor(sorted(self.known), device=labels.device)
+        if self._found is None:
+            self._found = torch.full((2,), _NONE, device=labels.device)
+        other = ~torch.isin(labels, self._known)
+        first = torch.stack([labels[other.long().argmax()], torch.full_like(labels[0], batch_idx)])
+        self._found = torch.where(other.any() & (self._found[1] == _NONE), first, self._found)
+
+    def _refuse(self, label: int, batch_idx: int) -> None:
+        raise ContinualError(
+            f"Task '{self.task.name}' declares classes {self.task.classes}, but batch {batch_idx} of its training data"
+            f" holds label {label}; correct classes=[...] or the data. What is to be left out has the loss's"
+            " ignore_index, -100."
+        )
+
+
+_WATCHES: WeakKeyDictionary[Trainer, LabelWatch] = WeakKeyDictionary()
+
+
+def watch_of(trainer: Trainer, module: LightningModule, task: Task) -> LabelWatch:
+    """The one watch of a fit, whichever of the callbacks are there."""
+    watch = _WATCHES.get(trainer)
+    if watch is None or watch.task is not task:
+        watch = _WATCHES[trainer] = LabelWatch(module, task)
+    return watch

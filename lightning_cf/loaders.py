@@ -1,0 +1,242 @@
+"""A task's loaders: opened as seldom as a Trainer would, read by us beside it, refused where they cannot be."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.data import _replace_dunder_methods
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader
+
+from lightning_cf.errors import ContinualError, DataWarning
+from lightning_cf.holdout import Split, split
+from lightning_cf.reading import Limits, Reading, flat, several, side_by_side
+from lightning_cf.streams import reads_once
+from lightning_cf.targets import labels_of, left_out, strange
+
+if TYPE_CHECKING:
+    from lightning_cf.tasks import Task
+
+STAGES = ("train", "val", "test")
+
+
+@dataclass
+class Opened:
+    """What a stage's loaders are, until the Trainer asks for others.
+
+    Attributes:
+        loader: as the data gave it.
+        split: of a training loader from which samples are held out.
+        handed: whether a Trainer has it.
+        checked: whether it is known to give its batches again.
+        judges: the places of those validation or test loaders that are this task's, once that is known.
+    """
+
+    loader: Any
+    split: Split
+    handed: bool = False
+    checked: bool = False
+    judges: tuple[int, ...] | None = None
+
+
+class Loaders:
+    """Opens and reads the loaders of a task.
+
+    Attributes:
+        limits: of the Trainer that the task has now.
+        place: of the loader whose batch was read last, among the Trainer's loaders of that stage.
+        batches: where training batches hold batches of several loaders, what of them the task can score: them
+            ("whole"), the pairs in them ("pairs"), or validation data only ("val"). None until it was tried.
+
+    Args:
+        task: whose.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.limits = Limits()
+        self.opened: dict[str, Opened] = {}
+        self.place = 0
+        self.batches: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without loaders that are open: a copy opens its own."""
+        return {**self.__dict__, "opened": {}}
+
+    # What a Trainer asks for
+
+    def hand(self, stage: str) -> Any:
+        """The loaders for a Trainer: those that are open, unless one had them already."""
+        known = self.opened.get(stage)
+        if known is not None and known.handed:
+            del self.opened[stage]
+        opened = self._open(stage, requested=True)
+        opened.handed = True
+        return opened.split.train
+
+    def attach(self, trainer: Any, *, another: bool) -> None:
+        """A Trainer comes: its limits hold, and loaders that another one had are opened anew."""
+        self.limits = Limits.of(trainer)
+        if another:
+            self.drop(*(stage for stage, opened in self.opened.items() if opened.handed))
+
+    def drop(self, *stages: str) -> None:
+        """Forgets what is open: the data behind it changed."""
+        for stage in stages:
+            self.opened.pop(stage, None)
+
+    # What we read
+
+    def training(self) -> Reading:
+        """Training data, less what is held out."""
+        opened = self._readable("train")
+        return self._reading("train", [(0, opened.split.train)], ("train",))
+
+    def judging(self) -> Reading:
+        """Validation data, else what is held out or, failing that, all training data."""
+        if self.validates():
+            return self._of_this_task("val")
+        opened = self._readable("train")
+        reading = self._reading("train", [(0, opened.split.held)], ("val", "train"))
+        pairs = self.batches == "pairs" and self.side_by_side
+        return replace(reading, parts=pairs_in) if pairs else reading
+
+    def testing(self) -> Reading | None:
+        """Test data, if there are any."""
+        return self._of_this_task("test") if self._given("test") else None
+
+    def check(self) -> None:
+        """Raises ContinualError for data that cannot be read again."""
+        self._readable("train")
+        if "val" in self.opened:
+            self._readable("val")
+
+    def validates(self, *, requested: bool = False) -> bool:
+        """Whether the data bring a validation set."""
+        return self._given("val", requested=requested)
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether a training batch holds batches of several loaders."""
+        return side_by_side(self._open("train").loader)
+
+    def whole(self) -> str:
+        """Why nothing is held out though there is no validation set; empty if something is, or nobody wants it."""
+        if self.task.holdout == 0 or self.validates():
+            return ""
+        return self._open("train").split.why
+
+    # How
+
+    def _given(self, stage: str, *, requested: bool = False) -> bool:
+        if not is_overridden(f"{stage}_dataloader", self.task.data, parent=LightningDataModule):
+            return False
+        loader = self._open(stage, requested=requested).loader
+        return loader is not None and not (isinstance(loader, (list, tuple, dict)) and len(loader) == 0)
+
+    def _open(self, stage: str, *, requested: bool = False) -> Opened:
+        if stage not in self.opened:
+            with ExitStack() as recording:
+                if not requested:  # what a Trainer asks for is recorded by it: it may make the loader anew
+                    recording.enter_context(_replace_dunder_methods(DataLoader, "dataset"))
+                    recording.enter_context(_replace_dunder_methods(BatchSampler))
+                loader = getattr(self.task.data, f"{stage}_dataloader")()
+            parts = Split(loader, loader)
+            if stage == "train" and self.task.holdout > 0 and not self.validates(requested=requested):
+                if several(loader):
+                    parts = Split(loader, loader, "its batches come from several loaders")
+                elif self.limits.overfits:
+                    parts = Split(loader, loader, "overfit_batches trains on the first samples only")
+                else:
+                    name, processes = self.task.name, self.limits.processes
+                    parts = split(loader, self.task.holdout, name=name, processes=processes)
+            self.opened[stage] = Opened(loader, parts)
+        return self.opened[stage]
+
+    def _readable(self, stage: str) -> Opened:
+        opened = self._open(stage)
+        if not opened.checked:
+            most = int(min(256, self.limits.batches_of(opened.loader, stage)))
+            why = reads_once(opened.loader, most)
+            if why:
+                raise ContinualError(
+                    f"Task '{self.task.name}': its {stage}_dataloader() gives batches that can be read once only"
+                    f" ({why}). They are read again to judge and fold a partition, and to infer tasks. Give a data set,"
+                    " or an iterable whose every iter() begins anew."
+                )
+            opened.checked = True
+        return opened
+
+    def _reading(self, stage: str, loaders: list[tuple[int, Any]], stages: tuple[str, ...]) -> Reading:
+        what = f"Task '{self.task.name}': its {stage}_dataloader()"
+        return Reading(loaders, self.limits, stages, what, self._at)
+
+    def _at(self, place: int) -> None:
+        self.place = place
+
+    def _of_this_task(self, stage: str) -> Reading:
+        """Those of several validation or test loaders whose labels are the task's; the first where all may be."""
+        opened = self._readable(stage)
+        together = not several(opened.loader) or side_by_side_of(opened.loader)
+        loaders = [opened.loader] if together else flat(opened.loader)
+        reading = self._reading(stage, list(enumerate(loaders)), (stage,))
+        if opened.judges is None:
+            opened.judges = (0,) if len(loaders) == 1 else self._choose(stage, reading)
+        return reading.of(*opened.judges)
+
+    def _choose(self, stage: str, reading: Reading) -> tuple[int, ...]:
+        task, found = self.task, {}
+        for place, _ in reading.loaders:
+            with isolate_rng():
+                batch = next(iter(reading.of(place)), None)
+            labels = labels_of(batch)
+            found[place] = None if labels is None or task.classes is None else labels.cpu()
+        besides = left_out(task)
+        other = {at: strange(x, task.classes or [], besides) for at, x in found.items() if x is not None}
+        fit = tuple(at for at in found if not other.get(at))
+        if not fit:
+            holds = ", ".join(f"label {labels[0]} in loader {at}" for at, labels in other.items())
+            raise ContinualError(
+                f"Task '{task.name}' declares classes {task.classes}, but none of its {len(found)} {stage} loaders is"
+                f" of these alone: {holds}. Give it a loader of its own data:"
+                f" Task(..., {{'train': ..., '{stage}': ...}})."
+            )
+        if len(fit) < len(found) and all(at in other for at in found):
+            return fit
+        warnings.warn(
+            f"Task '{task.name}' has {len(found)} {stage} loaders, and no labels tell which of them is its own: it"
+            f" is scored on loader {fit[0]}. Give it a loader of its own data:"
+            f" Task(..., {{'train': ..., '{stage}': ...}}).",
+            DataWarning,
+            stacklevel=2,
+        )
+        return fit[:1]
+
+
+def side_by_side_of(loader: Any) -> bool:
+    """Whether validation or test loaders come side by side: only where a CombinedLoader says so."""
+    return isinstance(loader, CombinedLoader) and side_by_side(loader)
+
+
+def pairs_in(batch: Any) -> Iterator[Any]:
+    """The (input, target) pairs among the batches that a batch of several loaders holds."""
+    if _is_pair(batch):
+        yield batch
+    elif isinstance(batch, dict):
+        for each in batch.values():
+            yield from pairs_in(each)
+    elif isinstance(batch, (list, tuple)):
+        for each in batch:
+            yield from pairs_in(each)
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, (list, tuple)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)

@@ -1,0 +1,106 @@
+"""Whether a task can be scored: tried before training on what will judge its partition."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_cf.errors import ContinualError, DataWarning
+from lightning_cf.evaluation import Scorer, judge
+from lightning_cf.reading import samples_in
+from lightning_cf.structure import eval_mode
+from lightning_cf.targets import finite, labels_of, strange
+from lightning_cf.tasks import Task
+from lightning_cf.training_batches import settle
+
+SCANNED = 2048
+"""Over how many judging samples labels are looked at before training."""
+
+
+@torch.no_grad()
+def check_scoring(module: LightningModule, task: Task) -> None:
+    """Scores the first batch that judges partitions, and looks at the labels of some more.
+
+    Raises:
+        ContinualError: if that does not work: better now than after training.
+    """
+    settle(module, task)
+    why = task.task_loaders.whole()
+    if why:
+        warnings.warn(
+            f"Task '{task.name}' has no validation data, and none of its training data can be held out: {why}. Its"
+            " partition is judged on the data that it trains on. Give it a validation loader.",
+            DataWarning,
+            stacklevel=2,
+        )
+    metric = task.metric
+    if metric is not None and metric.higher_is_better is None:
+        warnings.warn(
+            f"Task '{task.name}': {type(metric).__name__} does not say whether higher is better; it is taken to be. Set"
+            " higher_is_better in its class.",
+            DataWarning,
+            stacklevel=2,
+        )
+    scorer, seen = Scorer(module, task, "its judging data"), 0
+    with eval_mode(module), isolate_rng():
+        rows = False
+        for number, batch in enumerate(task.judging_batches()):
+            if number == 0 or rows or _to_be_looked_at(task, batch):
+                _tried(scorer, batch, number)
+            seen += samples_in(batch)
+            if number == 0:
+                rows = scorer.one_hot  # those of a later batch may be none
+                _try_score(scorer)
+            if seen >= SCANNED:
+                break
+
+
+def _try_score(scorer: Scorer) -> None:
+    """Raises ContinualError if no score comes of the first batch, nor of all batches."""
+    try:
+        if math.isfinite(scorer.score()):
+            return
+    except ContinualError:
+        raise
+    except Exception:  # a metric that needs more than a batch, or one that cannot be
+        pass
+    try:
+        judge(scorer.module, scorer.task)
+    except ContinualError:
+        raise
+    except Exception as error:
+        raise _cannot(scorer, error) from error
+
+
+def _tried(scorer: Scorer, batch: Any, number: int) -> None:
+    try:
+        scorer.add(batch, number)
+    except ContinualError:
+        raise
+    except Exception as error:  # whatever a user's evaluate or metric raises
+        raise _cannot(scorer, error) from error
+
+
+def _cannot(scorer: Scorer, error: Exception) -> ContinualError:
+    name, shapes = scorer.task.name, scorer.shapes
+    if shapes:
+        return ContinualError(
+            f"Task '{name}' cannot be scored: {error} That is what its metric says{shapes}. Give the task"
+            " evaluate=lambda module, batch: (predictions, target) and metric=... that fit each other."
+        )
+    return ContinualError(
+        f"Task '{name}' cannot be scored: its evaluate says: {error} Give the task"
+        " evaluate=lambda module, batch: (predictions, target)."
+    )
+
+
+def _to_be_looked_at(task: Task, batch: Any) -> bool:
+    """Whether a batch holds labels of other tasks, or numbers that are not finite."""
+    labels = labels_of(batch)
+    other = task.classes is not None and labels is not None and strange(labels, task.classes, [])
+    return bool(other) or not finite(batch)

@@ -1,0 +1,205 @@
+"""Samples are held out by the loader's sampler; everything else of the loader stays what it is."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from toys import Net, fit, numbers
+
+from lightning_cf import Task
+from lightning_cf.errors import DataWarning
+from lightning_cf.holdout import PartSampler, split
+from lightning_cf.joint import JointTask
+from lightning_cf.randomness import keyed_generator
+
+
+def held_before(size, share=0.1, name="a"):
+    """What was held out ever since."""
+    order = torch.randperm(size, generator=keyed_generator("holdout", name, size)).tolist()
+    return sorted(order[int(size * share) :]), sorted(order[: int(size * share)])
+
+
+class Weighted(TensorDataset):
+    class_weights = (0.5, 1.5)
+
+
+class Own(DataLoader):
+    """A loader of one's own class."""
+
+    def __init__(self, *args, note="mine", **options):
+        super().__init__(*args, **options)
+        self.note = note
+
+
+def given(size=64, kind=DataLoader, **options):
+    return kind(Weighted(*numbers(size)), **({"batch_size": 16, "shuffle": True} | options))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("own", [True, False], ids=["own generator", "global generator"])
+def test_the_samples_and_their_order_are_those_of_a_subset(shuffle, own):
+    generator = torch.Generator().manual_seed(3) if own else None
+    plain = given(shuffle=shuffle, generator=generator)
+    kept, held = held_before(64)
+    torch.manual_seed(0)
+    subset = DataLoader(Subset(plain.dataset, kept), 16, shuffle=shuffle, generator=generator)
+    expected = [x.tolist() for _ in range(2) for x, _ in subset]
+    if own:
+        generator.manual_seed(3)
+    task = Task("a", {"train": plain}, classes=[0, 1])
+    torch.manual_seed(0)
+    train = task.train_dataloader()
+    assert [x.tolist() for _ in range(2) for x, _ in train] == expected
+    judged = torch.cat([x for x, _ in task.judging_batches()])
+    assert torch.equal(judged, plain.dataset.tensors[0][held])
+
+
+def test_the_loader_stays_what_it_is():
+    def collate(samples):
+        return torch.utils.data.default_collate(samples)
+
+    plain = given(kind=Own, collate_fn=collate, num_workers=1, prefetch_factor=3, multiprocessing_context="spawn")
+    train = Task("a", {"train": plain}, classes=[0, 1]).train_dataloader()
+    assert type(train) is Own
+    for name in ("dataset", "note", "collate_fn", "num_workers", "prefetch_factor", "multiprocessing_context"):
+        assert getattr(train, name) is getattr(plain, name)
+    assert train.dataset.class_weights == (0.5, 1.5)
+    assert (len(train.sampler), len(plain.sampler)) == (58, 64)
+
+
+def test_class_weights_are_found_in_a_fit():
+    class Balanced(Net):
+        def on_train_start(self):
+            self.found = self.trainer.train_dataloader.dataset.class_weights
+
+    net = Balanced()
+    fit(net, Task("a", {"train": given()}, classes=[0, 1]))
+    assert net.found == (0.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "drop_last", "held"),
+    [
+        (40, 8, False, 4),
+        (37, 33, False, 2),
+        (36, 33, False, 3),
+        (34, 33, False, 3),
+        (20, 20, True, 0),
+        (20, 20, False, 2),
+        (40, 20, True, 0),
+        (60, 20, True, 6),
+        (30, 1, False, 3),
+    ],
+)
+def test_what_is_left_makes_batches_like_those_of_all(size, batch, drop_last, held):
+    parts = split(given(size, batch_size=batch, drop_last=drop_last), 0.1, name="a")
+    assert len(parts.held.sampler if held else ()) == held
+    lengths = [len(y) for _, y in parts.train]
+    assert lengths
+    assert lengths[-1] > 1 or batch == 1
+    assert bool(parts.why) == (held == 0)
+
+
+def test_batchnorm_trains_where_it_would_without_us():
+    net = Net(norm=True)
+    fit(net, Task("a", {"train": given(37, batch_size=33)}, classes=[0, 1]))
+    assert net.steps == 2
+
+
+def test_where_nothing_can_be_spared_the_training_data_judge_and_that_is_said():
+    net = Net()
+    with pytest.warns(DataWarning, match="none of its training data can be held out: 20 samples in batches of 20 and"):
+        fit(net, Task("a", {"train": given(20, batch_size=20, drop_last=True)}, classes=[0, 1]), max_epochs=2)
+    assert net.steps == 2
+
+
+def test_a_loader_that_keeps_an_iterator_is_left_whole():
+    class Endless(DataLoader):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.kept = super().__iter__()
+
+    plain = given(kind=Endless)
+    assert split(plain, 0.1, name="a").train is plain
+
+
+def test_overfitting_holds_nothing_out():
+    net = Net()
+    with pytest.warns(DataWarning, match="overfit_batches trains on the first samples only"):
+        fit(net, Task("a", {"train": given()}, classes=[0, 1]), overfit_batches=2)
+    assert net.steps == 2
+
+
+def test_joint_training_leaves_out_what_is_held_out():
+    data = DataLoader(TensorDataset(torch.arange(64.0)[:, None], torch.zeros(64).long()), 16, shuffle=True)
+    joint = JointTask([Task("a", {"train": data}, classes=[0])], None)
+    seen = sorted(int(x) for (batch, _), _ in joint.train_dataloader() for x in batch)
+    assert seen == held_before(64)[0]
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("shuffled", [True, False], ids=["recorded", "not recorded"])
+def test_a_part_is_listed_alike_on_all_processes(shuffled):
+    """Lightning shuffles a loader that it saw made; else the part does, by seed and epoch."""
+    plain = given()
+    if shuffled:
+        plain.__dict__.update(__pl_saved_kwargs={"shuffle": True}, __pl_saved_arg_names=())
+    sampler = split(plain, 0.1, name="a", processes=2).train.sampler
+    assert isinstance(sampler, PartSampler)
+    torch.manual_seed(0)
+    one = list(sampler)
+    torch.manual_seed(1)
+    assert list(sampler) == one
+    sampler.set_epoch(1)
+    assert sorted(sampler) == sorted(one) == held_before(64)[0]
+    assert (list(sampler) == one) == shuffled
+
+
+SCRIPT = """
+import sys, torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, TensorDataset
+sys.path.insert(0, {tests!r})
+from toys import Net, numbers
+from lightning_cf import InvarianceCallback, MaskedGradientCallback, PartitionCallback, Task
+
+class Numbered(Net):
+    seen = []
+    def training_step(self, batch, batch_idx):
+        self.seen += batch[1][:, 1].tolist()
+        return self.loss(self(batch[0]), batch[1][:, 0])
+    def validation_step(self, *args): pass
+
+x, y = numbers(65)
+loader = DataLoader(TensorDataset(x, torch.stack([y, torch.arange(65)], 1)), 16, shuffle=True)
+task = Task("a", {{"train": loader}}, classes=[0, 1], evaluate=lambda net, b: (net(b[0]), b[1][:, 0]))
+net = Numbered()
+trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, enable_checkpointing=False,
+                  enable_progress_bar=False, enable_model_summary=False,
+                  callbacks=[PartitionCallback(after=0.5), InvarianceCallback(), MaskedGradientCallback()])
+trainer.fit(net, datamodule=task)
+held = set(int(n) for _, b in task.judging_batches() for n in b[:, 1])
+torch.save((net.seen, held), f"{folder}/{{trainer.global_rank}}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_held_out_samples_are_trained_on_by_no_process(tmp_path):
+    tests = str(pathlib.Path(__file__).parent)
+    (tmp_path / "script.py").write_text(SCRIPT.format(tests=tests, folder=str(tmp_path)))
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "RANK")}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (one, held), (other, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert len(held) == 6
+    assert not held & {*one, *other}
+    assert {*one, *other} == set(range(65)) - held
+    assert len(one) == len(other) == 2 * 30

@@ -1,0 +1,427 @@
+import copy
+import itertools
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from learning import quiet_trainer
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from toys import Counted, Net, fit, loader, numbers
+
+from lightning_cf import SequentialTaskRunner, Task, TaskInferenceCallback
+from lightning_cf.errors import ContinualError, DataWarning
+from lightning_cf.reading import Limits
+from lightning_cf.state import state_of
+from lightning_cf.streams import reads_once
+
+
+def batches(count=36):
+    x, y = numbers(16)
+    return [(x, y)] * count
+
+
+class Yields(IterableDataset):
+    def __init__(self, held):
+        self.held = held
+
+    def __iter__(self):
+        yield from self.held
+
+
+class Loops(Yields):
+    def __iter__(self):
+        for sample in self.held:  # noqa: UP028
+            yield sample
+
+
+class Given(Yields):
+    def __iter__(self):
+        return self.held
+
+
+class Itself(Yields):
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.held)
+
+
+class Helped(Yields):
+    def __iter__(self):
+        return self._drawn()
+
+    def _drawn(self):
+        yield from self.held
+
+
+class Position(Yields):
+    """Goes on where it stopped."""
+
+    def __init__(self, held):
+        self.held, self.at = list(held), 0
+
+    def __iter__(self):
+        while self.at < len(self.held):
+            self.at += 1
+            yield self.held[self.at - 1]
+
+
+class Queue(Yields):
+    def __init__(self, held):
+        self.held = list(held)
+
+    def __iter__(self):
+        while self.held:
+            yield self.held.pop(0)
+
+
+def stream(count=64):
+    return (pair for pair in zip(*numbers(count), strict=True))
+
+
+ONCE = [Yields, Loops, Given, Itself, Helped, Position, Queue]
+
+
+def left(source):
+    """How many samples are still to come."""
+    return sum(1 for _ in source)
+
+
+@pytest.mark.parametrize("kind", ONCE)
+@pytest.mark.parametrize("validation", [True, False], ids=["validated", "alone"])
+def test_a_stream_is_refused_before_training_and_nothing_is_taken_from_it(kind, validation):
+    data = kind(stream())
+    task = Task("a", {"train": DataLoader(data, 8)} | ({"val": loader()} if validation else {}), classes=[0, 1])
+    net = Net()
+    with pytest.raises(ContinualError, match=r"Task 'a': its train_dataloader\(\) gives batches that can be read once"):
+        fit(net, task)
+    assert net.steps == 0
+    assert left(data) == 64
+
+
+@pytest.mark.parametrize("make", [iter, lambda b: (x for x in b), lambda b: map(tuple, b), enumerate])
+def test_iterators_are_refused_unread(make):
+    source = make(batches())
+    with pytest.raises(ContinualError, match="can be read once only"):
+        fit(Net(), Task("a", {"train": source, "val": loader()}, classes=[0, 1]))
+    assert left(source) == 36
+
+
+def test_a_validation_or_test_stream_is_refused_too(tmp_path):
+    for stage in ("val", "test"):
+        data = Yields(stream())
+        task = Task("a", {"train": loader(), stage: DataLoader(data, 8)}, classes=[0, 1])
+        with pytest.raises(ContinualError, match=rf"its {stage}_dataloader\(\) gives batches that can be read once"):
+            SequentialTaskRunner(Net(), [task], trainer=quiet_trainer, root=tmp_path / stage).run()
+        assert left(data) == 64
+
+
+def test_samplers_that_end_are_refused():
+    data = TensorDataset(*numbers())
+    assert "sampler" in reads_once(DataLoader(data, 8, sampler=iter(range(64))))
+    assert "sampler" in reads_once(DataLoader(data, batch_sampler=iter([[0, 1], [2, 3]])))
+    assert reads_once(DataLoader(data, 8, shuffle=True)) == ""
+
+
+class Again(IterableDataset):
+    """Begins anew with each iter(), though it is its own iterator."""
+
+    def __init__(self):
+        self.samples, self.left, self.ids = list(stream()), iter(()), itertools.count()
+
+    def __iter__(self):
+        self.left = iter(self.samples)
+        return self
+
+    def __next__(self):
+        next(self.ids)
+        return next(self.left)
+
+
+class Shuffled(IterableDataset):
+    def __init__(self, seed=0):
+        self.samples, self.random = list(stream()), np.random.default_rng(seed)
+
+    def __iter__(self):
+        yield from (self.samples[i] for i in self.random.permutation(64))
+
+
+class Drawn(Shuffled):
+    def __iter__(self):
+        yield from (self.samples[i] for i in torch.randperm(64))
+
+
+class Batches:
+    """No loader of torch's."""
+
+    def __iter__(self):
+        yield from batches()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: DataLoader(Again(), 8),
+        lambda: DataLoader(Shuffled(), 8),
+        lambda: DataLoader(Drawn(), 8),
+        lambda: DataLoader(Counted(64), 8),
+        lambda: DataLoader(Yields(list(stream())), 8),
+        Batches,
+    ],
+    ids=["its own iterator", "generator", "global generator", "counted", "list", "iterable"],
+)
+def test_what_begins_anew_trains_as_many_steps_as_plain_lightning(source):
+    plain, net = Net(), Net()
+    fit(plain, Task("a", {"train": source(), "val": loader()}, classes=[0, 1]), [], max_epochs=2)
+    for _ in range(2):
+        fit(net, Task("a", {"train": source(), "val": loader()}, classes=[0, 1]), max_epochs=1)
+    assert net.steps == plain.steps > 0
+
+
+# Limits
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"limit_train_batches": 2, "limit_val_batches": 2},
+        {"max_steps": 2, "max_epochs": -1, "limit_val_batches": 2},
+        {"fast_dev_run": 2},
+    ],
+    ids=["limits", "max_steps", "fast_dev_run"],
+)
+def test_data_without_end_are_read_as_far_as_the_trainer_does(options):
+    train, val = Counted(), Counted()
+    net = Net()
+    task = Task("a", {"train": DataLoader(train, 16), "val": DataLoader(val, 16)}, classes=[0, 1])
+    fit(net, task, **options)
+    assert net.steps == 2
+    assert len(state_of(net).ledger.tasks) == 1
+    assert train.read <= 32 * 5  # the fit's own, and at each place two batches at most
+    assert val.read % 16 == 0
+
+
+def test_one_reading_is_two_batches():
+    data = Counted()
+    task = Task("a", {"train": DataLoader(data, 16), "val": DataLoader(data, 16)}, classes=[0, 1])
+    task.task_loaders.limits = Limits(train=2, val=2)
+    for reading in (task.task_loaders.training(), task.judging_batches()):
+        data.read = 0
+        assert len(list(reading)) == 2
+        assert data.read == 32
+
+
+def test_training_data_without_end_that_judge_are_read_up_to_a_bound(monkeypatch):
+    monkeypatch.setattr("lightning_cf.reading.WITHOUT_LENGTH", 64)
+    task = Task("a", {"train": DataLoader(Counted(), 16)}, classes=[0, 1])
+    with pytest.warns(DataWarning, match=r"may have no end: read up to 64 samples.*limit_val_batches"):
+        assert sum(len(y) for _, y in task.judging_batches()) == 64
+
+
+@pytest.mark.parametrize(
+    ("limits", "read"),
+    [
+        (Limits(), 4),
+        (Limits(val=2), 2),
+        (Limits(val=0.5), 2),
+        (Limits(val=0), 4),
+        (Limits(val=0.0), 4),
+        (Limits(val=9), 4),
+        (Limits(train=1, batches=1), 4),
+    ],
+)
+def test_a_share_is_of_the_loaders_length(limits, read):
+    task = Task("a", {"train": loader(), "val": loader()}, classes=[0, 1])
+    task.task_loaders.limits = limits
+    assert len(list(task.judging_batches())) == read
+
+
+def test_the_runner_scores_within_the_limits(tmp_path):
+    class Seen(TensorDataset):
+        read = 0
+
+        def __getitem__(self, index):
+            Seen.read += 1
+            return super().__getitem__(index)
+
+    tests = DataLoader(Seen(*numbers(640)), 16)
+    task = Task("a", {"train": loader(), "val": loader(), "test": tests}, classes=[0, 1])
+    trainer = partial(quiet_trainer, limit_test_batches=2, limit_train_batches=2, limit_val_batches=1)
+    run = SequentialTaskRunner(Net(), [task], trainer=trainer, epochs=1, invariance_epochs=1, root=tmp_path)
+    run.start()
+    Seen.read = 0
+    assert 0 <= run.score_of(task) <= 1
+    assert Seen.read == 32
+
+
+# Loaders are opened as often as Lightning opens them
+
+
+class Opens(LightningDataModule):
+    def __init__(self, setup=True):
+        super().__init__()
+        self.opened = {"train": 0, "val": 0}
+
+    def train_dataloader(self):
+        self.opened["train"] += 1
+        return loader(shuffle=True)
+
+    def val_dataloader(self):
+        self.opened["val"] += 1
+        return loader()
+
+
+class SetUp(Opens):
+    def setup(self, stage):
+        self.opened["setup"] = self.opened.get("setup", 0) + 1
+
+
+@pytest.mark.parametrize("kind", [Opens, SetUp])
+@pytest.mark.parametrize("options", [{}, {"reload_dataloaders_every_n_epochs": 1}, {"num_sanity_val_steps": 0}])
+def test_loaders_are_opened_as_often_as_by_lightning(kind, options):
+    plain, ours = kind(), kind()
+    fit(Net(), plain, [], max_epochs=2, **options)
+    task = Task("a", ours, classes=[0, 1])
+    fit(Net(), task, [*three_and_inference()], max_epochs=2, **options)
+    assert ours.opened == plain.opened
+
+
+def three_and_inference():
+    from lightning_cf import InvarianceCallback, MaskedGradientCallback, PartitionCallback
+
+    return [PartitionCallback(after=0.5), InvarianceCallback(), MaskedGradientCallback(), TaskInferenceCallback()]
+
+
+def test_the_runner_opens_them_once_a_fit(tmp_path):
+    data = Opens()
+    run = SequentialTaskRunner(
+        Net(), [Task("a", data, classes=[0, 1])], trainer=quiet_trainer, epochs=1, invariance_epochs=1, root=tmp_path
+    )
+    run.run()
+    assert data.opened == {"train": 2, "val": 2}
+
+
+def test_a_loader_is_not_the_old_one_after_its_data_changed():
+    class Sized(Opens):
+        batch_size = 4
+
+        def train_dataloader(self):
+            return loader(batch_size=self.batch_size)
+
+    task = Task("a", Sized(), classes=[0, 1])
+    task.check_data()
+    task.batch_size = 8
+    assert task.train_dataloader().batch_size == 8
+
+
+def test_reading_in_the_middle_of_a_pass_leaves_it_and_its_generator_alone():
+    generator = torch.Generator().manual_seed(0)
+    data = loader(shuffle=True, generator=generator)
+    expected = [y.tolist() for _, y in data]
+    generator.manual_seed(0)
+    task = Task("a", {"train": data, "val": loader()}, classes=[0, 1])
+    task.check_data()
+    seen = []
+    for _, y in task.train_dataloader():
+        seen.append(y.tolist())
+        list(task.task_loaders.training())
+    assert seen == expected
+
+
+@pytest.mark.slow
+def test_workers_that_persist_are_not_reset_in_the_middle_of_a_pass():
+    data = loader(num_workers=1, persistent_workers=True)
+    task = Task("a", {"train": data, "val": loader()}, classes=[0, 1])
+    seen = 0
+    for _ in task.train_dataloader():
+        seen += 1
+        next(iter(task.task_loaders.training()))
+    assert seen == 4
+
+
+# Several training loaders
+
+
+class Several(Net):
+    """Steps over what any of the loaders gave."""
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        pairs = batch.values() if isinstance(batch, dict) else batch
+        pairs = [batch] if isinstance(batch[0] if not isinstance(batch, dict) else None, torch.Tensor) else pairs
+        return sum(self.loss(self(pair[0]), pair[1]) for pair in pairs if isinstance(pair, (list, tuple)))
+
+
+def unlabelled():
+    return DataLoader(numbers()[0], 16)
+
+
+SEVERAL = {
+    "dict": lambda: {"one": loader(), "two": loader(shuffle=True)},
+    "list": lambda: [loader(), loader()],
+    "unlabelled": lambda: {"one": loader(), "rest": unlabelled()},
+    "min_size": lambda: CombinedLoader({"one": loader(), "two": loader(32)}, "min_size"),
+    "cycle": lambda: CombinedLoader([loader(), loader(32)], "max_size_cycle"),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_several_training_loaders_train_as_in_plain_lightning(kind):
+    net, plain = Several(), Several()
+    fit(plain, Task("a", {"train": SEVERAL[kind](), "val": loader()}, classes=[0, 1]), [])
+    fit(net, Task("a", {"train": SEVERAL[kind](), "val": loader()}, classes=[0, 1]), three_and_inference())
+    assert net.steps == plain.steps > 0
+    assert [owned.name for owned in state_of(net).ledger.tasks] == ["a"]
+
+
+def test_several_training_loaders_without_validation_judge_themselves():
+    net = Several()
+    with pytest.warns(DataWarning, match="of its training data can be held out: its batches come from several loaders"):
+        fit(net, Task("a", {"train": {"one": loader(), "two": loader()}}, classes=[0, 1]))
+    assert net.steps == 4
+
+
+def test_batches_of_several_loaders_go_to_evaluate_where_it_takes_them():
+    data = {"train": {"one": loader(), "two": loader()}}
+    task = Task("a", data, classes=[0, 1], evaluate=lambda module, batch: (module(batch["one"][0]), batch["one"][1]))
+    with pytest.warns(DataWarning, match="held out"):
+        fit(Several(), task)
+    assert task.task_loaders.batches == "whole"
+
+
+def test_an_evaluate_for_plain_batches_gets_pairs():
+    data = {"train": {"one": loader(), "two": loader()}, "val": loader()}
+    task = Task("a", data, classes=[0, 1], evaluate=lambda module, batch: (module(batch[0]), batch[1]))
+    fit(Several(), task)
+    assert task.task_loaders.batches == "pairs"
+
+
+def test_training_batches_that_nothing_scores_are_refused():
+    task = Task("a", {"train": {"one": unlabelled(), "two": unlabelled()}}, classes=[0, 1], holdout=0.0)
+    with pytest.raises(ContinualError, match="its training batches hold batches of several loaders"):
+        fit(Several(), task)
+
+
+@pytest.mark.parametrize("classes", [np.unique([1, 0, 1]), torch.tensor([1, 0]).unique(), np.array([0, 1], dtype="u1")])
+def test_classes_are_taken_from_arrays_and_tensors(classes):
+    task = Task("a", {"train": loader()}, classes=classes, outputs=classes)
+    assert task.classes == task.outputs == [0, 1]
+    assert {type(label) for label in task.classes} == {int}
+
+
+def test_classes_of_a_series():
+    pandas = pytest.importorskip("pandas")
+    assert Task("a", {"train": loader()}, classes=pandas.Series([3, 1, 3]).unique()).classes == [3, 1]
+    assert Task("a", {"train": loader()}, classes=pandas.Series([3, 1])).classes == [3, 1]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy])
+def test_a_task_that_was_read_is_copied(copied):
+    task = Task("a", Opens(), classes=[0, 1])
+    task.check_data()
+    assert copied(task).check_data()[1].tolist() is not None
+    assert copied(task).task_loaders.task is not task

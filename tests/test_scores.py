@@ -1,0 +1,347 @@
+"""No partition is judged by a number that means nothing."""
+
+import pytest
+import torch
+from learning import quiet_trainer
+from lightning.pytorch.utilities import CombinedLoader
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric, MeanSquaredError, Metric
+from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
+from toys import Net, fit, loader, numbers
+
+from lightning_cf import ContinualModule, SequentialTaskRunner, Task, TaskInferenceCallback
+from lightning_cf.errors import ContinualError, DataWarning
+from lightning_cf.evaluation import constant_predictor, evaluate
+from lightning_cf.label_watch import LabelWatch
+from lightning_cf.state import state_of
+from lightning_cf.targets import one_hot_labels
+
+
+def of(x, y, batch_size=16):
+    return DataLoader(TensorDataset(x, y), batch_size)
+
+
+def targets(change, size=64, classes=(0, 1)):
+    x, y = numbers(size, classes)
+    return of(x, change(y))
+
+
+def soft_loss(logits, target):
+    return F.binary_cross_entropy_with_logits(logits.clamp(-50, 50), target.float())
+
+
+def one_hot(y):
+    return F.one_hot(y, 4)
+
+
+def changed(at, value, change=lambda y: y):
+    """Data with one number or label changed."""
+    x, y = numbers()
+    y = change(y)
+    if isinstance(value, float) and y.dtype == torch.int64:
+        x[at] = value
+    else:
+        y[at] = value
+    return of(x, y)
+
+
+# One-hot rows are labels
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.int64, torch.uint8])
+def test_one_hot_targets_are_judged_as_labels_are(kind):
+    found = []
+    for change in (lambda y: y, lambda y: one_hot(y).to(kind)):
+        loss = soft_loss if found else lambda logits, y: soft_loss(logits, one_hot(y))
+        task = Task("a", {"train": targets(change), "val": targets(change)}, classes=[0, 1])
+        net = ContinualModule(Net(loss=loss))
+        fit(net, task, max_epochs=2)
+        records = [(r["accuracy"], r["ablation_accuracy"], r["claimed"]) for r in state_of(net).ledger.records]
+        with state_of(net).showing(net, [task]):
+            shown = state_of(net).showing(net, [task])
+            found.append((records, constant_predictor(net, task, task.judging_batches(), shown=shown)))
+    assert found[0] == found[1]
+    assert found[0][0][0][0] > 0
+
+
+@pytest.mark.parametrize("strategy", ["auto", "all"])
+def test_tasks_with_one_hot_targets_are_inferred(strategy):
+    task = Task("a", {"train": targets(one_hot), "val": targets(one_hot)}, classes=[0, 1])
+    net = ContinualModule(Net(loss=soft_loss))
+    three = [TaskInferenceCallback(strategy)]
+    fit(net, task, three, max_epochs=1)
+    fit(net, task, three, max_epochs=1)
+    assert [known["name"] for known in net.ledger.inference["tasks"]] == ["a"]
+
+
+def test_only_rows_of_a_single_one_are_one_hot():
+    rows = torch.eye(3)
+    assert one_hot_labels(rows).tolist() == [0, 1, 2]
+    for other in (rows * 2, rows * 0, rows + rows.flip(0), rows[:, :1], rows[0], rows.bool() | True):
+        assert one_hot_labels(other) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: 0.9 * one_hot(y) + 0.025,
+        lambda y: one_hot(y).float() + one_hot((y + 1) % 4),
+        lambda y: y.float(),
+        lambda y: torch.where(torch.arange(64)[:, None] < 20, one_hot(y), one_hot(y) + one_hot((y + 1) % 4)),
+    ],
+    ids=["soft", "multi-label", "numbers", "multi-label later"],
+)
+def test_targets_that_are_no_labels_need_a_metric(change):
+    data = targets(change)
+    net = Net(loss=lambda logits, y: logits.clamp(-1, 1).sum())
+    with pytest.raises(ContinualError, match=r"Task 'a'.* the default metric counts right classes.*metric=\.\.\."):
+        fit(net, Task("a", {"train": data, "val": data}, classes=[0, 1]))
+    assert net.steps == 0
+
+
+def sigmoid(module, batch):
+    return module(batch[0]).sigmoid(), batch[1]
+
+
+def test_multi_label_targets_are_judged_by_their_metric():
+    data = targets(lambda y: one_hot(y) + one_hot((y + 1) % 4))
+    metric = MultilabelAccuracy(4)
+    task = Task("a", {"train": data, "val": data}, outputs=[0, 1, 2, 3], metric=metric, evaluate=sigmoid)
+    net = fit(Net(loss=soft_loss), task)
+    assert state_of(net).ledger.records[0]["accuracy"] > 0
+
+
+# Which loader is this task's
+
+
+@pytest.mark.parametrize("together", [list, lambda pair: dict(zip(("old", "new"), pair, strict=True)), CombinedLoader])
+def test_of_several_validation_loaders_that_of_the_task_judges(together):
+    old, new = loader(classes=(2, 3)), loader(classes=(0, 1))
+    val = together([old, new]) if together is not CombinedLoader else CombinedLoader([old, new], "sequential")
+    task = Task("a", {"train": loader(), "val": val}, classes=[0, 1])
+    assert {int(label) for _, y in task.judging_batches() for label in y} == {0, 1}
+    fit(Net(), task)
+    assert task.task_loaders.place == 1
+
+
+def test_of_several_test_loaders_too(tmp_path):
+    tests = [loader(classes=(2, 3)), loader(classes=(0, 1))]
+    task = Task("a", {"train": loader(), "val": loader(), "test": tests}, classes=[0, 1])
+    run = SequentialTaskRunner(Net(), [task], trainer=quiet_trainer, root=tmp_path)
+    run.start()
+    assert {int(label) for _, y in run.scoring_batches(task) for label in y} == {0, 1}
+
+
+def test_several_validation_loaders_none_of_which_is_the_tasks_are_refused():
+    val = [loader(classes=(0, 2)), loader(classes=(2, 3))]
+    net = Net()
+    with pytest.raises(ContinualError, match="none of its 2 val loaders is of these alone: label 2 in loader 0"):
+        fit(net, Task("a", {"train": loader(), "val": val}, classes=[0, 1]))
+    assert net.steps == 0
+
+
+def test_hooks_hear_of_which_loader_a_batch_is():
+    class Told(Net):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            self.told.add(dataloader_idx)
+            return batch
+
+    task = Task("a", {"train": loader(), "val": [loader(classes=(2, 3)), loader()]}, classes=[0, 1])
+    net = Told()
+    net.told = set()
+    evaluate(net, task, task.judging_batches())
+    assert net.told == {1}
+
+
+# Labels of other tasks
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_labels_of_other_tasks_are_named_before_training(stage, tmp_path):
+    other = of(*numbers(64, (0, 1, 2)))
+    task = Task("a", {"train": loader(), stage: other}, classes=[0, 1])
+    net = Net()
+    run = SequentialTaskRunner(net, [task], trainer=quiet_trainer, epochs=1, root=tmp_path)
+    with pytest.raises(ContinualError, match=r"Task 'a' declares classes \[0, 1\], but batch 0 of .* holds label 2"):
+        run.run()
+    assert net.steps == 0
+
+
+def test_one_in_a_later_validation_batch_too():
+    net = Net()
+    with pytest.raises(ContinualError, match="but batch 2 of its judging data holds label 3"):
+        fit(net, Task("a", {"train": loader(), "val": changed(40, 3)}, classes=[0, 1]))
+    assert net.steps == 0
+
+
+@pytest.mark.parametrize("change", [lambda y: y, one_hot])
+def test_one_in_a_later_training_batch_stops_the_fit_at_that_batch(change):
+    value = 3 if change is not one_hot else torch.tensor([0, 0, 0, 1])
+    net = Net(loss=F.cross_entropy if change is not one_hot else lambda z, y: z.clamp(-9, 9).sum())
+    train = changed(40, value, lambda y: change(y).float() if change is one_hot else y)
+    with pytest.raises(ContinualError, match=r"batch 2 of its training data holds label 3; correct classes"):
+        fit(net, Task("a", {"train": train, "val": loader()}, classes=[0, 1]))
+    assert net.steps == 2
+
+
+def test_labels_on_another_device_are_looked_at_without_waiting():
+    task = Task("a", {"train": loader()}, classes=[0, 1])
+    watch = LabelWatch(Net(), task)
+    for number, labels in enumerate(([0, 1], [1, -100], [1, 5], [7, 0])):
+        watch._note(torch.tensor(labels), number)
+    with pytest.raises(ContinualError, match="batch 2 of its training data holds label 5"):
+        watch.settle()
+    watch.settle()
+
+
+class Unlabelled(Net):
+    def __init__(self, ignored):
+        super().__init__()
+        self.criterion = nn.CrossEntropyLoss(ignore_index=ignored)
+        self.loss = self.criterion
+
+
+def test_labels_that_count_for_nothing_may_be_there():
+    fit(Net(), Task("a", {"train": changed(slice(40, 44), -100), "val": changed(40, -100)}, classes=[0, 1]))
+    data = changed(slice(40, 44), 99)
+    metric = MulticlassAccuracy(4, average="micro", ignore_index=99)
+    fit(Unlabelled(99), Task("a", {"train": data, "val": data}, classes=[0, 1], metric=metric))
+
+
+def test_what_is_left_out_does_not_count():
+    task = Task("a", {"train": loader()}, classes=[0, 1], evaluate=lambda module, batch: batch)
+    predictions = torch.eye(4)[[0, 1, 0]]
+    assert evaluate(Net(), task, [(predictions, torch.tensor([0, 1, -100]))]) == 1.0
+    predictions[2] = torch.nan
+    assert evaluate(Net(), task, [(predictions, torch.tensor([0, 1, -100]))]) == 1.0
+
+
+class Pixels(Net):
+    def forward(self, x):
+        return self.net(x).unsqueeze(-1).expand(-1, -1, 3)
+
+
+@pytest.mark.parametrize("void", [-100, 255])
+def test_void_pixels_are_said_unless_the_metric_leaves_them_out(void):
+    x, y = numbers()
+    y = y[:, None].repeat(1, 3)
+    y[:, 2] = void
+    task = Task("a", {"train": of(x, y), "val": of(x, y)}, classes=[0, 1])
+    net = Pixels()
+    if void == -100:
+        assert 0 <= evaluate(net, task, task.judging_batches()) <= 1
+        return
+    with pytest.warns(DataWarning, match=r"holds label 255, which counts as wrong.*ignore_index=255"):
+        evaluate(net, task, task.judging_batches())
+    own = MulticlassAccuracy(4, average="micro", ignore_index=255)
+    evaluate(net, Task("a", {"train": of(x, y), "val": of(x, y)}, classes=[0, 1], metric=own), [(x, y)])
+
+
+def test_an_evaluate_may_number_labels_anew():
+    data = loader(classes=(2, 3))
+    task = Task(
+        "a", {"train": data, "val": data}, classes=[2, 3], evaluate=lambda net, b: (net(b[0])[:, 2:4], b[1] - 2)
+    )
+    net = fit(Net(), task)
+    shown = state_of(net).showing(net, [task])
+    assert constant_predictor(net, task, task.judging_batches(), shown=shown) == 0.5
+
+
+# Numbers that are none
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("at", [3, 40])
+def test_validation_data_that_are_not_finite_are_named_before_training(value, at):
+    net = Net()
+    named = f"predictions for batch {at // 16} of its judging data are NaN or infinite.*batch itself"
+    with pytest.raises(ContinualError, match=named):
+        fit(net, Task("a", {"train": loader(), "val": changed(at, value)}, classes=[0, 1]))
+    assert net.steps == 0
+
+
+def test_predictions_that_are_not_finite_are_never_scored():
+    task = Task(
+        "a", {"train": loader(), "val": loader()}, classes=[0, 1], evaluate=lambda net, b: (net(b[0]) / 0, b[1])
+    )
+    with pytest.raises(
+        ContinualError, match=r"Task 'a': predictions for batch 0 of its judging data are NaN or infinite"
+    ):
+        fit(Net(), task)
+
+
+def test_outputs_that_are_masked_with_infinity_are_scored():
+    def masked(module, batch):
+        return module(batch[0]).masked_fill(torch.tensor([False, False, True, True]), -torch.inf), batch[1]
+
+    fit(Net(), Task("a", {"train": loader(), "val": loader()}, classes=[0, 1], evaluate=masked))
+
+
+def test_targets_that_are_not_finite_are_named():
+    x, y = numbers()
+    y = y.float()[:, None].repeat(1, 4)
+    y[20] = torch.nan
+    task = Task("a", {"train": of(x, y), "val": of(x, y)}, outputs=[0, 1, 2, 3], metric=MeanSquaredError())
+    with pytest.raises(ContinualError, match="targets of batch 1 of the data that it is scored on are NaN or infinite"):
+        evaluate(Net(), task, task.judging_batches())
+
+
+# Metrics
+
+
+class NoNumber(Metric):
+    higher_is_better = True
+
+    def update(self, predictions, target):
+        pass
+
+    def compute(self):
+        return torch.tensor(torch.nan)
+
+
+class Raises(NoNumber):
+    def compute(self):
+        raise RuntimeError("no.")
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (MulticlassAccuracy(4, average=None), r"its metric MulticlassAccuracy gives a tensor of shape \[4\], but"),
+        (NoNumber(), r"its NoNumber is nan on the data that judges its partition"),
+        (Raises(), r"Task 'a' cannot be scored: no. That is what its metric says"),
+    ],
+)
+def test_metrics_that_give_no_single_number_are_refused_before_training(metric, message):
+    net = Net()
+    with pytest.raises(ContinualError, match=message):
+        fit(net, Task("a", {"train": loader(), "val": loader()}, classes=[0, 1], metric=metric))
+    assert net.steps == 0
+
+
+def test_a_metric_without_a_direction_is_said():
+    task = Task(
+        "a",
+        {"train": loader(), "val": loader()},
+        classes=[0, 1],
+        metric=MeanMetric(),
+        evaluate=lambda net, b: (net(b[0]).softmax(1)[:, 0], torch.ones(len(b[1]))),
+    )
+    with pytest.warns(DataWarning, match="Task 'a': MeanMetric does not say whether higher is better; it is taken"):
+        fit(Net(), task)
+
+
+@pytest.mark.parametrize(
+    "predictions",
+    [lambda z: z[:, 0], lambda z: z[:3], lambda z: (z, z), lambda z: z[:, :, None]],
+    ids=["one number a sample", "another number of samples", "a tuple", "another axis"],
+)
+def test_predictions_that_fit_no_targets_are_refused_before_training(predictions):
+    net = Net()
+    own = lambda module, batch: (predictions(module(batch[0])), batch[1])  # noqa: E731
+    task = Task("a", {"train": loader(), "val": loader()}, classes=[0, 1], evaluate=own)
+    with pytest.raises(ContinualError, match="Task 'a'"):
+        fit(net, task)
+    assert net.steps == 0
