@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from lightning_cf.errors import CapacityError, ContinualError, check_count, check_list, check_path
+from lightning_cf.errors import CapacityError, ContinualError, check_list, check_path
 from lightning_cf.files import load_tensors
 from lightning_cf.structure import Entries, Structure, lookup
 
@@ -173,7 +173,10 @@ class NeuronLedger:
             ContinualError: for a column that another task has, or that the head does not have.
         """
         owner = f"Task '{name}'"
-        outputs = [check_count(owner, "outputs", x, least=0) for x in check_list(owner, "outputs", outputs, "columns")]
+        outputs = check_list(owner, "outputs", outputs, "columns")
+        strange = [output for output in outputs if isinstance(output, bool) or not isinstance(output, int)]
+        if strange:
+            raise ContinualError(f"{owner}: outputs must be whole numbers, got {strange[0]!r}.")
         for output in outputs:
             if not 0 <= output < len(self.outputs):
                 raise ContinualError(

@@ -13,7 +13,6 @@ from lightning_cf.errors import (
     check_choice,
     check_count,
     check_flag,
-    check_function,
     check_list,
     check_number,
     check_share,
@@ -71,8 +70,6 @@ class PartitionOptions:
     def __post_init__(self) -> None:
         if not callable(self.measure):
             check_choice("partition", "measure", self.measure, MEASURES)
-        else:
-            check_function("partition", "measure", self.measure, "vectors_a, biases_a, vectors_b, biases_b")
         given = self.threshold
         number = isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
         fine = given == "auto" if isinstance(given, str) else number and (callable(self.measure) or -1 <= given <= 1)

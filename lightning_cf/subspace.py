@@ -168,7 +168,7 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 
 
 def _is_matrix(basis: object) -> bool:
-    return isinstance(basis, Tensor) and basis.ndim == 2 and basis.numel() > 0 and not basis.is_complex()
+    return isinstance(basis, Tensor) and basis.ndim == 2 and not basis.is_complex()
 
 
 def _check_dimensions(dimensions: float | int) -> None:

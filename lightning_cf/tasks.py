@@ -188,7 +188,7 @@ class _Loaders(LightningDataModule):
         if unknown or "train" not in loaders:
             raise ContinualError(f"{wanted}; got the stages {sorted(map(str, loaders))}.")
         for stage, loader in loaders.items():
-            if stage != "train" and (loader is None or (isinstance(loader, (list, tuple)) and not loader)):
+            if stage != "train" and loader is None:
                 continue  # there is none, as Lightning takes it
             if isinstance(loader, (str, bytes)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
                 raise ContinualError(

@@ -71,7 +71,7 @@ def test_a_run_that_is_taken_up_keeps_what_was_warned_of_before(tmp_path, monkey
     monkeypatch.setattr(SequentialTaskRunner, "invariance", lambda self, task: 1 / 0)
     with pytest.warns(PartitionWarning, match="the claim is odd") as heard, pytest.raises(ZeroDivisionError):
         runner().run()
-    assert len(heard) == 1
+    assert sum("the claim is odd" in str(found.message) for found in heard) == 1
     monkeypatch.undo()
     assert runner().run().warnings == ["the claim is odd"]
 

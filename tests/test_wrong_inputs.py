@@ -204,7 +204,7 @@ def test_there_are_hundreds_of_them_each_once():
 
 RIGHT = [
     "task(metric=BinaryAccuracy())",
-    "Task('a', {'train': loader, 'val': None, 'test': []}, classes=[0, 1])",
+    "Task('a', {'train': loader, 'val': None, 'test': None}, classes=[0, 1])",
     "Task('a', data, classes=(0, 1), evaluate=lambda module, batch, *more: (module(batch[0]), batch[1]))",
     "Noise(scale=np.float32(0.5))",
     "InvarianceCallback(perturbation=lambda vectors, generator: vectors, seed=np.int64(3))",
@@ -216,7 +216,7 @@ RIGHT = [
     "start(trainer=lambda **options: quiet(**options))",
     "start(trainer=partial(quiet, fast_dev_run=True))",
     "start(tasks=[over(X.double())], trainer=partial(quiet, precision='64-true'))",
-    "start(tasks=[Task('a', {'train': loader, 'val': [], 'test': []}, classes=[0, 1])])",
+    "start(tasks=[Task('a', {'train': loader, 'val': None, 'test': None}, classes=[0, 1])])",
 ]
 
 
