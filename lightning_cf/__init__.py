@@ -7,6 +7,7 @@ from lightning_cf.errors import (
     ContinualError,
     FrozenWarning,
     LeakError,
+    LedgerWarning,
     StructureError,
     StructureWarning,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "InvarianceCallback",
     "LeakError",
     "LearnedSubspace",
+    "LedgerWarning",
     "MaskedGradientCallback",
     "Mixture",
     "NeuronLedger",

@@ -17,6 +17,10 @@ class FrozenWarning(UserWarning):
     """Something changed what belongs to earlier tasks; it was put back."""
 
 
+class LedgerWarning(UserWarning):
+    """Weights and ledger may not belong together."""
+
+
 class CapacityError(ContinualError):
     """No free unit is left where a new task needs one."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from lightning_cf.errors import CapacityError, ContinualError
+from lightning_cf.files import load_tensors
 from lightning_cf.structure import Entries, Structure, lookup
 
 FREE = -1
@@ -19,6 +21,7 @@ NO_OWNER = -2
 """Stands for what no unit computes, such as the network's input."""
 
 Phase = Literal["learn", "invariance", "sealed"]
+PHASES = ("learn", "invariance", "sealed")
 Isolation = Literal["exact", "perturb"]
 ISOLATIONS = ("exact", "perturb")
 
@@ -61,6 +64,9 @@ class NeuronLedger:
         records: one entry for each task's partition of a group (what ``result.json`` shows).
         directions: learned sub-spaces: an orthonormal basis (inputs x dimensions) for each group that has one.
         inference: what is kept of each task to infer it by (see ``task_inference``); None where nothing is.
+        heads: for each layer that computes outputs, the column of each of its rows.
+        fingerprints: of each task by name, some of the values that it owns (see ``fingerprints.py``).
+        origin: the file that the ledger was read from, for messages; not kept.
         revision: counts the changes, so that whoever caches masks knows when to make them anew.
     """
 
@@ -77,6 +83,9 @@ class NeuronLedger:
     records: list[dict[str, Any]] = field(default_factory=list)
     directions: dict[str, Tensor] = field(default_factory=dict)
     inference: dict[str, Any] | None = None
+    heads: dict[str, list[int]] = field(default_factory=dict)
+    fingerprints: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    origin: str = ""
     revision: int = 0
 
     @classmethod
@@ -137,6 +146,26 @@ class NeuronLedger:
         """Whether a task of that name was begun."""
         return any(task.name == name for task in self.tasks)
 
+    def outputs_of(self, name: str) -> list[int]:
+        """The columns of the module's output that belong to a task, one for each of its classes, in their order.
+
+        Raises:
+            ContinualError: for a task that the ledger does not know.
+        """
+        if name not in self.reserved:
+            known = ", ".join(f"'{task}'" for task in self.reserved) or "none"
+            raise ContinualError(f"No outputs are set aside for a task '{name}'; known tasks: {known}.")
+        return list(self.reserved[name])
+
+    def undone_by(self, other: NeuronLedger) -> list[str]:
+        """The tasks that another ledger does not know as far as this one does: not at all, or in an earlier phase."""
+        there = {task.name: task.phase for task in other.tasks}
+        return [
+            task.name
+            for task in self.tasks
+            if task.name not in there or PHASES.index(there[task.name]) < PHASES.index(task.phase)
+        ]
+
     def reserve(self, name: str, outputs: Sequence[int]) -> None:
         """Sets output columns aside for a task.
 
@@ -147,7 +176,8 @@ class NeuronLedger:
             if not 0 <= output < len(self.outputs):
                 raise ContinualError(
                     f"Task '{name}' needs output {output}, but the output head has {len(self.outputs)} columns"
-                    f" (0 to {len(self.outputs) - 1}). Widen the head, or correct the task's classes."
+                    f" (0 to {len(self.outputs) - 1}). Widen the head, the old rows first (a ContinualModule does it"
+                    " for classes), or correct the task's classes."
                 )
             for other, taken in self.reserved.items():
                 if other != name and output in taken:
@@ -181,9 +211,11 @@ class NeuronLedger:
             return self.current
         if self.current is not None:
             if self.current.phase == "learn":
+                source = f" The ledger was read from {self.origin}: load a later checkpoint, or" if self.origin else ""
                 raise ContinualError(
                     f"Task '{name}' cannot start: task '{self.current.name}' was never partitioned, so nothing would"
-                    f" protect it. Fit '{self.current.name}' again up to its partition (PartitionCallback, after=...)."
+                    f" protect it.{source} {'fit' if source else 'Fit'} '{self.current.name}' again up to its partition"
+                    " (PartitionCallback, after=...)."
                 )
             self.seal()
         self.require_capacity(name)
@@ -329,6 +361,8 @@ class NeuronLedger:
             "records": [dict(record) for record in self.records],
             "directions": {name: basis.clone() for name, basis in self.directions.items()},
             "inference": self.inference,
+            "heads": {layer: list(columns) for layer, columns in self.heads.items()},
+            "fingerprints": copy.deepcopy(self.fingerprints),
         }
 
     @classmethod
@@ -348,6 +382,8 @@ class NeuronLedger:
             records=[dict(record) for record in state["records"]],
             directions={name: basis.clone().cpu() for name, basis in state.get("directions", {}).items()},
             inference=state.get("inference"),
+            heads={layer: list(columns) for layer, columns in state.get("heads", {}).items()},
+            fingerprints=copy.deepcopy(state.get("fingerprints", {})),
         )
 
     @classmethod
@@ -355,15 +391,19 @@ class NeuronLedger:
         """Reads the ledger from a Lightning checkpoint that was written with one of the callbacks.
 
         Raises:
-            ContinualError: if the checkpoint holds none.
+            ContinualError: if the checkpoint holds none, or cannot be read.
         """
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if CHECKPOINT_KEY not in checkpoint:
+        if not Path(path).is_file():
+            raise ContinualError(f"{path} is no file; give a Lightning checkpoint that was written with the callbacks.")
+        checkpoint = load_tensors(path, f"{path} is no checkpoint that torch.load reads.")
+        if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
             raise ContinualError(
                 f"{path} holds no ledger: it was written without lightning_cf's callbacks, or with"
                 " save_weights_only=True, which leaves out what callbacks add."
             )
-        return cls.from_state_dict(checkpoint[CHECKPOINT_KEY])
+        ledger = cls.from_state_dict(checkpoint[CHECKPOINT_KEY])
+        ledger.origin = str(path)
+        return ledger
 
 
 def _any(masks: Iterable[Bool[Tensor, "..."]]) -> Bool[Tensor, "..."]:

@@ -17,6 +17,7 @@ from lightning_cf.claim_folding import cut_claimed
 from lightning_cf.claiming import Claimer
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import evaluate, predict
+from lightning_cf.fingerprints import keep_fingerprints
 from lightning_cf.inferring import remember_task
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.options import PartitionOptions
@@ -124,6 +125,7 @@ def seal_task(
     if state.collect is not None:
         state.collect()
     state.ledger.seal()
+    keep_fingerprints(module, state.structure, state.ledger, [task.name])
     remember_task(module, task, state)
     state.start = state.outcome = None
     partitioned = any(record["task"] == task.name for record in state.ledger.records)
