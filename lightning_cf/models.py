@@ -40,7 +40,7 @@ class Classifier(LightningModule):
         self.make_optimizer = optimizer
         self.cosine = cosine
 
-    def forward(self, x: Tensor) -> Logits:
+    def forward(self, x: Tensor) -> Tensor:  # plain types: TorchScript reads them
         """Logits of a batch."""
         logits: Tensor = self.network(x)
         return logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, LedgerWarning
 from lightning_cf.inferring import predict_any
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
-from lightning_cf.outputs import Head, grow_head, head_of
 from lightning_cf.state import keep_ledger, ledger_of, state_for
 from lightning_cf.task_inference import Prediction
 from lightning_cf.tasks import Task
+from lightning_cf.widening import add_classes, fit_heads, follow_head, grow, note_heads
 
 
 class ContinualModule(LightningModule):
@@ -40,6 +41,8 @@ class ContinualModule(LightningModule):
 
     installs_callbacks: bool = True
     """Whether a fit installs the callbacks that the Trainer lacks."""
+
+    __jit_unused_properties__ = [*LightningModule.__jit_unused_properties__, "ledger"]  # noqa: RUF012
 
     def __new__(cls, *args: Any, **kwargs: Any) -> ContinualModule:
         """Changes the class of the module given; a derived class is made as usual."""
@@ -66,15 +69,18 @@ class ContinualModule(LightningModule):
         return ledger_of(self)
 
     def add_task(self, task: Task) -> list[int]:
-        """Sets the task's outputs aside, adding columns to the head for classes whose columns another task has.
+        """Sets the task's outputs aside, adding columns to the head where it has none for the task's classes.
 
-        A fit does this for its task. A head that grows computes its older columns with another kernel, whose rounding
-        differs in the last bit; add all tasks before the first fit, as the runner does, to keep every bit.
+        So for classes whose columns another task has, and for class numbers beyond the head's columns: with ten
+        columns, a task of the classes 10 and 11 gets the columns 10 and 11. A fit does this for its task. A head that
+        grows computes its older columns with another kernel, whose rounding differs in the last bit; add all tasks
+        before the first fit, as the runner does, to keep every bit.
 
         Returns:
             the output column of each of the task's classes.
         """
         state = state_for(self, task)
+        follow_head(self, state)
         outputs = state.meet(self, task)
         if task.name not in state.ledger.reserved:
             taken = {output for others in state.ledger.reserved.values() for output in others}
@@ -82,11 +88,26 @@ class ContinualModule(LightningModule):
             if task.outputs is task.classes is None and (returns or len(outputs) == state.ledger.width):
                 state.ledger.positions[task.name] = outputs  # where it sees its columns, wherever they stand
             if returns:
-                grow_head(head_of(self, state.structure), len(state.ledger.outputs) + len(outputs))
-                outputs = state.ledger.add_outputs(len(outputs))
-                state.retrace(self)
+                outputs = grow(self, state, len(outputs))
+            elif task.outputs is None and task.classes is not None and max(outputs) >= state.ledger.width:
+                outputs = add_classes(self, state, outputs)
             state.ledger.reserve(task.name, outputs)
+        note_heads(state)
         return state.ledger.reserved[task.name]
+
+    def outputs_of(self, task: Task | str) -> list[int]:
+        """The output columns of a task, one for each of its classes: ``module(x)[:, module.outputs_of("zero-one")]``.
+
+        Args:
+            task: the task, or its name.
+
+        Raises:
+            ContinualError: for a task that was neither fitted nor added.
+        """
+        name = task if isinstance(task, str) else task.name
+        if self.ledger is None:
+            raise ContinualError(f"No outputs are set aside for a task '{name}': no task was fitted or added yet.")
+        return self.ledger.outputs_of(name)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """A module's own ``predict`` where it has one, else as :meth:`predict_any`."""
@@ -157,11 +178,9 @@ class ContinualModule(LightningModule):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Takes the ledger from a ``state_dict`` and widens the head to the columns that the ledger knows."""
         if state:
-            ledger = NeuronLedger.from_state_dict(state)
+            known, ledger = self.ledger, NeuronLedger.from_state_dict(state)
             keep_ledger(self, ledger)
-            head = self.get_submodule(ledger.head)
-            if isinstance(head, Head) and len(ledger.outputs) > ledger.width:
-                grow_head(head, len(ledger.outputs))
+            fit_heads(self, ledger, {} if known is None else known.heads)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Moves the ledger out of the weights, so that the plain class loads the checkpoint."""
@@ -173,7 +192,23 @@ class ContinualModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Moves it back."""
         super().on_load_checkpoint(checkpoint)
+        self._warn_of_loss(checkpoint.get(CHECKPOINT_KEY))
         checkpoint["state_dict"][_EXTRA_STATE] = checkpoint.get(CHECKPOINT_KEY, {})
+
+    def _warn_of_loss(self, found: dict[str, Any] | None) -> None:
+        """Warns where a Trainer without our callbacks, which would put the module back, loads an older ledger."""
+        trainer, known = self._trainer, self.ledger
+        if trainer is None or known is None or not found:
+            return
+        lost = known.undone_by(NeuronLedger.from_state_dict(found))
+        guarded = any(hasattr(callback, "partitions") for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if lost and not guarded:
+            warnings.warn(
+                f"ckpt_path={str(trainer.ckpt_path)!r} is older than what the module has learned: it takes back"
+                f" {' and '.join(map(repr, lost))}, weights and ledger. Load the last checkpoint again before you fit.",
+                LedgerWarning,
+                stacklevel=2,
+            )
 
 
 _EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
@@ -187,4 +222,6 @@ def _blank(base: type[LightningModule]) -> ContinualModule:
 
 @cache
 def _derived(base: type[LightningModule]) -> type[ContinualModule]:
-    return type(f"Continual{base.__name__}", (ContinualModule, base), {"__module__": base.__module__})
+    # Scripting compiles properties, but for these; the wrapped class may list its own.
+    unused = {"__jit_unused_properties__": [*base.__jit_unused_properties__, "ledger"]}
+    return type(f"Continual{base.__name__}", (ContinualModule, base), {"__module__": base.__module__, **unused})

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, StructureError
 from lightning_cf.evaluation import on_device
+from lightning_cf.foreign_heads import check_foreign_heads
 from lightning_cf.ledger import Isolation, NeuronLedger
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.outcome import Outcome
@@ -47,6 +48,7 @@ class ContinualState:
         met: names of the tasks whose way through the network is known.
         collect: puts into the ledger what is trained beside the network now, if anything.
         mixed: what mixes the columns of the network's outputs, so that only ``perturb`` works; empty if nothing does.
+        checked: the structure whose output layers of other libraries' classes were looked at.
     """
 
     structure: Structure
@@ -61,6 +63,7 @@ class ContinualState:
     met: set[str] = field(default_factory=set)
     collect: Callable[[], None] | None = None
     mixed: str = ""
+    checked: Structure | None = None
 
     def set_mask_outputs(self, mask_outputs: bool) -> None:
         """Whether each task sees its own outputs only.
@@ -169,6 +172,9 @@ class ContinualState:
         views = [
             list(zip(at or [], self.outputs_of(task), strict=True)) for at, task in zip(positions, tasks, strict=True)
         ]
+        if self.checked is not self.structure:
+            check_foreign_heads(module, self.structure, self.example, self.forward)
+            self.checked = self.structure
         several = len(self.structure.head.layers) > 1
         head = heads_of(module, self.structure) if several else head_of(module, self.structure)
         with OutputView(head, width=self.ledger.width, views=views) as view:

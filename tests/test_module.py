@@ -1,8 +1,10 @@
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
 from learning import classifier, fit, images, own_logits, quiet_trainer, score, tasks, three, weights
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -210,3 +212,38 @@ def test_checkpoints_go_both_ways_with_hyperparameters_and_ledger(written, read,
     fit(other, second, three(), epochs=4)
     assert torch.equal(own_logits(other, first), logits)
     assert [entry.name for entry in state_of(other).ledger.tasks] == ["0-1", "2-3"]
+
+
+class Scripted(LightningModule):
+    """A user's module with a property that scripting is to leave alone."""
+
+    __jit_unused_properties__: ClassVar = [*LightningModule.__jit_unused_properties__, "mine"]
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+    @property
+    def mine(self):
+        return {self: object()}
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.003)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("method", ["script", "trace"])
+def test_a_wrapped_module_becomes_torchscript_before_and_after_a_fit(method):
+    module, (task, *_) = ContinualModule(Scripted()), tasks()
+    x = torch.randn(3, 1, 8, 8)
+    for fits in range(2):
+        if fits:
+            fit(module, task, three(), epochs=2)
+        scripted = module.to_torchscript(method=method, example_inputs=x[:2])
+        assert torch.equal(scripted(x), module.eval()(x))

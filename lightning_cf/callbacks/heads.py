@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_cf.inferring import positions_of
+from lightning_cf.outputs import column_axis
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.structure import eval_mode, layer_of
 from lightning_cf.task_inference import Readout, Sites, View, read
@@ -118,7 +119,7 @@ class Heads:
     def _see(self, name: str, layer: nn.Module, inputs: Any, named: Any) -> None:
         if self.batch is not None and not self.inside and torch.is_grad_enabled():
             x = inputs[0] if inputs else named["input"]
-            self.seen[name] = x if isinstance(layer, nn.Linear) else x.movedim(1, -1)
+            self.seen[name] = x.movedim(column_axis(layer, x), -1)
 
     def _attach(self, path: str, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         if self.inside:

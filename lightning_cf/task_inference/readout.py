@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.outputs import column_axis
 from lightning_cf.structure import eval_mode
 from lightning_cf.task_inference.sites import Sites
 
@@ -153,7 +154,7 @@ class Recorder(TorchFunctionMode):
         return stack
 
     def _keep(self, path: str, layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.columns[path] = output if isinstance(layer, nn.Linear) else output.movedim(1, -1)
+        self.columns[path] = output.movedim(column_axis(layer, output), -1)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
