@@ -19,6 +19,7 @@ from lightning_cf.callbacks import (
     PartitionCallback,
     TaskInferenceCallback,
 )
+from lightning_cf.callbacks.loading import warn_of_traces
 from lightning_cf.callbacks.session import check_strategy
 from lightning_cf.class_incremental import score_strategies
 from lightning_cf.contexts import on_device, seeded
@@ -109,6 +110,12 @@ class SequentialTaskRunner:
         self.inferring = copy.deepcopy(given)
         if self.inferring is not None:
             self.inferring.seed = self.seed
+        for ours in (self.partitioning, self.masking):
+            if ours is not None and ours.ledger is not None:
+                raise ContinualError(
+                    f"runner: {type(ours).__name__}(ledger={str(ours.ledger)!r}) cannot be taken up: a run keeps its"
+                    " own ledger in root. Leave it out, or fit the tasks one by one with the callbacks."
+                )
         self.pretrained = pretrained
         self.callbacks = list(callbacks)
         self.store = RunStore(Path(root))
@@ -279,6 +286,8 @@ class SequentialTaskRunner:
             load_pretrained(self.module, self.pretrained)
         self.module.installs_callbacks = False
         state = state_for(self.module, self.tasks[0])
+        if not state.ledger.tasks:
+            warn_of_traces(self.module, state.structure)
         state.set_isolation(self.module, self.isolation)
         if self.masking is not None:
             state.set_mask_outputs(self.masking.mask_outputs)

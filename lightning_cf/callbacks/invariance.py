@@ -127,11 +127,13 @@ class InvarianceCallback(ContinualCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets go."""
+        super().teardown(trainer, pl_module, stage)
         self._release(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Puts the undisturbed values back and lets go; teardown does not run after an exception."""
         self._release(pl_module)
+        super().on_exception(trainer, pl_module, exception)
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""

@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_cf.averaging import exact_averages
@@ -18,9 +20,10 @@ from lightning_cf.errors import ContinualError, FrozenWarning, StructureWarning
 from lightning_cf.freezing import Freezer, FrozenEntries
 from lightning_cf.ledger import FREE
 from lightning_cf.projection import Projection
-from lightning_cf.state import ContinualState, state_for, state_of
+from lightning_cf.state import ContinualState, ledger_of, state_for, state_of
 from lightning_cf.structure import UnitGroup, named_tensors
 from lightning_cf.subspace import Subspace
+from lightning_cf.tasks import Task
 
 
 class MaskedGradientCallback(ContinualCallback):
@@ -36,10 +39,21 @@ class MaskedGradientCallback(ContinualCallback):
         mask_outputs: while a task trains or is tested, show only its outputs (the others hold the lowest number), so
             that an unchanged loss over all classes trains the task's own. Needs logits; set False for losses that
             spread over all outputs.
+        ledger: a checkpoint whose ledger the module takes up where it has none, for a plain module whose weights were
+            loaded from it (see ``keep_ledger``).
     """
 
-    def __init__(self, *, subspace: Subspace | None = None, mask_outputs: bool = True) -> None:
+    holds = True
+
+    def __init__(
+        self,
+        *,
+        subspace: Subspace | None = None,
+        mask_outputs: bool = True,
+        ledger: str | Path | None = None,
+    ) -> None:
         super().__init__()
+        self.ledger = ledger
         self.subspace = subspace
         self.mask_outputs = mask_outputs
         self._freezer: Freezer | None = None
@@ -50,13 +64,20 @@ class MaskedGradientCallback(ContinualCallback):
         self._averages = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Also shows a known task's outputs when it is validated or tested outside a fit."""
+        """Also notes whether outputs are masked."""
         super().setup(trainer, pl_module, stage)
-        state, task = state_of(pl_module), getattr(trainer, "datamodule", None)
+        state = state_of(pl_module)
         if stage == "fit" and state is not None:
             state.set_mask_outputs(self.mask_outputs)
-        if stage in ("validate", "test") and state is not None and getattr(task, "name", None) in state.ledger.reserved:
-            self._show(pl_module, state, trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows a known task's outputs when it is validated outside a fit."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._show_known(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows a known task's outputs when it is tested."""
+        self._show_known(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts holding."""
@@ -126,6 +147,7 @@ class MaskedGradientCallback(ContinualCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets go."""
+        super().teardown(trainer, pl_module, stage)
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -138,6 +160,7 @@ class MaskedGradientCallback(ContinualCallback):
             entries.restore()
         self._release()
         self._sealed = {}
+        super().on_exception(trainer, pl_module, exception)
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
@@ -154,6 +177,19 @@ class MaskedGradientCallback(ContinualCallback):
                 StructureWarning,
                 stacklevel=2,
             )
+
+    def _show_known(self, trainer: Trainer, module: LightningModule) -> None:
+        """As :meth:`_show`, of a task that the ledger knows, be it from a checkpoint; nothing of another one."""
+        ledger, task = ledger_of(module), getattr(trainer, "datamodule", None)
+        if ledger is None or not isinstance(task, Task) or task.name not in ledger.reserved:
+            return
+        try:
+            with torch.inference_mode(False):
+                state = state_for(module, task)
+        except ContinualError as error:
+            warnings.warn(f"All outputs are shown, not those of task '{task.name}' alone: {error}", stacklevel=2)
+        else:
+            self._show(module, state, trainer)
 
     def _show(self, module: LightningModule, state: ContinualState, trainer: Trainer) -> None:
         self._shown.enter_context(state.showing(module, [task_of(trainer, type(self).__name__)]))

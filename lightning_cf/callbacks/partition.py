@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_cf.averaging import restart_averages, take_averages
+from lightning_cf.callbacks.best import discount_scores
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_share
@@ -53,6 +55,8 @@ class PartitionCallback(ContinualCallback):
             :class:`~lightning_cf.records.PartitionRecord`); default none.
         similarity_matrix: whether the records hold the similarity of every two units.
         seed: what the re-initialised units and randomly chosen representatives depend on.
+        ledger: a checkpoint whose ledger the module takes up where it has none, for a plain module whose weights were
+            loaded from it (see ``keep_ledger``).
         options: how units are compared and how many are claimed, the fields of
             :class:`~lightning_cf.options.PartitionOptions`: ``measure``, ``threshold``, ``tolerance``, ``min_claim``,
             ``max_claim``, ``reserve_tasks``, ``clusters``, ``representative``, ``fold``, ``reinitialise``, ``layers``,
@@ -76,6 +80,7 @@ class PartitionCallback(ContinualCallback):
         records: str | Path | None = None,
         similarity_matrix: bool = False,
         seed: int = 0,
+        ledger: str | Path | None = None,
         **options: Unpack[PartitionKeywords],
     ) -> None:
         super().__init__()
@@ -104,7 +109,9 @@ class PartitionCallback(ContinualCallback):
         self.similarity_matrix = similarity_matrix
         self.options = PartitionOptions(**options)
         self.seed = seed
+        self.ledger = ledger
         self._step = 0
+        self._stale_scores = False
         self._partitioned_at: int | None = None
         self._ended = False
         self._start: dict[str, Tensor] | None = None
@@ -148,9 +155,10 @@ class PartitionCallback(ContinualCallback):
             checkpoint[START_KEY] = state.start
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes both out of the checkpoint."""
+        """Takes both out of the checkpoint; the weights at the start only for a fit that goes on from it."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        self._start = checkpoint.get(START_KEY)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._start = checkpoint.get(START_KEY)
 
     def select(self, module: LightningModule, state: ContinualState) -> None:
         """Notes in the ledger which groups are not partitioned, and checks that isolation can hold on the others.
@@ -176,6 +184,8 @@ class PartitionCallback(ContinualCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes where the optimisers stand, since some batches end without a step."""
         self._step = trainer.global_step
+        if self._stale_scores:
+            self._discount(trainer, again=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -229,6 +239,12 @@ class PartitionCallback(ContinualCallback):
             ),
         )
         restart_averages(trainer, module)
+        self._discount(trainer, again=True)
+
+    def _discount(self, trainer: Trainer, *, again: bool) -> None:
+        """The best checkpoint is one from the partition on; what is logged until the next batch is from before it."""
+        discount_scores(trainer)
+        self._stale_scores = again
 
     def _partition_if_due(self, trainer: Trainer, module: LightningModule, *, epochs: int) -> None:
         """The first partition waits for the monitored value; later ones come only where they were asked for."""

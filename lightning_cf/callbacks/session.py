@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,15 +12,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_cf.averaging import check_averaging
+from lightning_cf.callbacks.loading import LoadGuard, check_resumed, check_weights, end_evaluation, warn_of_traces
 from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError
+from lightning_cf.fingerprints import keep_fingerprints
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.module import ContinualModule
 from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.tasks import Task
+from lightning_cf.widening import follow_head, note_heads
 
 
 class ContinualCallback(Callback):
@@ -28,8 +33,21 @@ class ContinualCallback(Callback):
     partitions = False
     """Whether the callback partitions tasks."""
 
+    holds = False
+    """Whether the callback holds still what earlier tasks own."""
+
+    ledger: str | Path | None = None
+    """A checkpoint whose ledger is taken up where the module has none."""
+
+    _guard: LoadGuard | None = None
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work, before anything runs; sets the task's outputs aside."""
+        if self._leads(trainer):
+            take_up_ledgers(trainer, pl_module)
+            known = ledger_of(pl_module)
+            if known is not None and known.tasks:
+                self._guard = LoadGuard(pl_module, known)
         if stage != "fit":
             return
         check_strategy(trainer)
@@ -42,6 +60,8 @@ class ContinualCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the task, or goes on with it, in the shared ledger."""
         task = task_of(trainer, type(self).__name__)
+        if self._leads(trainer):
+            self._check_weights(trainer, pl_module, task)
         reserve_outputs(pl_module, task)
         ledger = state_for(pl_module, task).ledger
         before = ledger.current
@@ -67,7 +87,69 @@ class ContinualCallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes the ledger out of the checkpoint."""
         if CHECKPOINT_KEY in checkpoint:
-            keep_ledger(pl_module, NeuronLedger.from_state_dict(checkpoint[CHECKPOINT_KEY]))
+            ledger = NeuronLedger.from_state_dict(checkpoint[CHECKPOINT_KEY])
+            ledger.origin = str(trainer.ckpt_path or "")
+            keep_ledger(pl_module, ledger)
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_resumed(self._guard, trainer.ckpt_path, task_of(trainer, type(self).__name__).name)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Notes what the weights of each task are after a fit; puts back what an evaluation took back."""
+        state = state_of(pl_module)
+        if stage == "fit" and state is not None and self._leads(trainer):
+            keep_fingerprints(pl_module, state.structure, state.ledger)
+            state.ledger.origin = ""  # it is another one than was read
+        self._release_guard(trainer, evaluated=stage != "fit")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As ``teardown``, which does not run after an exception."""
+        self._release_guard(trainer, evaluated=trainer.state.fn != TrainerFn.FITTING)
+
+    def _leads(self, trainer: Trainer) -> bool:
+        """Whether this is the first of our callbacks in the list: it does what is to be done once."""
+        ours = (callback for callback in trainer.callbacks if isinstance(callback, ContinualCallback))  # type: ignore[attr-defined]
+        return self is next(ours, None)
+
+    def _check_weights(self, trainer: Trainer, module: LightningModule, task: Task) -> None:
+        """Checks that weights and ledger belong together, once they are loaded and before a fit changes them."""
+        ledger = ledger_of(module)
+        if ledger is not None and ledger.tasks:
+            check_weights(module, ledger, self._guard, trainer.ckpt_path)
+            held = any(getattr(callback, "holds", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+            for name in [*ledger.fingerprints]:
+                if not held or (ledger.current is not None and name == ledger.current.name == task.name):
+                    del ledger.fingerprints[name]  # it moves until the fit ends
+        else:
+            warn_of_traces(module, state_for(module, task).structure)
+        self._release_guard(trainer, evaluated=False)
+
+    def _release_guard(self, trainer: Trainer, *, evaluated: bool) -> None:
+        if self._guard is not None:
+            guard, self._guard = self._guard, None
+            try:
+                if evaluated:
+                    end_evaluation(guard, trainer.ckpt_path)
+            finally:
+                guard.release()
+
+
+def take_up_ledgers(trainer: Trainer, module: LightningModule) -> None:
+    """Takes up the ledger that a callback was given, where the module has none that knows tasks.
+
+    Raises:
+        ContinualError: where the module has one that knows less.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ContinualCallback) and callback.ledger is not None:
+            found, known = NeuronLedger.from_checkpoint(callback.ledger), ledger_of(module)
+            if known is None or not known.tasks:
+                keep_ledger(module, found)
+            elif found.undone_by(known):
+                raise ContinualError(
+                    f"{type(callback).__name__}(ledger={str(callback.ledger)!r}) knows more of task"
+                    f" '{found.undone_by(known)[0]}' than the ledger that {type(module).__name__} has. Load the weights"
+                    " of that checkpoint too, into a new module, or leave ledger= out."
+                )
 
 
 def _partitions(trainer: Trainer) -> bool:
@@ -100,9 +182,11 @@ def reserve_outputs(module: LightningModule, task: Task) -> ContinualState:
     if isinstance(module, ContinualModule):
         module.add_task(task)
     else:
+        follow_head(module, state)
         columns = state.meet(module, task)
         if task.name not in state.ledger.reserved:
             state.ledger.reserve(task.name, columns)
+        note_heads(state)
     return state
 
 
