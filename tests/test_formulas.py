@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -208,6 +210,32 @@ def test_dropout_within_leaves_a_trained_norm_trainable():
     make_owner_aware(norm, {"": OWNERS[None]})
     norm.train()(x).sum().backward()
     assert norm.weight.grad is not None
+
+
+def test_compiled_code_takes_them_by_owners_too():
+    script = """
+import torch
+from torch import nn
+from lightning_cf.normalisation import make_owner_aware
+
+class Norm(nn.Module):
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(8, 8), Norm()
+
+    def forward(self, x):
+        return self.layer(x - x.mean(-1, keepdim=True)) + self.norm(x)
+
+owners, x = torch.tensor([0, 0, 0, 1, 1, -1, -1, -1]), torch.randn(4, 8)
+for net, owned in ((Norm(), {"": owners[None]}), (Block(), {"": owners[None, None], "norm": owners[None]})):
+    make_owner_aware(net, owned)
+    torch.testing.assert_close(torch.compile(net, backend="eager")(x), net(x))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)  # without the tests' checks of annotations
 
 
 # Beside other things in a forward pass
