@@ -32,6 +32,7 @@ from lightning_cf.rules.call import Call
 from lightning_cf.rules.norms import normalise
 from lightning_cf.shadows import Origin, Pending, Shadow, Shadows, laid_out_like
 from lightning_cf.structure import Forward, Role, Structure, call, eval_mode, named_tensors, same_state, samples
+from lightning_cf.ways import running_way, ways_of
 
 
 def trace(module: nn.Module, example: Any, forward: Forward = call, *, apart: bool = False) -> Structure:
@@ -60,11 +61,13 @@ class Step:
         module: path of the module that ran it.
         by: the operation and its module.
         units: the unit of each element, ``NO_UNIT`` where none computed it.
+        way: number of the way through the network that ran it.
     """
 
     module: str
     by: str
     units: Int64[Tensor, "..."]
+    way: int = 0
 
 
 def steps(module: nn.Module, example: Any, forward: Forward = call) -> list[Step]:
@@ -111,8 +114,9 @@ def _follow_once(
         with following(module, tracer.running), _FunctionRules(tracer), tracer:
             outputs = forward(module, example)
         tracer.see_state(module)
-    structure, numbers = tracer.structure([x for x in tree_leaves(outputs) if isinstance(x, Tensor)])
-    steps = [Step(path, by, numbers[tracer.units.resolve(labels)]) for path, by, labels in tracer.log]
+    returned = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+    structure, numbers = tracer.structure(returned, ways_of(forward, outputs))
+    steps = [Step(path, by, numbers[tracer.units.resolve(labels)], way) for path, by, labels, way in tracer.log]
     return structure, steps, tracer.slices
 
 
@@ -182,7 +186,7 @@ class _Tracer(TorchDispatchMode):
         self.apart, self.logs, self.sliced = apart, logs, sliced
         self.slices: set[Shape] = set()
         """Shapes of slices that norms take together and that are of different units."""
-        self.log: list[tuple[str, str, Tensor]] = []
+        self.log: list[tuple[str, str, Tensor, int]] = []
         self.batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.ndim), 0)
         self.units = Units()
         self.uses: list[Use] = []
@@ -193,7 +197,8 @@ class _Tracer(TorchDispatchMode):
         self.computed: dict[str, str] = {}
         self.written: dict[str, str] = {}
         self.made_by: dict[int, str] = {}
-        self.touched: set[str] = set()
+        self.touched: dict[tuple[str, int], None] = {}
+        """Names of tensors that were read, with the way that did."""
         self.running = [""]
         """Paths of the modules that run, the innermost last."""
         self.shadows = Shadows(self.tensors, [x for x in inputs if isinstance(x, Tensor)])
@@ -205,7 +210,7 @@ class _Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         this = Call.of(func, args, kwargs, out)
-        self.touched.update(name for x in this.tensors for name in self.shadows[x].origins)
+        self.touched |= {(name, running_way()): None for x in this.tensors for name in self.shadows[x].origins}
         rule, transparent = rule_of(func)
         here = named(func, self.path)
         self.made_by |= {id(x): here for x in this.results}
@@ -226,7 +231,7 @@ class _Tracer(TorchDispatchMode):
         for x in this.written:
             self.written |= {name: here for name, b in self.tensors.items() if x.numel() and _same_memory(x, b)}
         if self.logs:
-            self.log += [(self.path, here, self.shadows[x].labels.clone()) for x in this.results]
+            self.log += [(self.path, here, self.shadows[x].labels.clone(), running_way()) for x in this.results]
         return out
 
     # What the rules use
@@ -245,7 +250,7 @@ class _Tracer(TorchDispatchMode):
                 numbers = origin.of(tuple(x.shape))
                 own = self._labels_of_entries(name, numbers)
                 entries = Origin(origin.shape, numbers=numbers)
-                self.uses.append(Use(name, "shift", entries, tuple(x.shape), own, None))
+                self.uses.append(Use(name, "shift", entries, tuple(x.shape), own, None, running_way()))
                 labels = self.units.unite(labels, own)
         return labels
 
@@ -315,7 +320,8 @@ class _Tracer(TorchDispatchMode):
                 if source is not None:
                     self._unite_repeats(origin, source.expand(x.shape))
             own: Role = role if role != "weight" or origin.distinct or not carried else "scale"
-            self.uses.append(Use(name, own, origin, tuple(x.shape), target, source if own == "weight" else None))
+            read = source if own == "weight" else None
+            self.uses.append(Use(name, own, origin, tuple(x.shape), target, read, running_way()))
         if bool(shadow.labels.any()) and not self.apart:
             before = self.units.resolve(target).unique()
             self.units.unite(target, shadow.labels)
@@ -360,10 +366,11 @@ class _Tracer(TorchDispatchMode):
     def _all_uses(self) -> list[Use]:
         """Also of buffers of which all that is known is that the forward pass reads them."""
         used = {use.name for use in self.uses}
+        found = [(name, self.tensors[name], way) for name, way in self.touched if name not in used]
         return self.uses + [
-            Use(name, "constant", Origin.whole(x), tuple(x.shape), torch.zeros((1,) * x.ndim, dtype=torch.int64), None)
-            for name, x in self.tensors.items()
-            if name in self.touched and name not in used and not isinstance(x, nn.Parameter)
+            Use(name, "constant", Origin.whole(x), tuple(x.shape), torch.zeros((1,) * x.ndim, dtype=torch.int64), None, way)
+            for name, x, way in found
+            if not isinstance(x, nn.Parameter)
         ]
 
     def _note(self, labels: Tensor, dims: Sequence[int], operation: str, unknown: bool, path: str) -> None:
@@ -399,7 +406,7 @@ class _Tracer(TorchDispatchMode):
             if x is not self.tensors.get(name) and id(x) in self.made_by:
                 self.written[name] = self.made_by[id(x)]
 
-    def structure(self, outputs: list[Tensor]) -> tuple[Structure, Tensor]:
+    def structure(self, outputs: list[Tensor], ways: list[int]) -> tuple[Structure, Tensor]:
         """Numbers the units and gathers them in groups; also the number of each label."""
         labels = []
         for x in outputs:
@@ -420,6 +427,7 @@ class _Tracer(TorchDispatchMode):
             self.computed,
             self.written,
             " and ".join(dict.fromkeys(self.made_by[id(x)] for x in outputs if id(x) in self.made_by)) or "nothing",
+            ways,
         )
 
 

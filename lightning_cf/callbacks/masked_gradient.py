@@ -196,8 +196,12 @@ class MaskedGradientCallback(ContinualCallback):
         known = {record["task"] for record in state.ledger.records}
         partitioned = all(task.name in known for task in state.ledger.tasks if task.phase != "learn")
         if state.ledger.isolation == "exact" and partitioned:
-            for name, parameter in module.named_parameters():
+            parameters = dict(module.named_parameters())
+            sealed = state.ledger.sealed(state.structure, parameters)
+            for name, parameter in parameters.items():
                 cut = state.ledger.cut(state.structure, state.structure.entries.get(name, ()))
+                if state.structure.ways > 1 and name in sealed:
+                    cut = cut & ~sealed[name]  # in no way through the network is anything cut that another one reads
                 if bool(cut.any()):
                     cut = cut.to(parameter.device)
                     if bool(torch.where(cut, parameter.detach(), 0).any()):

@@ -53,7 +53,7 @@ class ContinualCallback(Callback):
                 stacklevel=2,
             )
             ledger.seal()
-        ledger.begin(task.name, task.classes or [])
+        ledger.begin(task.name, task.classes or [], state_for(pl_module, task).structure)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the ledger into the checkpoint, and perturbed units back, which its weights share."""
@@ -103,6 +103,7 @@ def reserve_outputs(module: LightningModule, task: Task) -> ContinualState:
         columns = state.meet(module, task)
         if task.name not in state.ledger.reserved:
             state.ledger.reserve(task.name, columns)
+    state.check_met()
     return state
 
 

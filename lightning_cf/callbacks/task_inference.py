@@ -62,7 +62,7 @@ class TaskInferenceCallback(ContinualCallback):
         """Raises ContinualError if the network or its first task does not allow the strategy; nothing is begun."""
         if state.ledger.inference is None and not state.ledger.tasks:
             ledger = copy.deepcopy(state.ledger)
-            ledger.begin(task.name, task.classes or [])
+            ledger.begin(task.name, task.classes or [], state.structure)
             choose_strategies(module, replace(state, ledger=ledger), task, self.strategy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
