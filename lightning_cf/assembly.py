@@ -239,14 +239,20 @@ class _Producers:
 
     def __init__(self, placed: Mapping[str, Sequence[_Placed]], tensors: Mapping[str, Tensor]) -> None:
         self.sites: dict[int, dict[str, tuple[tuple[int, ...], int, int]]] = {}
+        self.ways: dict[int, frozenset[int]] = {}
+        """In which ways through the network each unit is computed."""
         self.united: set[str] = set()
         """Weights of which several rows or columns share one unit."""
         for name, uses in placed.items():
             known: list[Tensor] = []
             for use in uses:
-                if use.role == "weight" and not any(torch.equal(use.target, other) for other in known):
-                    known.append(use.target)  # a layer that is used at several places computes its units once
+                if use.role == "weight":
                     target = compress(use.target)
+                    for label in target.unique().tolist():
+                        self.ways[label] = self.ways.get(label, frozenset()) | use.ways
+                    if any(torch.equal(target, other) for other in known):
+                        continue  # a layer that is used at several places computes its units once
+                    known.append(target)
                     self._add(name, target)
                     if target.numel() not in tensors[name].shape[:2]:
                         self.united.add(name)
@@ -267,7 +273,10 @@ class _Producers:
         hidden = self.sites.keys() - set(without)
         signatures: dict[tuple[object, ...], list[int]] = {}
         for label in sorted(hidden):
-            signature = tuple((name, shape, count) for name, (shape, count, _) in self.sites[label].items())
+            signature = (
+                self.ways[label],
+                *((name, shape, count) for name, (shape, count, _) in self.sites[label].items()),
+            )
             signatures.setdefault(signature, []).append(label)
         return list(signatures.values())
 

@@ -272,8 +272,10 @@ class NeuronLedger:
             structure: of the network.
             tasks: how many of the tasks begun count; default all of them.
         """
-        names = [task.name for task in self.tasks]
-        return Levels(structure, self.owner_of_units(structure), names[:tasks])
+        owner = self.owner_of_units(structure)
+        if tasks is not None:
+            owner = torch.where(owner < tasks, owner, FREE)
+        return Levels(structure, owner, [task.name for task in self.tasks[:tasks]])
 
     def frozen(self, structure: Structure, tensors: Mapping[str, Tensor]) -> dict[str, Bool[Tensor, "..."]]:
         """For each tensor, the entries that may not move now; each mask broadcasts to its tensor.
@@ -333,7 +335,7 @@ class NeuronLedger:
         connects is never cut for another's: see :meth:`needed`.
         """
         learns = self.current is not None and self.current.phase == "learn"
-        levels = self.levels(structure, len(self.tasks) - learns)
+        levels = self.levels(structure, len(self.tasks) - 1 if learns else None)
         masks = []
         for use in uses:
             target, source = levels.of(use), lookup(use.source, levels.owner, none=NO_OWNER)

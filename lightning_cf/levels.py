@@ -23,12 +23,11 @@ class Levels:
     Args:
         structure: the network's.
         owner: of every unit, the outputs' at the end.
-        names: of the tasks that count, in their order; what later ones own counts as free.
+        names: of the tasks that count, in their order.
     """
 
     def __init__(self, structure: Structure, owner: Int64[Tensor, "units"], names: list[str]) -> None:
-        self.structure, self.names = structure, names
-        self.owner = torch.where(owner < len(names), owner, FREE)
+        self.structure, self.owner, self.names = structure, owner, names
         self._of: dict[frozenset[int], Tensor] = {}
 
     def riders(self, use: Entries) -> list[int]:
