@@ -98,6 +98,11 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     """Why no task can be inferred, if so, and the strategies that the network and the task allow."""
     if task.classes is None:
         return f"task '{task.name}' has no classes to tell apart.", []
+    for name in state.structure.rides:
+        if (alone := state.structure.only_on(name)) is not None:
+            reason = f"'{alone}' runs for task '{name}' as it does not for others, so no forward pass shows all tasks."
+            state.tell(f"No task is inferred: {reason}")
+            return reason, []
     bare = _bare_heads(state)
     if bare:
         return f"the output layer '{bare[0]}' has no weight of its own.", []
@@ -133,7 +138,7 @@ def _bare_heads(state: ContinualState) -> list[str]:
 def remember_task(module: LightningModule, task: Task, state: ContinualState, *, sealed: bool = True) -> None:
     """Keeps what the strategies need of a task that was just sealed or claimed; nothing where none was chosen."""
     inference = inference_of(state.ledger)
-    if inference is None or not inference.strategies or task.classes is None:
+    if inference is None or not inference.strategies or task.classes is None or unseen(state, task):
         return
     sites = Sites.of(module, state.structure, state.ledger, task.name)
     with isolate_rng():
@@ -145,6 +150,11 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState, *,
         return
     inference.learn(Known(task.name, list(task.classes), sites), training, held_out[0], sealed=sealed)
     keep_inference(state.ledger, inference)
+
+
+def unseen(state: ContinualState, task: Task) -> str | None:
+    """What a task runs in a way of its own, so that its sub-network cannot be looked at beside the others'."""
+    return state.structure.only_on(task.name)
 
 
 def highest_output(module: LightningModule, state: ContinualState, tasks: Iterable[Task]) -> TaskInference | None:

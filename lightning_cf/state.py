@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.disturbance import Disturbance
-from lightning_cf.errors import ContinualError, StructureError
+from lightning_cf.errors import ContinualError, StructureError, StructureWarning
 from lightning_cf.evaluation import on_device
 from lightning_cf.ledger import Isolation, NeuronLedger
 from lightning_cf.normalisation import make_owner_aware
@@ -49,6 +50,7 @@ class ContinualState:
         disturbance: what perturbs the redundant units now, if anything.
         met: names of the tasks whose way through the network is known.
         checked: how many ways through the network were checked for exact isolation.
+        told: warnings that are said once.
         collect: puts into the ledger what is trained beside the network now, if anything.
         mixed: what mixes the columns of the network's outputs, so that only ``perturb`` works; empty if nothing does.
     """
@@ -64,6 +66,7 @@ class ContinualState:
     disturbance: Disturbance | None = None
     met: set[str] = field(default_factory=set)
     checked: int = 0
+    told: set[str] = field(default_factory=set)
     collect: Callable[[], None] | None = None
     mixed: str = ""
 
@@ -139,6 +142,12 @@ class ContinualState:
                 " outputs=[...]."
             )
         return columns
+
+    def tell(self, warning: str) -> None:
+        """Says once what a user should know of the network."""
+        if warning not in self.told:
+            self.told.add(warning)
+            warnings.warn(warning, StructureWarning, stacklevel=3)
 
     def check_met(self) -> None:
         """Raises ContinualError where an earlier task may run the network in a way that is not known in this process."""

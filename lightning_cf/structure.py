@@ -231,6 +231,15 @@ class Structure:
         ]
         return tuple(group for group in found if any(rows.role == "weight" for rows in group.rows))
 
+    def only_on(self, task: str) -> str | None:
+        """A tensor that computes hidden units in a task's way, but not so in the first one; None where there is none."""
+        way = self.way_of(task)
+        for name in self.entries:
+            for use in self.uses_on(name, way):
+                if 0 not in use.ways and bool(((use.target >= 0) & (use.target < self.head.first)).any()):
+                    return name
+        return None
+
     def as_one_way(self) -> Structure:
         """The same where every task runs the network in all of these ways."""
         entries = {name: tuple(replace(use, ways=frozenset({0})) for use in uses) for name, uses in self.entries.items()}

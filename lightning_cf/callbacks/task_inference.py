@@ -19,6 +19,7 @@ from lightning_cf.inferring import (
     choose_strategies,
     inference_of,
     keep_inference,
+    unseen,
     view_of,
 )
 from lightning_cf.randomness import keyed_generator
@@ -71,6 +72,12 @@ class TaskInferenceCallback(ContinualCallback):
         state, task = state_of(pl_module), task_of(trainer, type(self).__name__)
         assert state is not None
         prepare(pl_module, state, task, self.strategy)
+        inference, alone = inference_of(state.ledger), unseen(state, task)
+        if inference is not None and inference.strategies and task.classes is not None and alone is not None:
+            state.tell(
+                f"Task '{task.name}' cannot be inferred: '{alone}' runs for it as it does not for earlier tasks, so no"
+                " forward pass shows all of them. Name this task where it is predicted."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Makes the heads, anew after a partition, and tells them the batch's labels."""
@@ -140,7 +147,7 @@ class TaskInferenceCallback(ContinualCallback):
         self._release()
         inference = inference_of(state.ledger)
         task = task_of(trainer, type(self).__name__)
-        if inference is None or task.classes is None:
+        if inference is None or task.classes is None or unseen(state, task):
             return
         strategies = heads_of(STRATEGIES[name] for name in inference.strategies)
         if not strategies:
