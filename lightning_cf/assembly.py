@@ -27,6 +27,7 @@ class Use:
         target: labels of what each of its elements helps to compute; broadcasts with it, or names all that it meets.
         source: labels of what it reads.
         way: number of the way through the network that uses it.
+        aside: whether what it is used for reaches nothing that the network returns.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Use:
     target: Tensor
     source: Tensor | None
     way: int = 0
+    aside: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ def assemble(
         ended_by: the operation that gave the outputs.
         output_ways: of each tensor that the network returns, the way through it that does.
     """
+    live = {use.name for use in uses if not use.aside}
+    uses = [use for use in uses if not use.aside or use.name not in live]
     _unite_shared_layers(units, uses)
     placed = _place(units, uses)
     producers = _Producers(placed, tensors)

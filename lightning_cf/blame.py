@@ -50,6 +50,8 @@ def first_moved(
     for step, (_, old), (by, new) in zip(traced, before, after, strict=False):
         if by != step.by or old.shape != new.shape:
             return step.by
+        if step.aside:
+            continue
         way = frozenset({step.way if structure.ways > 1 else 0})
         owned = lookup(step.units, levels.of_units(way), none=FREE).expand(old.shape) >= 0
         if bool((old[owned] != new[owned]).any()):

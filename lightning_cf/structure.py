@@ -19,6 +19,9 @@ NO_UNIT = -1
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a network on an example."""
 
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+"""Layers whose outputs the leak probe watches."""
+
 Role = Literal["weight", "bias", "scale", "shift", "statistic", "constant"]
 
 
@@ -191,6 +194,7 @@ class Structure:
         ways: how many ways through the network there are that differ in what they use.
         rides: for tasks by name, the number of the way in which they run it; the first where it is not said.
         output_ways: for each tensor that the network returns, the way that returns it.
+        idle: calls of layers that reach nothing that the network returns: path, way, and which call it is from 0 on.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -207,6 +211,7 @@ class Structure:
     ways: int = 1
     rides: Mapping[str, int] = field(default_factory=dict)
     output_ways: tuple[int, ...] = ()
+    idle: frozenset[tuple[str, int, int]] = frozenset()
 
     def way_of(self, task: str) -> int:
         """The way in which a task runs the network."""

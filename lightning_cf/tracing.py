@@ -8,9 +8,10 @@ weight entry its pair of target and source unit. The operations are listed in ``
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,10 +29,21 @@ from lightning_cf.errors import StructureError
 from lightning_cf.labels import NONE, Units, sole_along
 from lightning_cf.normalisation import make_owner_aware, owner_aware_norms
 from lightning_cf.operations import is_movement, rule_of
+from lightning_cf.reaching import WHOLE, Reaching
 from lightning_cf.rules.call import Call
 from lightning_cf.rules.norms import normalise
 from lightning_cf.shadows import Origin, Pending, Shadow, Shadows, laid_out_like
-from lightning_cf.structure import Forward, Role, Structure, call, eval_mode, named_tensors, same_state, samples
+from lightning_cf.structure import (
+    LAYERS,
+    Forward,
+    Role,
+    Structure,
+    call,
+    eval_mode,
+    named_tensors,
+    same_state,
+    samples,
+)
 from lightning_cf.ways import running_way, ways_of
 
 
@@ -62,12 +74,14 @@ class Step:
         by: the operation and its module.
         units: the unit of each element, ``NO_UNIT`` where none computed it.
         way: number of the way through the network that ran it.
+        aside: whether it reaches nothing that the network returns.
     """
 
     module: str
     by: str
     units: Int64[Tensor, "..."]
     way: int = 0
+    aside: bool = False
 
 
 def steps(module: nn.Module, example: Any, forward: Forward = call) -> list[Step]:
@@ -110,13 +124,20 @@ def _follow_once(
         if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
             forward(module, example)
         stack.enter_context(same_state(module))
-        tracer = _Tracer(module, tree_leaves(example), apart, log, sliced)
+        recorder = Reaching()
+        with torch.random.fork_rng(), same_state(module), recorder.functions, recorder:
+            reached = forward(module, example)
+        reaching = recorder.operations([x for x in tree_leaves(reached) if isinstance(x, Tensor)])
+        tracer = _Tracer(module, tree_leaves(example), apart, log, sliced, reaching)
+        for path, layer in module.named_modules():
+            if isinstance(layer, LAYERS):
+                stack.callback(layer.register_forward_hook(partial(tracer.left, path), prepend=True).remove)
         with following(module, tracer.running), _FunctionRules(tracer), tracer:
             outputs = forward(module, example)
         tracer.see_state(module)
     returned = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
     structure, numbers = tracer.structure(returned, ways_of(forward, outputs))
-    steps = [Step(path, by, numbers[tracer.units.resolve(labels)], way) for path, by, labels, way in tracer.log]
+    steps = [Step(path, by, numbers[tracer.units.resolve(labels)], *rest) for path, by, labels, *rest in tracer.log]
     return structure, steps, tracer.slices
 
 
@@ -166,8 +187,9 @@ class _FunctionRules(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
             self.tracer.read(args[0], f"Tensor.{func.__name__}")
-        if func not in (torch.nn.functional.rms_norm, torch.rms_norm):
+        if func not in WHOLE:
             return func(*args, **kwargs)
+        self.tracer.next(func)
         names = ("input", "normalized_shape", "weight", "eps")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         with _disable_current_modes():
@@ -180,13 +202,26 @@ class _FunctionRules(TorchFunctionMode):
 class _Tracer(TorchDispatchMode):
     """The state of one trace, and what the rules in ``operations.py`` may ask of it."""
 
-    def __init__(self, module: nn.Module, inputs: Sequence[Any], apart: bool, logs: bool, sliced: Set[Shape]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Sequence[Any],
+        apart: bool,
+        logs: bool,
+        sliced: Set[Shape],
+        reaching: Sequence[tuple[str, bool]],
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tensors = named_tensors(module)
         self.apart, self.logs, self.sliced = apart, logs, sliced
         self.slices: set[Shape] = set()
         """Shapes of slices that norms take together and that are of different units."""
-        self.log: list[tuple[str, str, Tensor, int]] = []
+        self.reaching = iter(reaching)
+        self.aside = False
+        """Whether the operation that runs reaches nothing that the network returns, so that it binds no units."""
+        self.known = True
+        """Whether the operations were so far those that were recorded before."""
+        self.log: list[tuple[str, str, Tensor, int, bool]] = []
         self.batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.ndim), 0)
         self.units = Units()
         self.uses: list[Use] = []
@@ -197,6 +232,9 @@ class _Tracer(TorchDispatchMode):
         self.computed: dict[str, str] = {}
         self.written: dict[str, str] = {}
         self.made_by: dict[int, str] = {}
+        self.made_aside: dict[int, bool] = {}
+        self.calls: Counter[tuple[str, int]] = Counter()
+        self.idle: set[tuple[str, int, int]] = set()
         self.touched: dict[tuple[str, int], None] = {}
         """Names of tensors that were read, with the way that did."""
         self.running = [""]
@@ -208,12 +246,14 @@ class _Tracer(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.next(func)
         out = func(*args, **kwargs)
         this = Call.of(func, args, kwargs, out)
         self.touched |= {(name, running_way()): None for x in this.tensors for name in self.shadows[x].origins}
         rule, transparent = rule_of(func)
         here = named(func, self.path)
         self.made_by |= {id(x): here for x in this.results}
+        self.made_aside |= {id(x): self.aside for x in this.results}
         if torch.Tag.dynamic_output_shape in func.tags:
             for x in _shape_makers(this):
                 self.read(x, this.name, shape_only=True)
@@ -231,8 +271,23 @@ class _Tracer(TorchDispatchMode):
         for x in this.written:
             self.written |= {name: here for name, b in self.tensors.items() if x.numel() and _same_memory(x, b)}
         if self.logs:
-            self.log += [(self.path, here, self.shadows[x].labels.clone(), running_way()) for x in this.results]
+            where = running_way(), self.aside
+            self.log += [(self.path, here, self.shadows[x].labels.clone(), *where) for x in this.results]
         return out
+
+    def next(self, func: Any) -> None:
+        """Looks up whether the operation that runs now reaches what the network returns."""
+        name, reaches = next(self.reaching, ("", True))
+        self.known = self.known and name == str(func)
+        self.aside = self.known and not reaches
+        self.units.still = self.aside
+
+    def left(self, path: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        """Counts the calls of a layer, and notes those that reach nothing that the network returns."""
+        way, results = running_way(), [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        if results and all(self.made_aside.get(id(x), False) for x in results):
+            self.idle.add((path, way, self.calls[path, way]))
+        self.calls[path, way] += 1
 
     # What the rules use
 
@@ -250,7 +305,7 @@ class _Tracer(TorchDispatchMode):
                 numbers = origin.of(tuple(x.shape))
                 own = self._labels_of_entries(name, numbers)
                 entries = Origin(origin.shape, numbers=numbers)
-                self.uses.append(Use(name, "shift", entries, tuple(x.shape), own, None, running_way()))
+                self.uses.append(Use(name, "shift", entries, tuple(x.shape), own, None, running_way(), self.aside))
                 labels = self.units.unite(labels, own)
         return labels
 
@@ -321,8 +376,8 @@ class _Tracer(TorchDispatchMode):
                     self._unite_repeats(origin, source.expand(x.shape))
             own: Role = role if role != "weight" or origin.distinct or not carried else "scale"
             read = source if own == "weight" else None
-            self.uses.append(Use(name, own, origin, tuple(x.shape), target, read, running_way()))
-        if bool(shadow.labels.any()) and not self.apart:
+            self.uses.append(Use(name, own, origin, tuple(x.shape), target, read, running_way(), self.aside))
+        if bool(shadow.labels.any()) and not self.apart and not self.aside:
             before = self.units.resolve(target).unique()
             self.units.unite(target, shadow.labels)
             if len(self.units.resolve(before).unique()) < len(before):
@@ -332,6 +387,8 @@ class _Tracer(TorchDispatchMode):
     def mix(self, x: Tensor, dims: Sequence[int], operation: str, *, unknown: bool = False) -> Tensor:
         """Unites the units of ``x`` along dims, which keep size one, and keeps in mind what did it."""
         labels = self.labels(x)
+        if self.aside:
+            return self.units.unite_along(labels, dims)  # which unites nothing now
         if self.apart:
             return sole_along(self.units.resolve(labels), dims)
         self._note(labels, dims, operation, unknown, self.path)
@@ -344,7 +401,7 @@ class _Tracer(TorchDispatchMode):
         outputs, unites nothing.
         """
         path = self.path
-        if self.apart:
+        if self.apart or self.aside:
             return
 
         def settle() -> None:
@@ -356,6 +413,8 @@ class _Tracer(TorchDispatchMode):
 
     def settle(self, tensors: Sequence[Tensor]) -> None:
         """Does what :meth:`mix_later` put off."""
+        if self.aside:
+            return
         for x in tensors:
             pending, self.shadows[x].pending = self.shadows[x].pending, []
             for mixing in pending:
@@ -408,13 +467,14 @@ class _Tracer(TorchDispatchMode):
 
     def structure(self, outputs: list[Tensor], ways: list[int]) -> tuple[Structure, Tensor]:
         """Numbers the units and gathers them in groups; also the number of each label."""
+        self.aside = self.units.still = False
         labels = []
         for x in outputs:
             for mixing in self.shadows[x].pending:
                 if mixing.final:
                     mixing.settle()
             labels.append((self.labels(x), any(not mixing.final for mixing in self.shadows[x].pending)))
-        return assemble(
+        structure, numbers = assemble(
             self.tensors,
             self.units,
             self._all_uses(),
@@ -429,6 +489,7 @@ class _Tracer(TorchDispatchMode):
             " and ".join(dict.fromkeys(self.made_by[id(x)] for x in outputs if id(x) in self.made_by)) or "nothing",
             ways,
         )
+        return replace(structure, idle=frozenset(self.idle)), numbers
 
 
 def named(func: Any, path: str) -> str:
