@@ -151,8 +151,12 @@ class ContinualState:
 
     def check_met(self) -> None:
         """Raises ContinualError where an earlier task may run the network in a way that is not known in this process."""
+        if self.structure.ways > 1:
+            self._check_met()
+
+    def _check_met(self) -> None:
         unmet = [task.name for task in self.ledger.tasks if task.name in self.ledger.ways and task.name not in self.met]
-        if unmet and self.structure.ways > 1:
+        if unmet:
             raise ContinualError(
                 f"Task '{unmet[0]}' was learned with an evaluate= of its own, and nobody told this process how it runs"
                 " the network, so nothing would protect what it reads there. Make the earlier tasks known first:"
@@ -199,6 +203,8 @@ class ContinualState:
         number = len(ways) - 1
         same = next((n for n in range(number) if _same_way(structure, n, number)), number)
         if same == number:
+            if not self.ledger.knows(task.name):
+                self._check_met()
             self.ledger.extend_to(structure)
             self.structure = replace(structure, rides=self.structure.rides)
             self.example, self.forward = examples, forward

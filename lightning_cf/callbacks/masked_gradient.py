@@ -45,6 +45,7 @@ class MaskedGradientCallback(ContinualCallback):
         self._freezer: Freezer | None = None
         self._projection: Projection | None = None
         self._revision = -1
+        self._unmet: dict[str, nn.Parameter] = {}
         self._sealed: dict[str, FrozenEntries] = {}
         self._shown = ExitStack()
         self._averages = ExitStack()
@@ -64,7 +65,12 @@ class MaskedGradientCallback(ContinualCallback):
         state = state_for(pl_module, task_of(trainer, type(self).__name__))
         state.set_mask_outputs(self.mask_outputs)
         self._show(pl_module, state, trainer)
-        self._tell_what_stays(pl_module, state)
+        later = len(state.ledger.tasks) > 1
+        self._unmet = {
+            name: parameter
+            for name, parameter in pl_module.named_parameters()
+            if later and parameter.requires_grad and name not in state.structure.entries
+        }
         tensors = {n: t for n, t in named_tensors(pl_module).items() if t.is_floating_point()}
         sealed = state.ledger.sealed(state.structure, tensors)
         self._sealed = {n: FrozenEntries(tensors[n], mask) for n, mask in sealed.items() if bool(mask.any())}
@@ -92,6 +98,8 @@ class MaskedGradientCallback(ContinualCallback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Several processes reduce their gradients after the hooks ran: zeroes the frozen entries again."""
+        if self._unmet:
+            self._tell_what_stays()
         if trainer.world_size > 1 and self._freezer is not None:
             self._freezer.zero_gradients()
 
@@ -143,14 +151,18 @@ class MaskedGradientCallback(ContinualCallback):
         """Its options as plain values, to tell runs apart."""
         return {name: without_address(getattr(self, name)) for name in ("subspace", "mask_outputs")}
 
-    def _tell_what_stays(self, module: LightningModule, state: ContinualState) -> None:
-        """Warns of parameters that later tasks cannot train, since nothing that is scored runs them."""
-        unmet = [n for n, p in module.named_parameters() if p.requires_grad and n not in state.structure.entries]
-        if unmet and len(state.ledger.tasks) > 1:
-            names = ", ".join(map(repr, unmet[:5])) + (" and others" if len(unmet) > 5 else "")
+    def _tell_what_stays(self) -> None:
+        """Warns of parameters that the task's training reaches but cannot move, since nothing that is scored runs them.
+
+        Those that it does not reach, such as heads of tasks to come, are none of its business.
+        """
+        unmet, self._unmet = self._unmet, {}
+        trained = [name for name, parameter in unmet.items() if parameter.grad is not None]
+        if trained:
+            names = ", ".join(map(repr, trained[:5])) + (" and others" if len(trained) > 5 else "")
             warnings.warn(
-                f"{names} stay as the first task left them: neither forward nor evaluate= of a task so far runs them."
-                " Let evaluate= of this task run what it trains.",
+                f"{names} stay as the first task left them: training reaches them, but neither forward nor evaluate= of"
+                " a task so far runs them. Let evaluate= of this task run what it trains.",
                 StructureWarning,
                 stacklevel=2,
             )
