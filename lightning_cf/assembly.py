@@ -62,11 +62,11 @@ class _Placed:
 
     def same(self, other: _Placed) -> bool:
         """Whether it says the same of the tensor's entries, in whatever way through the network."""
-        return (
-            torch.equal(self.target, other.target)
-            and torch.equal(self.source, other.source)
-            and (self.used is other.used or (None not in (self.used, other.used) and torch.equal(self.used, other.used)))
-        )
+        if self.used is None or other.used is None:
+            alike = self.used is other.used
+        else:
+            alike = torch.equal(self.used, other.used)
+        return alike and torch.equal(self.target, other.target) and torch.equal(self.source, other.source)
 
 
 def assemble(

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from lightning_cf.errors import CapacityError, ContinualError
-from lightning_cf.levels import FREE, Levels
+from lightning_cf.levels import FREE as FREE
+from lightning_cf.levels import Levels
 from lightning_cf.structure import NO_UNIT, Entries, Structure, lookup
 
 NO_OWNER = -2
@@ -61,7 +62,7 @@ class NeuronLedger:
         records: one entry for each task's partition of a group (what ``result.json`` shows).
         directions: learned sub-spaces: an orthonormal basis (inputs x dimensions) for each group that has one.
         inference: what is kept of each task to infer it by (see ``task_inference``); None where nothing is.
-        ways: names of tasks that may run the network in a way of their own, so that it must be known before others go on.
+        ways: names of tasks that may run the network in a way of their own, which must be known before others go on.
         revision: counts the changes, so that whoever caches masks knows when to make them anew.
     """
 

@@ -1,9 +1,9 @@
 """From which task on an entry is held still: the owner of what it computes, in the way in which a task computes it.
 
 A unit that task a owns computes for task b too, and may do so in another way through the network: fed by b's own stem,
-shifted by b's own adapter. What only b's way uses is b's to train, though the unit is a's; from b's seal on it stays. So
-an entry's level, at one use, is the first task that owns the unit or comes after its owner and runs the network in a
-way that has this use. Where all tasks go one way, that is the unit's owner.
+shifted by b's own adapter. What only b's way uses is b's to train, though the unit is a's; from b's seal on it stays.
+So an entry's level, at one use, is the first task that owns the unit or comes after its owner and runs the network in
+a way that has this use. Where all tasks go one way, that is the unit's owner.
 """
 
 from __future__ import annotations

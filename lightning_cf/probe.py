@@ -220,4 +220,3 @@ def _owned_outputs(
             owned_values = lookup(units, held[way], none=False).expand(values.shape)
             found["(outputs)", str(number), way] = values[owned_values.to(values.device)]
     return found
-

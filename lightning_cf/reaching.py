@@ -40,9 +40,7 @@ class Reaching(TorchDispatchMode):
 
     def note(self, func: Any, arguments: Any, written: Any) -> None:
         """Takes an operation in."""
-        read, results = (
-            [x for x in tree_leaves(tensors) if isinstance(x, Tensor)] for tensors in (arguments, written)
-        )
+        read, results = ([x for x in tree_leaves(tensors) if isinstance(x, Tensor)] for tensors in (arguments, written))
         self.names.append(str(func))
         self._flows.append(([_place(x) for x in read], [_place(x) for x in results]))
         self._kept += [*read, *results]  # so that no memory is used twice

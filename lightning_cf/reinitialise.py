@@ -34,7 +34,9 @@ def reinitialise_free(module: nn.Module, structure: Structure, ledger: NeuronLed
             if any(way in use.ways for use in uses) and not held:
                 masks[name] = torch.stack(
                     [
-                        ((levels.owners(use, none=0) == FREE) & (use.target < structure.head.first)).expand(own[name].shape)
+                        ((levels.owners(use, none=0) == FREE) & (use.target < structure.head.first)).expand(
+                            own[name].shape
+                        )
                         for use in uses
                     ]
                 ).all(dim=0)

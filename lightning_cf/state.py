@@ -150,7 +150,7 @@ class ContinualState:
             warnings.warn(warning, StructureWarning, stacklevel=3)
 
     def check_met(self) -> None:
-        """Raises ContinualError where an earlier task may run the network in a way that is not known in this process."""
+        """Raises ContinualError where an earlier task may run the network in a way that this process does not know."""
         if self.structure.ways > 1:
             self._check_met()
 

@@ -237,7 +237,7 @@ class Structure:
         return tuple(group for group in found if any(rows.role == "weight" for rows in group.rows))
 
     def only_on(self, task: str) -> str | None:
-        """A tensor that computes hidden units in a task's way, but not so in the first one; None where there is none."""
+        """A tensor that computes hidden units in a task's way as it does not in the first one, if there is one."""
         way = self.way_of(task)
         for name in self.entries:
             for use in self.uses_on(name, way):
@@ -247,7 +247,9 @@ class Structure:
 
     def as_one_way(self) -> Structure:
         """The same where every task runs the network in all of these ways."""
-        entries = {name: tuple(replace(use, ways=frozenset({0})) for use in uses) for name, uses in self.entries.items()}
+        entries = {
+            name: tuple(replace(use, ways=frozenset({0})) for use in uses) for name, uses in self.entries.items()
+        }
         return replace(self, entries=entries, ways=1, output_ways=(0,) * len(self.output_ways))
 
     @property

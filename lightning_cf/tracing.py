@@ -137,7 +137,9 @@ def _follow_once(
         tracer.see_state(module)
     returned = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
     structure, numbers = tracer.structure(returned, ways_of(forward, outputs))
-    steps = [Step(path, by, numbers[tracer.units.resolve(labels)], *rest) for path, by, labels, *rest in tracer.log]
+    steps = [
+        Step(path, by, numbers[tracer.units.resolve(labels)], way, aside) for path, by, labels, way, aside in tracer.log
+    ]
     return structure, steps, tracer.slices
 
 
@@ -427,7 +429,15 @@ class _Tracer(TorchDispatchMode):
         used = {use.name for use in self.uses}
         found = [(name, self.tensors[name], way) for name, way in self.touched if name not in used]
         return self.uses + [
-            Use(name, "constant", Origin.whole(x), tuple(x.shape), torch.zeros((1,) * x.ndim, dtype=torch.int64), None, way)
+            Use(
+                name,
+                "constant",
+                Origin.whole(x),
+                tuple(x.shape),
+                torch.zeros((1,) * x.ndim, dtype=torch.int64),
+                None,
+                way,
+            )
             for name, x, way in found
             if not isinstance(x, nn.Parameter)
         ]
