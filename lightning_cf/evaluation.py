@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.structure import eval_mode, in_precision_of
-from lightning_cf.tasks import Batches, Task
+from lightning_cf.tasks import Batches, Task, supervised
 
 
 def on_device(module: LightningModule, task: Task, batch: Any) -> Any:
@@ -73,6 +73,9 @@ def check_scoring(module: LightningModule, task: Task) -> None:
     with eval_mode(module), isolate_rng():
         for batch in task.judging_batches():
             shapes = ""
+            advice = "Give the task evaluate=lambda module, batch: (predictions, target)."
+            if task.evaluate is not supervised:
+                advice = "It must give predictions and target of a batch, whose shapes are those of its loaders."
             try:
                 predictions, target = predict(module, task, batch)
                 shapes = f" of predictions {list(predictions.shape)} and targets {list(target.shape)}"
@@ -82,8 +85,7 @@ def check_scoring(module: LightningModule, task: Task) -> None:
                     f"Task '{task.name}' cannot be scored: {error} That is what its metric says{shapes}. Give the task"
                     " evaluate=lambda module, batch: (predictions, target) and metric=... that fit each other."
                     if shapes
-                    else f"Task '{task.name}' cannot be scored: its evaluate says: {error} Give the task"
-                    " evaluate=lambda module, batch: (predictions, target)."
+                    else f"Task '{task.name}' cannot be scored: its evaluate says: {error} {advice}"
                 ) from error
             return
 

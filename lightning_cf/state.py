@@ -24,7 +24,7 @@ from lightning_cf.ledger import Isolation, NeuronLedger
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.outcome import Outcome
 from lightning_cf.outputs import OutputView, head_of, heads_of
-from lightning_cf.structure import Forward, Structure, call, eval_mode, named_tensors, same_state, samples
+from lightning_cf.structure import Forward, Structure, UnitGroup, call, eval_mode, named_tensors, same_state, samples
 from lightning_cf.subspace import GivenSubspace, Subspace
 from lightning_cf.tasks import Task, required_arguments, supervised
 from lightning_cf.tracing import trace
@@ -93,12 +93,23 @@ class ContinualState:
             return found
         if isinstance(subspace, GivenSubspace):
             subspace.check_layers([group.name for group in self.structure.groups])
-        for group in self.structure.groups:
+        for group in self.groups:
             inputs = sum(rows.width(tensors[rows.tensor]) for rows in group.rows if rows.role == "weight")
             basis = subspace.basis(group.name, inputs, self.ledger.directions)
+            if basis is not None and len(basis) != inputs:
+                raise ContinualError(
+                    f"The sub-space of '{group.name}' is one of {len(basis)} inputs, but the current task gives it"
+                    f" {inputs}: it runs other layers there, such as an adapter. Leave the sub-space out."
+                )
             if basis is not None:
                 found[group.name] = basis
         return found
+
+    @property
+    def groups(self) -> tuple[UnitGroup, ...]:
+        """The groups that the current task's way through the network computes, and by what; all between tasks."""
+        task = self.ledger.current
+        return self.structure.groups if task is None else self.structure.groups_on(self.structure.way_of(task.name))
 
     def retrace(self, module: nn.Module) -> None:
         """Traces the module again, after its head grew."""

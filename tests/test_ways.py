@@ -17,7 +17,11 @@ from lightning_cf import (
     Classifier,
     ContinualError,
     ContinualModule,
+    InvarianceCallback,
+    LearnedSubspace,
+    MaskedGradientCallback,
     NeuronLedger,
+    PartitionCallback,
     SequentialTaskRunner,
     StructureWarning,
     Task,
@@ -492,6 +496,41 @@ def test_a_way_that_cannot_be_isolated_is_refused_before_it_trains():
     with pytest.raises(StructureError, match=r"cannot hold: .*stems\.b"):
         learn(module, tasks[1:], epochs=1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(module).items())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::lightning_cf.StructureWarning")
+def test_a_learned_sub_space_is_one_of_what_the_tasks_way_reads():
+    torch.manual_seed(0)
+    module, tasks, subspace = between(partial(Bottleneck, 40)), sequence(), LearnedSubspace(dimensions=0.3)
+    ours = [InvarianceCallback(subspace=subspace), MaskedGradientCallback(subspace=subspace)]
+    logits = []
+    for task in tasks:
+        callbacks = [PartitionCallback(after=0.5), *ours]
+        quiet_trainer(max_epochs=4, callbacks=callbacks).fit(module, datamodule=task)
+        logits.append(predictions(module, task))
+    check(module, tasks, logits)
+
+
+def test_a_stem_that_the_user_holds_is_left_whole_to_its_task():
+    torch.manual_seed(0)
+    module, tasks = stems(), sequence()[:2]
+    module.stems["b"].requires_grad_(False)
+    before = module.stems["b"][1].weight.clone()
+    learn(module, tasks, epochs=2)
+    ledger = state_of(module).ledger
+    assert ledger.whole == ["stems.b.1"]
+    assert ledger.owners["stems.b.1"].tolist() == [1] * 32
+    assert torch.equal(module.stems["b"][1].weight, before)
+
+
+def test_who_gave_evaluate_is_not_advised_to_give_it():
+    def evaluate(module, batch):
+        raise RuntimeError("no such layer")
+
+    task = Task("a", sequence()[0].data, classes=[0, 1], evaluate=evaluate)
+    with pytest.raises(ContinualError, match=r"no such layer That is what its evaluate= says; let it run the module"):
+        state_for(stems(), task)
 
 
 # What is computed beside the predictions

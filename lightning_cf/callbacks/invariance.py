@@ -71,7 +71,7 @@ class InvarianceCallback(ContinualCallback):
         self._bases = state.bases(self.subspace, named_tensors(pl_module))
         if isinstance(self.subspace, LearnedSubspace):
             self._learner = DirectionLearner(self.subspace, self._redundant(state))
-            self._learner.attach(pl_module, state.structure.groups)
+            self._learner.attach(pl_module, state.groups)
             self._revision = state.ledger.revision
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -150,7 +150,7 @@ class InvarianceCallback(ContinualCallback):
         """Takes up the directions of recent gradients, on every process those of the first."""
         state = state_of(module)
         assert state is not None
-        directions = learner.directions(state.structure.groups) if fell and trainer.is_global_zero else {}
+        directions = learner.directions(state.groups) if fell and trainer.is_global_zero else {}
         if trainer.world_size > 1:
             directions = trainer.strategy.broadcast(directions)
         if directions:

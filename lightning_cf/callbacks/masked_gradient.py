@@ -195,7 +195,7 @@ class MaskedGradientCallback(ContinualCallback):
             )
         return [
             (group, (state.ledger.owners[group.name] == FREE).nonzero().flatten(), bases[group.name])
-            for group in state.structure.groups
+            for group in state.groups
             if group.name in bases
         ]
 
