@@ -17,7 +17,13 @@ from lightning_cf.structure import Structure, UnitGroup
 
 
 def unit_outputs(
-    module: nn.Module, structure: Structure, groups: Sequence[UnitGroup], passes: Passes, *, rows: int = 2048
+    module: nn.Module,
+    structure: Structure,
+    groups: Sequence[UnitGroup],
+    passes: Passes,
+    *,
+    rows: int = 2048,
+    way: int = 0,
 ) -> dict[str, Float[Tensor, "_ _"]]:
     """Outputs of each group's units (units x samples), as the first layer behind them reads them.
 
@@ -27,13 +33,14 @@ def unit_outputs(
         groups: whose outputs to record.
         passes: over the task's data; at most 32 of them.
         rows: how many samples (tokens, positions) at most.
+        way: in which the passes run the network.
 
     Raises:
         ContinualError: for a group that no linear layer or convolution reads directly.
     """
     readers: dict[str, tuple[str, Int64[Tensor, "_ _"]]] = {}
     for group in groups:
-        for name, use in consumers(module, structure):
+        for name, use in consumers(module, structure, way):
             source = input_units(use)
             inside = ((source >= group.first) & (source < group.first + group.size)).nonzero().flatten()
             if len(inside) and len(inside) % group.size == 0:

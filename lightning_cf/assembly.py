@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int64
@@ -26,6 +26,8 @@ class Use:
         shape: of that tensor.
         target: labels of what each of its elements helps to compute; broadcasts with it, or names all that it meets.
         source: labels of what it reads.
+        way: number of the way through the network that uses it.
+        aside: whether what it is used for reaches nothing that the network returns.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Use:
     shape: tuple[int, ...]
     target: Tensor
     source: Tensor | None
+    way: int = 0
+    aside: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,16 @@ class _Placed:
     role: Role
     target: Tensor
     source: Tensor
+    ways: frozenset[int]
+    used: Tensor | None = None
+
+    def same(self, other: _Placed) -> bool:
+        """Whether it says the same of the tensor's entries, in whatever way through the network."""
+        if self.used is None or other.used is None:
+            alike = self.used is other.used
+        else:
+            alike = torch.equal(self.used, other.used)
+        return alike and torch.equal(self.target, other.target) and torch.equal(self.source, other.source)
 
 
 def assemble(
@@ -68,6 +82,7 @@ def assemble(
     computed: Mapping[str, str],
     written: Mapping[str, str],
     ended_by: str,
+    output_ways: Sequence[int],
 ) -> tuple[Structure, Int64[Tensor, "labels"]]:
     """Numbers the units, group after group, the outputs last; also gives the number of each label.
 
@@ -84,7 +99,10 @@ def assemble(
         computed: of parameters that are changed before they are used, by what.
         written: of buffers that the forward pass writes, by what.
         ended_by: the operation that gave the outputs.
+        output_ways: of each tensor that the network returns, the way through it that does.
     """
+    live = {use.name for use in uses if not use.aside}
+    uses = [use for use in uses if not use.aside or use.name not in live]
     _unite_shared_layers(units, uses)
     placed = _place(units, uses)
     producers = _Producers(placed, tensors)
@@ -96,10 +114,15 @@ def assemble(
     numbers[torch.tensor([label for labels in members for label in labels])] = torch.arange(sum(map(len, members)))
     entries = {
         name: tuple(
-            Entries(compress(numbers[use.target]), compress(numbers[use.source]), use.role) for use in _merged(found)
+            Entries(compress(numbers[use.target]), compress(numbers[use.source]), use.role, use.ways, use.used)
+            for use in _merged(found)
         )
         for name, found in placed.items()
     }
+    ways = frozenset(use.way for use in uses) | frozenset(output_ways)
+    if all(use.ways == ways for found in entries.values() for use in found):  # they differ in nothing that is used
+        entries = {n: tuple(replace(use, ways=frozenset({0})) for use in found) for n, found in entries.items()}
+        ways, output_ways = frozenset({0}), [0] * len(output_ways)
     groups: list[UnitGroup] = []
     for labels in members:
         first = groups[-1].first + groups[-1].size if groups else 0
@@ -124,6 +147,8 @@ def assemble(
         branches=tuple(_mixing(found, numbered, groups[:-1], tensors) for found in branches),
         computed=dict(computed),
         written=dict(written),
+        ways=max(ways) + 1,
+        output_ways=tuple(output_ways),
     )
     return structure, numbers
 
@@ -168,30 +193,49 @@ def _place(units: Units, uses: Sequence[Use]) -> dict[str, list[_Placed]]:
         nothing = torch.where(target == UNUSED, UNUSED, NONE)
         source = nothing if use.source is None else use.origin.place(units.resolve(use.source), use.shape)
         found = placed.setdefault(use.name, [])
-        if not any(
-            use.role == other.role and torch.equal(target, other.target) and torch.equal(source, other.source)
-            for other in found
-        ):
-            found.append(_Placed(use.role, target, source))
+        for position, other in enumerate(found):
+            if use.role == other.role and torch.equal(target, other.target) and torch.equal(source, other.source):
+                found[position] = replace(other, ways=other.ways | {use.way})
+                break
+        else:
+            found.append(_Placed(use.role, target, source, frozenset({use.way})))
     return placed
 
 
 def _merged(uses: Sequence[_Placed]) -> list[_Placed]:
-    """Uses of parts of a tensor say nothing of the rest of it: each takes over there what another one knows."""
+    """Uses of parts of a tensor say nothing of the rest of it: each takes over there what another one knows.
+
+    First another one on the same way; where that way does not use the rest, what is taken over is noted as not used.
+    """
     merged: list[_Placed] = []
-    for use in uses:
-        target, source = use.target, use.source
-        for other in uses:
-            unused = target == UNUSED
-            if not bool(unused.any()):
-                break
-            target = torch.where(unused, other.target, target)
-            source = torch.where(unused, other.source, source)
-        target, source = target.clamp_min(NONE), source.clamp_min(NONE)
-        same = any(torch.equal(target, m.target) and torch.equal(source, m.source) for m in merged)
-        if not same:
-            merged.append(_Placed(use.role, target, source))
+    for way in sorted(frozenset().union(*(use.ways for use in uses))):
+        own, others = [u for u in uses if way in u.ways], [u for u in uses if way not in u.ways]
+        for use in own:
+            filled, used = _filled(use, own), None
+            if others and bool((filled.target == UNUSED).any()):
+                used = filled.target != UNUSED
+                filled = _filled(filled, others)
+            target, source = filled.target.clamp_min(NONE), filled.source.clamp_min(NONE)
+            found = _Placed(use.role, target, source, frozenset({way}), used)
+            for position, other in enumerate(merged):
+                if found.same(other):
+                    merged[position] = replace(other, ways=other.ways | {way})
+                    break
+            else:
+                merged.append(found)
     return merged
+
+
+def _filled(use: _Placed, others: Sequence[_Placed]) -> _Placed:
+    """A use that takes over from others what it does not know of a tensor's entries."""
+    target, source = use.target, use.source
+    for other in others:
+        unused = target == UNUSED
+        if not bool(unused.any()):
+            break
+        target = torch.where(unused, other.target, target)
+        source = torch.where(unused, other.source, source)
+    return replace(use, target=target, source=source)
 
 
 class _Producers:
@@ -199,12 +243,20 @@ class _Producers:
 
     def __init__(self, placed: Mapping[str, Sequence[_Placed]], tensors: Mapping[str, Tensor]) -> None:
         self.sites: dict[int, dict[str, tuple[tuple[int, ...], int, int]]] = {}
+        self.ways: dict[int, frozenset[int]] = {}
+        """In which ways through the network each unit is computed."""
         self.united: set[str] = set()
         """Weights of which several rows or columns share one unit."""
         for name, uses in placed.items():
+            known: list[Tensor] = []
             for use in uses:
                 if use.role == "weight":
                     target = compress(use.target)
+                    for label in target.unique().tolist():
+                        self.ways[label] = self.ways.get(label, frozenset()) | use.ways
+                    if any(torch.equal(target, other) for other in known):
+                        continue  # a layer that is used at several places computes its units once
+                    known.append(target)
                     self._add(name, target)
                     if target.numel() not in tensors[name].shape[:2]:
                         self.united.add(name)
@@ -225,7 +277,10 @@ class _Producers:
         hidden = self.sites.keys() - set(without)
         signatures: dict[tuple[object, ...], list[int]] = {}
         for label in sorted(hidden):
-            signature = tuple((name, shape, count) for name, (shape, count, _) in self.sites[label].items())
+            signature = (
+                self.ways[label],
+                *((name, shape, count) for name, (shape, count, _) in self.sites[label].items()),
+            )
             signatures.setdefault(signature, []).append(label)
         return list(signatures.values())
 

@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.ledger import FREE
+from lightning_cf.levels import Levels
 from lightning_cf.structure import Forward, Structure, lookup, samples
 from lightning_cf.tracing import following, named, plain_kernels, steps
 
@@ -20,7 +20,7 @@ from lightning_cf.tracing import following, named, plain_kernels, steps
 def first_moved(
     module: nn.Module,
     structure: Structure,
-    owner: Int64[Tensor, "units"],
+    levels: Levels,
     example: Any,
     forward: Forward,
     shaken: AbstractContextManager[None],
@@ -32,7 +32,7 @@ def first_moved(
     Args:
         module: in eval mode.
         structure: its structure.
-        owner: of each unit.
+        levels: of each unit in each way through the network.
         example: an input whose first axis is the batch; its first two samples are used.
         forward: how to run the network on it.
         shaken: gives free weights other values meanwhile.
@@ -50,7 +50,10 @@ def first_moved(
     for step, (_, old), (by, new) in zip(traced, before, after, strict=False):
         if by != step.by or old.shape != new.shape:
             return step.by
-        owned = lookup(step.units, owner, none=FREE).expand(old.shape) >= 0
+        if step.aside:
+            continue
+        way = frozenset({step.way if structure.ways > 1 else 0})
+        owned = lookup(step.units, levels.of_units(way), none=FREE).expand(old.shape) >= 0
         if bool((old[owned] != new[owned]).any()):
             return step.by
     return None

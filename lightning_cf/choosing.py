@@ -91,6 +91,11 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     """Why no task can be inferred, if so, and the strategies that the network and the task allow."""
     if task.classes is None:
         return f"task '{task.name}' has no classes to tell apart.", []
+    for name in state.structure.rides:
+        if (alone := state.structure.only_on(name)) is not None:
+            reason = f"'{alone}' runs for task '{name}' as it does not for others, so no forward pass shows all tasks."
+            state.tell(f"No task is inferred: {reason}")
+            return reason, []
     bare = bare_heads(state)
     if bare:
         return f"the output layer '{bare[0]}' has no weight of its own.", []

@@ -17,13 +17,19 @@ Passes = Callable[[], Iterator[Callable[[], Any]]]
 """Gives forward passes over a task's data, one a batch."""
 
 
-def consumers(module: nn.Module, structure: Structure) -> list[tuple[str, Entries]]:
-    """Weights that train, used once, whose rows are units and whose columns read units; with their use."""
+def consumers(module: nn.Module, structure: Structure, way: int = 0) -> list[tuple[str, Entries]]:
+    """Weights that train, used once in a way through the network, whose rows are units and whose columns read units.
+
+    With that use.
+    """
     found = []
     parameters = dict(module.named_parameters())
-    for name, uses in structure.entries.items():
+    for name in structure.entries:
+        uses = structure.uses_on(name, way)
+        if len(uses) != 1 or uses[0].used is not None:
+            continue
         use = uses[0]
-        rows_are_units = name in parameters and len(uses) == 1 and use.role == "weight" and use.target.ndim > 0
+        rows_are_units = name in parameters and use.role == "weight" and use.target.ndim > 0
         if not rows_are_units or not parameters[name].requires_grad:
             continue
         along_rows = use.target.numel() == use.target.shape[0] and use.source.shape[0] == 1
@@ -37,10 +43,12 @@ def input_units(use: Entries) -> Int64[Tensor, "inputs"]:
     return use.source.flatten()
 
 
-def consumer_moments(module: nn.Module, structure: Structure, passes: Passes) -> dict[str, Moments | Sample]:
-    """Second moments of what each consumer reads, over one pass."""
+def consumer_moments(
+    module: nn.Module, structure: Structure, passes: Passes, way: int = 0
+) -> dict[str, Moments | Sample]:
+    """Second moments of what each consumer reads, over one pass in some way through the network."""
     parameters = dict(module.named_parameters())
-    return input_moments({name: parameters[name] for name, _ in consumers(module, structure)}, passes())
+    return input_moments({name: parameters[name] for name, _ in consumers(module, structure, way)}, passes())
 
 
 def fold_claimed(
@@ -54,14 +62,16 @@ def fold_claimed(
         ledger: with the claim.
         moments: as :func:`consumer_moments` found them before the claim.
     """
-    owner = ledger.owner_of_units(structure)
+    owner, levels = ledger.owner_of_units(structure), ledger.levels(structure)
     task = len(ledger.tasks) - 1
     parameters = dict(module.named_parameters())
-    for name, use in consumers(module, structure):
+    sealed = ledger.sealed(structure, parameters)
+    for name, use in consumers(module, structure, structure.way_of(ledger.tasks[-1].name)):
         if name not in moments:
             continue
         weight, bias = parameters[name].detach(), _bias(parameters, name)
-        rows = (lookup(use.target.flatten(), owner, none=FREE) == task).nonzero().flatten().to(weight.device)
+        own = (levels.of(use) == task) & ~sealed[name]
+        rows = own.expand(weight.shape).flatten(1).all(dim=1).nonzero().flatten().to(weight.device)
         source = lookup(input_units(use), owner, none=0)
         kept = (source != FREE).repeat_interleave(weight[0].numel() // len(source)).to(weight.device)
         if len(rows) == 0 or bool(kept.all()):

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from lightning_cf.outcome import GroupOutcome, Outcome
 from lightning_cf.partition import Partition, partition, partition_into
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.similarity import Similarity
-from lightning_cf.structure import Structure, layer_of, lookup, named_tensors
+from lightning_cf.structure import Structure, UnitGroup, layer_of, named_tensors
 
 
 class PartitionWarning(ContinualWarning):
@@ -125,7 +125,11 @@ class Claimer:
         redundant into claimed units and outputs are zero afterwards. Under ``perturb`` the network's function stays as
         it was; a claim is judged by the score without the redundant units.
         """
-        self._groups = [g for g in self.options.partitioned(self.structure) if g.name not in self.ledger.whole]
+        self._way = self.structure.way_of(self.ledger.tasks[-1].name)
+        self._ran = {group.name: group for group in self.structure.groups_on(self._way)}
+        chosen = [g for g in self.options.partitioned(self.structure) if g.name not in self.ledger.whole]
+        self._groups = [self._ran[g.name] for g in chosen if g.name in self._ran]
+        self._needed = self.ledger.needed(self.structure, dict(self.module.named_parameters()))
         self._again = self.ledger.tasks[-1].phase == "invariance"
         exact = self.ledger.isolation == "exact"
         before = self._reference(self._finite(self.score(), "before its partition"))
@@ -133,12 +137,13 @@ class Claimer:
         vectors = self._vectors()
         self._similarities = self._compare(candidates)
         self._moments: Mapping[str, Moments | Sample] = (
-            consumer_moments(self.module, self.structure, self.passes) if self.options.fold and exact else {}
+            consumer_moments(self.module, self.structure, self.passes, self._way) if self.options.fold and exact else {}
         )
         self._tell_left_out()
         budgets = self._budgets(candidates)
         after, within = before, True
-        for partitions in self._proposals(budgets):
+        for proposed in self._proposals(budgets):
+            partitions = self._with_needed(candidates, proposed)
             self._apply(candidates, partitions)
             after = self.score()
             if math.isfinite(after) and self._loss(before, after) <= self.options.tolerance:
@@ -214,14 +219,25 @@ class Claimer:
         if self._again:
             return {group.name: len(candidates[group.name]) for group in self._groups}
         return {
-            group.name: self.options.budget(group.size, len(candidates[group.name]), self.tasks_left)
+            group.name: self.options.budget(group.size, len(candidates[group.name]), self._tasks_left(group))
             for group in self._groups
         }
+
+    def _tasks_left(self, group: UnitGroup) -> int:
+        """How many tasks still to come, this one counted, run a group as far as known: no other needs its units."""
+        if self.structure.ways == 1:
+            return self.tasks_left
+        begun = {task.name for task in self.ledger.tasks}
+        ways = [way for task, way in self.structure.rides.items() if task not in begun]
+        others = sum(any(g.name == group.name for g in self.structure.groups_on(way)) for way in ways)
+        return min(self.tasks_left, 1 + others) if ways else self.tasks_left
 
     def _compare(self, candidates: Mapping[str, Tensor]) -> dict[str, Similarity]:
         tensors, measure = named_tensors(self.module), self.options.measure
         outputs = (
-            unit_outputs(self.module, self.structure, self._groups, self.passes) if measure == "activation" else {}
+            unit_outputs(self.module, self.structure, self._groups, self.passes, way=self._way)
+            if measure == "activation"
+            else {}
         )
         similarities = {}
         for group in self._groups:
@@ -317,27 +333,43 @@ class Claimer:
         claimed = {}
         for group in self.structure.groups:
             mask = torch.zeros(group.size, dtype=torch.bool)
+            claimed[group.name] = mask
+            if group.name not in self._ran:
+                continue  # another task's way runs it, this one's does not
             units = candidates[group.name]
             mask[units[partitions[group.name].non_redundant] if group.name in partitions else units] = True
-            claimed[group.name] = mask
         self.ledger.claim(claimed)
         make_owner_aware(self.module, self.ledger.norm_owners())
         self._remember()
         fold_claimed(self.module, self.structure, self.ledger, self._moments)
         cut_claimed(self.module, self.structure, self.ledger)
 
+    def _with_needed(
+        self, candidates: Mapping[str, Tensor], partitions: Mapping[str, Partition]
+    ) -> dict[str, Partition]:
+        """Partitions by which units are claimed too without which claimed ones cannot be cut off (``needed``)."""
+        found = dict(partitions)
+        for group in self._groups:
+            units = candidates[group.name]
+            needed = self._needed[group.units][units]
+            if bool(needed.any()):
+                own = torch.arange(len(units))
+                representative = torch.where(needed, own, found[group.name].representative)
+                found[group.name] = replace(found[group.name], representative=representative)
+        return found
+
     def _remember(self) -> None:
         """Keeps what folding and cutting will change: the entries of the task's units and outputs.
 
         Under ``perturb`` those of earlier tasks too, which still read what is redundant.
         """
-        owner = self.ledger.owner_of_units(self.structure)
+        levels = self.ledger.levels(self.structure)
         parameters = dict(self.module.named_parameters())
         first = len(self.ledger.tasks) - 1 if self.ledger.isolation == "exact" else 0
         for name, uses in self.structure.entries.items():
             mask = torch.zeros((), dtype=torch.bool)
             for use in uses:
-                mask = mask | (lookup(use.target, owner, none=FREE) >= first)
+                mask = mask | (levels.owners(use) >= first)
             if name in parameters and bool(mask.any()):
                 self._changed.append(FrozenEntries(parameters[name], mask))
                 self._changed[-1].save()

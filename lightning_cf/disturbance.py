@@ -43,7 +43,8 @@ class Disturbance:
     ) -> None:
         self.tensors = named_tensors(module)
         owner = ledger.owner_of_units(structure)
-        redundant = [(group, (owner[group.units] == FREE).nonzero().flatten()) for group in structure.groups]
+        groups = structure.groups_on(structure.way_of(ledger.tasks[-1].name)) if ledger.tasks else structure.groups
+        redundant = [(group, (owner[group.units] == FREE).nonzero().flatten()) for group in groups]
         redundant = [(group, units) for group, units in redundant if len(units)]
         # All groups before the first is perturbed: they may share a tensor.
         self.base = [

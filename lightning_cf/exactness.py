@@ -190,7 +190,10 @@ def _alike(a: Structure, b: Structure) -> bool:
     return a.entries.keys() == b.entries.keys() and all(
         len(uses) == len(b.entries[name])
         and all(
-            use.role == other.role and torch.equal(use.target, other.target) and torch.equal(use.source, other.source)
+            use.role == other.role
+            and use.ways == other.ways
+            and torch.equal(use.target, other.target)
+            and torch.equal(use.source, other.source)
             for use, other in zip(uses, b.entries[name], strict=True)
         )
         for name, uses in a.entries.items()
@@ -200,7 +203,8 @@ def _alike(a: Structure, b: Structure) -> bool:
 def _leak(
     module: nn.Module, structure: Structure, ledger: NeuronLedger, example: Any, forward: Forward, draw: int
 ) -> Leak | None:
-    """The first leak under a random claim, or None."""
+    """The first leak under a random claim, or None; the claim holds in all ways through the network."""
+    structure = structure.as_one_way()
     trial, generator = NeuronLedger.from_state_dict(ledger.state_dict()), keyed_generator("exactness", draw)
     trial.tasks = [TaskEntry("trial", [], [], "sealed")]
     for name, owner in trial.owners.items():

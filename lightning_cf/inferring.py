@@ -66,7 +66,7 @@ def bare_heads(state: ContinualState) -> list[str]:
 def remember_task(module: LightningModule, task: Task, state: ContinualState, *, sealed: bool = True) -> None:
     """Keeps what the strategies need of a task that was just sealed or claimed; nothing where none was chosen."""
     inference = inference_of(state.ledger)
-    if inference is None or not inference.strategies:
+    if inference is None or not inference.strategies or unseen(state, task):
         return
     known = None
     if task.classes is not None and task.name not in inference.left_out:
@@ -158,6 +158,11 @@ def why_no_labels(task: Task, target: Any, batch: int) -> str:
         strange = sorted(set(target.tolist()) - set(task.classes or []))
         return f"task '{task.name}' has classes {task.classes}, but its data holds label {strange[0]}."
     return f"the targets of task '{task.name}' are no labels, one a sample."
+
+
+def unseen(state: ContinualState, task: Task) -> str | None:
+    """What a task runs in a way of its own, so that its sub-network cannot be looked at beside the others'."""
+    return state.structure.only_on(task.name)
 
 
 def highest_output(module: LightningModule, state: ContinualState, tasks: Iterable[Task]) -> TaskInference | None:

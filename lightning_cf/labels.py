@@ -30,6 +30,8 @@ class Units:
         self._roots = torch.zeros(1, dtype=torch.int64)
         self._count = 1
         self._edges: list[Tensor] = []
+        self.still = False
+        """While set, nothing is united."""
 
     def __len__(self) -> int:
         """How many labels there are, NONE included."""
@@ -43,6 +45,8 @@ class Units:
     def unite(self, a: Labels, b: Labels) -> Labels:
         """Unites labels pair by pair, broadcast; returns the labels, the other side's where one side has none."""
         a, b = torch.broadcast_tensors(a, b)
+        if self.still:
+            return torch.where(a != NONE, a, b)
         both = (a != NONE) & (b != NONE) & (a != b)
         if bool(both.any()):
             pairs = (a[both] * self._count + b[both]).unique()

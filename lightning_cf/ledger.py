@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lightning_cf.errors import CapacityError, ContinualError, check_list, check_path
 from lightning_cf.files import load_tensors
-from lightning_cf.structure import Entries, Structure, lookup
+from lightning_cf.levels import FREE as FREE
+from lightning_cf.levels import Levels
+from lightning_cf.structure import NO_UNIT, Entries, Structure, lookup
 
-FREE = -1
 NO_OWNER = -2
 """Stands for what no unit computes, such as the network's input."""
 
@@ -67,6 +68,7 @@ class NeuronLedger:
         heads: for each layer that computes outputs, the column of each of its rows.
         fingerprints: of each task by name, some of the values that it owns (see ``fingerprints.py``).
         origin: the file that the ledger was read from, for messages; not kept.
+        ways: names of tasks that may run the network in a way of their own, which must be known before others go on.
         revision: counts the changes, so that whoever caches masks knows when to make them anew.
     """
 
@@ -86,6 +88,7 @@ class NeuronLedger:
     heads: dict[str, list[int]] = field(default_factory=dict)
     fingerprints: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     origin: str = ""
+    ways: list[str] = field(default_factory=list)
     revision: int = 0
 
     @classmethod
@@ -199,10 +202,15 @@ class NeuronLedger:
         self.revision += 1
         return list(range(first, first + count))
 
-    def begin(self, name: str, classes: Sequence[int]) -> TaskEntry:
+    def begin(self, name: str, classes: Sequence[int], structure: Structure | None = None) -> TaskEntry:
         """Starts or continues a task whose outputs are reserved.
 
         A name never seen starts LEARN, and seals the task before it; the current task goes on in its phase.
+
+        Args:
+            name: of the task.
+            classes: labels in its data.
+            structure: of the network, where tasks run it in several ways: the others' units need not be free.
 
         Raises:
             ContinualError: for an earlier task, and for a task after one that was never partitioned.
@@ -225,15 +233,18 @@ class NeuronLedger:
             self.seal()
         if name not in self.reserved:
             raise ContinualError(f"Task '{name}' cannot start: no outputs are set aside for it; reserve them first.")
-        self.require_capacity(name)
+        self.require_capacity(name, structure)
         self.tasks.append(TaskEntry(name, list(classes), self.reserved[name]))
         self.outputs[self.reserved[name]] = len(self.tasks) - 1
         self.revision += 1
         return self.tasks[-1]
 
-    def require_capacity(self, name: str) -> None:
+    def require_capacity(self, name: str, structure: Structure | None = None) -> None:
         """Raises CapacityError if a group has no free unit left for the task of that name."""
+        ran = None if structure is None else {group.name for group in structure.groups_on(structure.way_of(name))}
         for group, owner in self.owners.items():
+            if ran is not None and structure is not None and structure.ways > 1 and group not in ran:
+                continue
             if group not in self.whole and not bool((owner == FREE).any()):
                 shares = ", ".join(
                     f"{int((owner == i).sum())} by '{task.name}'"
@@ -294,61 +305,109 @@ class NeuronLedger:
         owner = torch.cat([*self.owners.values(), self.outputs])
         return {path: lookup(units, owner, none=NO_OWNER) for path, units in self.norms.items()}
 
-    def moving_units(self, structure: Structure) -> Bool[Tensor, "units_and_rest"]:
-        """Which units may move now; the last element stands for everything that has no unit.
+    def levels(self, structure: Structure, tasks: int | None = None) -> Levels:
+        """From which task on each entry is held still.
 
-        LEARN: free units and the task's outputs; INVARIANCE: the claimed units and the task's outputs; otherwise
-        none. What has no unit moves with the first task.
+        Args:
+            structure: of the network.
+            tasks: how many of the tasks begun count; default all of them.
         """
         owner = self.owner_of_units(structure)
-        moving = torch.zeros(structure.n_units + 1, dtype=torch.bool)
-        if self.current is None:
-            return moving
-        task = len(self.tasks) - 1
-        hidden = slice(0, structure.head.first)
-        moving[hidden] = owner[hidden] == (FREE if self.current.phase == "learn" else task)
-        moving[structure.head.units] = owner[structure.head.units] == task
-        moving[-1] = task == 0
-        return moving
+        if tasks is not None:
+            owner = torch.where(owner < tasks, owner, FREE)
+        return Levels(structure, owner, [task.name for task in self.tasks[:tasks]])
 
     def frozen(self, structure: Structure, tensors: Mapping[str, Tensor]) -> dict[str, Bool[Tensor, "..."]]:
-        """For each tensor, the entries that may not move now; each mask broadcasts to its tensor."""
-        moving = self.moving_units(structure)
+        """For each tensor, the entries that may not move now; each mask broadcasts to its tensor.
+
+        In LEARN what computes free units and the task's outputs moves, in INVARIANCE what computes the claimed units
+        and the task's outputs; otherwise nothing. What has no unit moves with the first task that runs it.
+        """
+        task = len(self.tasks) - 1
         masks = {}
+        before, now = self.levels(structure, max(task, 0)), self.levels(structure)
         for name in tensors:
             uses = structure.entries.get(name)
-            if uses is None:
-                masks[name] = (~moving[-1]).reshape((1,) * tensors[name].ndim)
+            if self.current is None or uses is None:
+                masks[name] = torch.tensor(self.current is None or task > 0).reshape((1,) * tensors[name].ndim)
             else:
-                masks[name] = _any(~moving[use.target] for use in uses)
+                masks[name] = self._held(before, now, uses)
                 if self.isolation == "exact":
                     masks[name] = masks[name] | self.cut(structure, uses)
         return masks
 
-    def sealed(self, structure: Structure, tensors: Mapping[str, Tensor]) -> dict[str, Bool[Tensor, "..."]]:
+    def _held(self, before: Levels, now: Levels, uses: Sequence[Entries]) -> Bool[Tensor, "..."]:
+        """Entries that the current task may not move: levels of the tasks before it, and with it."""
+        assert self.current is not None
+        task, learns = len(self.tasks) - 1, self.current.phase == "learn"
+        masks, own = [], False
+        for use in uses:
+            outputs = use.target >= now.structure.head.first
+            rides = task in now.riders(use)
+            own |= rides
+            held = before.of(use) >= 0
+            if rides and not learns:
+                held = held | (now.of(use) != task)
+            if use.used is not None:
+                held = held & use.used
+            held = torch.where(outputs, now.owners(use) != task, held)
+            first = now.first(use)
+            masks.append(torch.where(use.target == NO_UNIT, first != task if first >= 0 else task > 0, held))
+        return _any(masks) if own or learns else torch.ones((), dtype=torch.bool)
+
+    def sealed(self, structure: Structure, tensors: Iterable[str]) -> dict[str, Bool[Tensor, "..."]]:
         """For each tensor, the entries of earlier tasks, which no phase moves; each mask broadcasts to its tensor."""
-        owner = self.owner_of_units(structure)
         current = len(self.tasks) - (self.current is not None)
-        free = torch.cat([(owner < 0) | (owner >= current), torch.tensor([current == 0])])
-        return {
-            name: _any(~free[use.target] for use in structure.entries[name])
-            for name in tensors
-            if name in structure.entries
-        }
+        levels = self.levels(structure, current)
+        masks = {}
+        for name in tensors:
+            if name in structure.entries:
+                uses = structure.entries[name]
+                masks[name] = _any(
+                    torch.where(use.target == NO_UNIT, levels.first(use) >= 0, levels.owners(use) >= 0) for use in uses
+                )
+        return masks
 
     def cut(self, structure: Structure, uses: Iterable[Entries]) -> Bool[Tensor, "..."]:
         """Entries that must be zero under exact isolation: from a free or later unit into an owned one.
 
-        While a task learns, its outputs read free units too; they are cut at its partition.
+        While a task learns, its outputs read free units too; they are cut at its partition. What one task's way
+        connects is never cut for another's: see :meth:`needed`.
         """
-        owner = self.owner_of_units(structure)
-        if self.current is not None and self.current.phase == "learn":
-            owner[owner == len(self.tasks) - 1] = FREE
+        learns = self.current is not None and self.current.phase == "learn"
+        levels = self.levels(structure, len(self.tasks) - 1 if learns else None)
         masks = []
         for use in uses:
-            target, source = lookup(use.target, owner, none=FREE), lookup(use.source, owner, none=NO_OWNER)
+            target, source = levels.of(use), lookup(use.source, levels.owner, none=NO_OWNER)
             masks.append((target >= 0) & ((source == FREE) | (source > target)))
         return _any(masks)
+
+    def needed(self, structure: Structure, tensors: Mapping[str, Tensor]) -> Bool[Tensor, "units"]:
+        """Units that the current task must claim, since what reads them cannot be cut.
+
+        A layer that tasks share and that each feeds from a layer of its own: what earlier tasks own there connects
+        units that they own, by entries that are not zero; in the current task's way, the same entries read units of
+        its own.
+
+        Args:
+            structure: of the network.
+            tensors: its parameters.
+        """
+        needed = torch.zeros(structure.n_units + 1, dtype=torch.bool)
+        task = len(self.tasks) - 1
+        if structure.ways == 1 or self.isolation != "exact":
+            return needed[:-1]
+        levels = self.levels(structure)
+        free = torch.cat([(levels.owner == FREE) | (levels.owner == task), torch.tensor([False])])
+        sealed = self.sealed(structure, tensors)
+        way = structure.way_of(self.tasks[task].name)
+        for name, tensor in tensors.items():
+            for use in structure.uses_on(name, way):
+                there = free[use.source] & (levels.of(use) == task) & sealed[name]
+                if bool(there.any()):
+                    there = there & (tensor.detach() != 0).cpu()
+                    needed[use.source.expand(there.shape)[there]] = True
+        return needed[:-1]
 
     # Persistence
 
@@ -370,6 +429,7 @@ class NeuronLedger:
             "inference": self.inference,
             "heads": {layer: list(columns) for layer, columns in self.heads.items()},
             "fingerprints": copy.deepcopy(self.fingerprints),
+            "ways": list(self.ways),
         }
 
     @classmethod
@@ -405,6 +465,7 @@ class NeuronLedger:
             inference=state.get("inference"),
             heads={layer: list(columns) for layer, columns in state.get("heads", {}).items()},
             fingerprints=copy.deepcopy(state.get("fingerprints", {})),
+            ways=list(state.get("ways", [])),
         )
 
     @classmethod

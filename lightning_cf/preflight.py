@@ -92,9 +92,11 @@ def check_tasks(tasks: Sequence[Any], limits: Limits) -> list[Any]:
     return batches
 
 
-def check_widths(state: ContinualState, tasks: int) -> None:
-    """Raises CapacityError for a layer to be partitioned that has fewer units than there are tasks."""
+def check_widths(state: ContinualState, names: Sequence[str]) -> None:
+    """Raises CapacityError for a layer to be partitioned that has fewer units than tasks of these names run it."""
+    ran = [group.name for name in names for group in state.structure.groups_on(state.structure.way_of(name))]
     for group in state.structure.groups:
+        tasks = ran.count(group.name)
         if group.name not in state.ledger.whole and group.size < tasks:
             raise CapacityError(
                 f"runner: '{group.name}' has {group.size} units for {tasks} tasks, each of which must own"

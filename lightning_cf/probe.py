@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.blame import first_moved
 from lightning_cf.errors import LeakError
 from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.levels import Levels
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.structure import (
+    LAYERS,
     Forward,
     Structure,
     call,
@@ -27,6 +30,7 @@ from lightning_cf.structure import (
     same_state,
     samples,
 )
+from lightning_cf.ways import running_way
 
 SHAKEN = 2**24
 """How many entries of one tensor are randomised at once, whole rows of it; bounds the memory that a probe takes."""
@@ -79,7 +83,7 @@ def first_leak(
     module: nn.Module, structure: Structure, ledger: NeuronLedger, example: Any, forward: Forward = call
 ) -> Leak | None:
     """The first layer whose owned outputs move when free entries do, None where there is none (see ``probe``)."""
-    owner = ledger.owner_of_units(structure)
+    levels = ledger.levels(structure)
     example = samples(module, example, 8)
 
     def run() -> Any:
@@ -88,17 +92,17 @@ def first_leak(
             return forward(module, example)
 
     with eval_mode(module), same_state(module):
-        before = _owned_outputs(module, structure, owner, run)
+        before = _owned_outputs(module, structure, levels, run)
         for draw in range(2):
             for size in (1.0, 0.1, 0.01):
-                with _shaken(module, structure, owner, draw, size):
-                    after = _owned_outputs(module, structure, owner, run)
+                with _shaken(module, structure, levels, draw, size):
+                    after = _owned_outputs(module, structure, levels, run)
                 if all(bool(values.isfinite().all()) for values in after.values()):
                     break  # else activations overflowed, and zero times infinity is a number no more
-            for (layer, group), values in before.items():
-                if not same_bits(values, after[layer, group]):
-                    shaken = _shaken(module, structure, owner, draw, size)
-                    return Leak(layer, first_moved(module, structure, owner, example, forward, shaken))
+            for place, values in before.items():
+                if not same_bits(values, after[place]):
+                    shaken = _shaken(module, structure, levels, draw, size)
+                    return Leak(place[0], first_moved(module, structure, levels, example, forward, shaken))
     return None
 
 
@@ -139,7 +143,7 @@ def replaced(tensor: Tensor, mask: Bool[Tensor, "..."], values: Callable[[torch.
 
 
 @contextmanager
-def _shaken(module: nn.Module, structure: Structure, owner: Tensor, draw: int, size: float) -> Iterator[None]:
+def _shaken(module: nn.Module, structure: Structure, levels: Levels, draw: int, size: float) -> Iterator[None]:
     """Random numbers, as large as the tensor's own, in what belongs to free units at all uses, meanwhile."""
     generator = keyed_generator("probe", draw)
     tensors = named_tensors(module)
@@ -150,7 +154,7 @@ def _shaken(module: nn.Module, structure: Structure, owner: Tensor, draw: int, s
                 continue
             mask = torch.ones((), dtype=torch.bool)
             for use in uses:
-                mask = mask & (lookup(use.target, owner, none=0) == FREE)
+                mask = mask & (levels.owners(use, none=0) == FREE)
             if tensor.numel() > SHAKEN:
                 rows = torch.rand(len(tensor), generator=generator) < SHAKEN / tensor.numel()
                 mask = mask & rows.reshape(-1, *[1] * (tensor.ndim - 1))
@@ -167,32 +171,41 @@ def _shaken(module: nn.Module, structure: Structure, owner: Tensor, draw: int, s
 
 
 def _owned_outputs(
-    module: nn.Module, structure: Structure, owner: Tensor, run: Callable[[], Any]
-) -> dict[tuple[str, str], Tensor]:
-    """Outputs of the owned units, layer by layer in the order of the forward pass, and last the network's own."""
-    found: dict[tuple[str, str], Tensor] = {}
+    module: nn.Module, structure: Structure, levels: Levels, run: Callable[[], Any]
+) -> dict[tuple[str, str, int], Tensor]:
+    """Outputs of the owned units, layer by layer in the order of the forward pass, and last the network's own.
+
+    In each way through the network those that its tasks' levels hold.
+    """
+    found: dict[tuple[str, str, int], Tensor] = {}
     layers = dict(module.named_modules())
+    held = [levels.of_units(frozenset({way})) >= 0 for way in range(structure.ways)]
     handles = []
+    calls: Counter[tuple[str, str, int]] = Counter()
     for group in (*structure.groups, structure.head):
-        owned = owner[group.units] >= 0
+        owned = [units[group.units] for units in held]
         for rows in group.rows:
             path = layer_of(rows.tensor)
             layer = layers.get(path)
-            if rows.role == "weight" and isinstance(layer, _LAYERS) and bool(owned.any()):
+            if rows.role == "weight" and isinstance(layer, LAYERS) and any(bool(units.any()) for units in owned):
                 if rows.axis != int(getattr(layer, "transposed", False)):
                     continue  # units lie among the layer's inputs, or in groups
-                channels = rows.index[owned].flatten()
+                channels = [rows.index[units].flatten() for units in owned]
 
                 def hook(
                     layer: nn.Module,
                     args: Any,
                     output: Any,
                     key: tuple[str, str] = (path, group.name),
-                    channels: Tensor = channels,
+                    channels: list[Tensor] = channels,
                 ) -> None:
-                    values = tree_leaves(output)[0]
+                    way = running_way()
+                    calls[*key, way] += 1
+                    if (key[0], way, calls[*key, way] - 1) in structure.idle:
+                        return
+                    values, own = tree_leaves(output)[0], channels[way if structure.ways > 1 else 0]
                     axis = values.ndim - 1 if isinstance(layer, nn.Linear) else min(1, values.ndim - 1)
-                    found[key] = values.index_select(axis, channels.to(values.device)).clone()
+                    found[*key, way] = values.index_select(axis, own.to(values.device)).clone()
 
                 handles.append(layer.register_forward_hook(hook, prepend=True))
     try:
@@ -201,11 +214,9 @@ def _owned_outputs(
         for handle in handles:
             handle.remove()
     returned = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
-    for number, (values, units) in enumerate(zip(returned, structure.output_units, strict=True)):
+    ways = structure.output_ways or (0,) * len(returned)
+    for number, (values, units, way) in enumerate(zip(returned, structure.output_units, ways, strict=True)):
         if values.shape[1:] == units.shape[1:]:  # else the outputs are shown through a task's view
-            owned = (lookup(units, owner, none=FREE) >= 0).expand(values.shape)
-            found["(outputs)", str(number)] = values[owned.to(values.device)]
+            owned_values = lookup(units, held[way], none=False).expand(values.shape)
+            found["(outputs)", str(number), way] = values[owned_values.to(values.device)]
     return found
-
-
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)

@@ -73,7 +73,7 @@ class TaskFolders:
             tensors = named_tensors(module)
             after = {
                 group.name: (group.weights(tensors), group.biases(tensors))
-                for group in structure.groups
+                for group in structure.groups_on(structure.way_of(ledger.tasks[-1].name))
                 if group.name in recorded
             }
             complete_record(folder, after)

@@ -5,11 +5,13 @@ from torch import nn
 
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.randomness import derive_seed
-from lightning_cf.structure import Structure, lookup
+from lightning_cf.structure import Structure
 
 
 def reinitialise_free(module: nn.Module, structure: Structure, ledger: NeuronLedger, *key: int | str) -> None:
     """Resets the incoming weights, biases and norm entries of free units as their layers' ``reset_parameters`` does.
+
+    Where tasks run the network in ways of their own, only what the last task's way uses: nobody trained the rest yet.
 
     Entries of owned units and outputs keep their values; layers without that method are left alone. The global
     generator is left as it was.
@@ -20,9 +22,8 @@ def reinitialise_free(module: nn.Module, structure: Structure, ledger: NeuronLed
         ledger: says which units are free.
         key: what the random numbers depend on, such as (seed, task).
     """
-    owner = ledger.owner_of_units(structure)
-    free = owner == FREE
-    free[structure.head.units] = False
+    levels = ledger.levels(structure)
+    way = structure.way_of(ledger.tasks[-1].name) if ledger.tasks else 0
     for path, layer in module.named_modules():
         reset = getattr(layer, "reset_parameters", None)
         own = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
@@ -30,9 +31,14 @@ def reinitialise_free(module: nn.Module, structure: Structure, ledger: NeuronLed
         for name in own:
             uses = structure.entries.get(f"{path}.{name}" if path else name, ())
             held = isinstance(own[name], nn.Parameter) and not own[name].requires_grad
-            if uses and not held:
+            if any(way in use.ways for use in uses) and not held:
                 masks[name] = torch.stack(
-                    [lookup(use.target, free, none=False).expand(own[name].shape) for use in uses]
+                    [
+                        ((levels.owners(use, none=0) == FREE) & (use.target < structure.head.first)).expand(
+                            own[name].shape
+                        )
+                        for use in uses
+                    ]
                 ).all(dim=0)
         if not callable(reset) or not any(bool(mask.any()) for mask in masks.values()):
             continue

@@ -211,7 +211,7 @@ class SequentialTaskRunner:
         if self.method == "finetune":
             self.fit(task, both, [])
             return
-        self.state.ledger.begin(task.name, task.classes or [])
+        self.state.ledger.begin(task.name, task.classes or [], self.state.structure)
         if self.partitioning is not None:
             self.partitioning.remember_start(self.module, self.state)
         if self.partitioning is None:
@@ -350,7 +350,7 @@ class SequentialTaskRunner:
         if self.partitioning is not None:
             self.partitioning.select(self.module, state)
             if self.method == "partition":
-                check_widths(state, len(self.tasks))
+                check_widths(state, [task.name for task in self.tasks])
         if self.inferring is not None and self.method == "partition":
             self.inferring.check(self.module, state, self.tasks[0])
         return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,11 +15,13 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.disturbance import Disturbance
-from lightning_cf.errors import ContinualError, DivergenceError, StructureError, check_kind
+from lightning_cf.errors import ContinualError, DivergenceError, StructureError, StructureWarning, check_kind
 from lightning_cf.evaluation import on_device
 from lightning_cf.finite import Snapshot, described, in_forward_order, infinite_on_purpose, not_finite
 from lightning_cf.foreign_heads import check_foreign_heads
@@ -26,11 +29,12 @@ from lightning_cf.ledger import Isolation, NeuronLedger
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.outcome import Outcome
 from lightning_cf.outputs import OutputView, head_of, heads_of
-from lightning_cf.structure import Forward, Structure, call, eval_mode, named_tensors, samples
+from lightning_cf.structure import Forward, Structure, UnitGroup, call, eval_mode, named_tensors, same_state, samples
 from lightning_cf.subspace import GivenSubspace, Subspace
 from lightning_cf.tasks import Task, required_arguments, supervised
 from lightning_cf.tracing import trace
 from lightning_cf.training_batches import first_batch
+from lightning_cf.ways import Ways
 
 _ATTRIBUTE = "_continual_state"
 _PENDING = "_continual_ledger"
@@ -51,6 +55,7 @@ class ContinualState:
         outcome: what the current task's partitions found so far, if it had any.
         disturbance: what perturbs the redundant units now, if anything.
         met: names of the tasks whose way through the network is known.
+        checked_ways: how many ways through the network were checked for exact isolation.
         collect: puts into the ledger what is trained beside the network now, if anything.
         infinite: names of tensors that held infinite numbers before any task, and may: masks, bounds.
         safe: the network as the current phase found it, while a fit runs.
@@ -70,6 +75,7 @@ class ContinualState:
     outcome: Outcome | None = None
     disturbance: Disturbance | None = None
     met: set[str] = field(default_factory=set)
+    checked_ways: int = 0
     collect: Callable[[], None] | None = None
     mixed: str = ""
     infinite: frozenset[str] = frozenset()
@@ -125,16 +131,28 @@ class ContinualState:
             return found
         if isinstance(subspace, GivenSubspace):
             subspace.check_layers([group.name for group in self.structure.groups])
-        for group in self.structure.groups:
+        for group in self.groups:
             inputs = sum(rows.width(tensors[rows.tensor]) for rows in group.rows if rows.role == "weight")
             basis = subspace.basis(group.name, inputs, self.ledger.directions)
+            if basis is not None and len(basis) != inputs:
+                raise ContinualError(
+                    f"The sub-space of '{group.name}' is one of {len(basis)} inputs, but the current task gives it"
+                    f" {inputs}: it runs other layers there, such as an adapter. Leave the sub-space out."
+                )
             if basis is not None:
                 found[group.name] = basis
         return found
 
+    @property
+    def groups(self) -> tuple[UnitGroup, ...]:
+        """The groups that the current task's way through the network computes, and by what; all between tasks."""
+        task = self.ledger.current
+        return self.structure.groups if task is None else self.structure.groups_on(self.structure.way_of(task.name))
+
     def retrace(self, module: nn.Module) -> None:
         """Traces the module again, after its head grew."""
-        self.structure = trace(module, self.example, self.forward, apart=self.ledger.isolation == "perturb")
+        structure = trace(module, self.example, self.forward, apart=self.ledger.isolation == "perturb")
+        self.structure = replace(structure, rides=self.structure.rides)
 
     def set_isolation(self, module: nn.Module, isolation: Isolation) -> None:
         """Under ``perturb``, operations that mix units need not unite them: where some did, the units come apart."""
@@ -158,13 +176,15 @@ class ContinualState:
         Raises:
             ContinualError: if the task does not say, and it cannot be told from what its ``evaluate`` returns.
         """
-        structure = self.structure
-        if task.name not in self.met and self.met and task.evaluate is not supervised:
-            structure = self._take_up(module, task)
+        returned = self.structure.returned[-1]
+        if task.name not in self.met and self.met:
+            returned = self._take_up(module, task)
+        elif not self.met:
+            self._ride(task, len(self.forward.forwards) - 1 if isinstance(self.forward, Ways) else 0)
         self.met.add(task.name)
         columns = self.outputs_of(task)
         if not columns:
-            columns = structure.returned[-1].tolist()
+            columns = returned.tolist()
         if not columns:
             raise ContinualError(
                 f"Task '{task.name}': its evaluate returns no columns of a layer, so it must say which outputs it owns:"
@@ -172,17 +192,52 @@ class ContinualState:
             )
         return columns
 
-    def _take_up(self, module: LightningModule, task: Task) -> Structure:
-        """Traces the network as the task runs it, behind the ways known so far; kept if it meets other layers."""
-        example, forward = _way(module, task)
-        known = self.example, self.forward
-        count = min(_batch(known[0]), _batch(example))
-        both = samples(module, known[0], count), samples(module, example, count)
+    def tell(self, warning: str) -> None:
+        """Says once what a user should know of the network."""
+        if warning not in self.said:
+            self.said.add(warning)
+            warnings.warn(warning, StructureWarning, stacklevel=3)
 
-        def one_after_another(net: nn.Module, examples: Any) -> Any:
-            return known[1](net, examples[0]), forward(net, examples[1])
+    def check_met(self) -> None:
+        """Raises ContinualError where an earlier task may run the network in a way that this process does not know."""
+        if self.structure.ways > 1:
+            self._check_met()
 
-        structure = _traced(module, task, both, one_after_another, apart=self.ledger.isolation == "perturb")
+    def _check_met(self) -> None:
+        unmet = [task.name for task in self.ledger.tasks if task.name in self.ledger.ways and task.name not in self.met]
+        if unmet:
+            raise ContinualError(
+                f"Task '{unmet[0]}' was learned with an evaluate= of its own, and nobody told this process how it runs"
+                " the network, so nothing would protect what it reads there. Make the earlier tasks known first:"
+                " ContinualModule(module).add_task(task)."
+            )
+
+    def _ride(self, task: Task, way: int) -> None:
+        """Notes in which of the ways through the network a task runs it."""
+        self.structure = replace(self.structure, rides={**self.structure.rides, task.name: way})
+        if task.name not in self.ledger.ways and (way or task.evaluate is not supervised):
+            self.ledger.ways.append(task.name)
+
+    def _take_up(self, module: LightningModule, task: Task) -> Tensor:
+        """Traces the network as the task runs it, behind the ways known so far; kept if it is a way of its own.
+
+        Returns:
+            the output columns that the task is scored on.
+        """
+        plain = task.evaluate is supervised
+        if plain and all(name in self.structure.entries for name, p in module.named_parameters() if p.requires_grad):
+            self._ride(task, 0)  # it runs forward, which runs all that trains
+            return self.structure.returned[0]
+        with isolate_rng():
+            way = _own_way(module, task)
+        ways = [*self._ways(), way]
+        if plain and _alike(module, ways[0], way):
+            self._ride(task, 0)
+            return self.structure.returned[0]
+        count = min(_batch(example) for example, _ in ways)
+        examples = tuple(samples(module, example, count) for example, _ in ways)
+        forward = Ways([run for _, run in ways])
+        structure = _traced(module, task, examples, forward, apart=self.ledger.isolation == "perturb")
         layers = self.structure.head.layers
         if (
             not structure.entries.keys() >= self.structure.entries.keys()
@@ -194,10 +249,22 @@ class ContinualState:
                 " body's features, and evaluate= of each task name its head:"
                 " lambda module, batch: (module.heads['a'](module(batch[0])), batch[1])."
             )
-        if structure.entries.keys() != self.structure.entries.keys():
+        number = len(ways) - 1
+        same = next((n for n in range(number) if _same_way(structure, n, number)), number)
+        if same == number:
+            if not self.ledger.knows(task.name):
+                self._check_met()
             self.ledger.extend_to(structure)
-            self.structure, self.example, self.forward = structure, both, one_after_another
-        return structure
+            self.structure = replace(structure, rides=self.structure.rides)
+            self.example, self.forward = examples, forward
+        self._ride(task, same)
+        return structure.returned[-1]
+
+    def _ways(self) -> list[tuple[Any, Forward]]:
+        """Examples, and how to run the network on them, in each way known so far."""
+        if isinstance(self.forward, Ways):
+            return list(zip(self.example, self.forward.forwards, strict=True))
+        return [(self.example, self.forward)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContinualState:
         """With a ledger of its own, and without what a fit hung up."""
@@ -239,6 +306,46 @@ _MIXED = "Or use isolation='perturb' with MaskedGradientCallback(mask_outputs=Fa
 def _batch(example: Any) -> int:
     """How many samples an example has."""
     return next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim), 1)
+
+
+def _same_way(structure: Structure, a: int, b: int) -> bool:
+    """Whether two ways through a network use all that they use alike."""
+    if structure.ways == 1:
+        return True
+    return all((a in use.ways) == (b in use.ways) for uses in structure.entries.values() for use in uses)
+
+
+def _alike(module: LightningModule, a: tuple[Any, Forward], b: tuple[Any, Forward]) -> bool:
+    """Whether a network runs the same operations on the same parameters and buffers for two examples."""
+    seen = [_Signature.of(module, example, forward) for example, forward in (a, b)]
+    return None not in seen and seen[0] == seen[1]
+
+
+class _Signature(TorchDispatchMode):
+    """The operations that run, and which of a module's tensors each takes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = {id(tensor): name for name, tensor in named_tensors(module).items()}
+        self.found: list[tuple[str, ...]] = []
+
+    @classmethod
+    def of(cls, module: LightningModule, example: Any, forward: Forward) -> list[tuple[str, ...]] | None:
+        """Of one forward pass; None where it fails."""
+        recorder = cls(module)
+        try:
+            with torch.no_grad(), isolate_rng(), eval_mode(module), same_state(module), recorder:
+                forward(module, samples(module, example, 2))
+        except Exception:  # whatever a user's forward pass raises
+            return None
+        return recorder.found
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        names = [self.names[id(x)] for x in tree_leaves((args, kwargs)) if id(x) in self.names]
+        self.found.append((str(func), *names))
+        return func(*args, **(kwargs or {}))
 
 
 def state_of(module: nn.Module) -> ContinualState | None:
@@ -354,16 +461,34 @@ def _way(module: LightningModule, task: Task) -> tuple[Any, Forward]:
     inputs = _inputs(module, task, batch)
     if task.evaluate is supervised and inputs is not None and required_arguments(module.forward) == 1:
         return inputs, call
+    _check_pairs(module, task, batch)
+    example, evaluated = _scored(module, task, batch)
+    if inputs is None or not _runs(module, inputs):
+        return example, evaluated
+    return (inputs, example), Ways([call, evaluated])
+
+
+def _own_way(module: LightningModule, task: Task) -> tuple[Any, Forward]:
+    """An example, and how a further task runs the network on it."""
+    batch = task.check_data()
+    _check_pairs(module, task, batch)
+    if task.evaluate is supervised and required_arguments(module.forward) == 1:
+        return on_device(module, task, batch)[0], call
+    return _scored(module, task, batch)
+
+
+def _scored(module: LightningModule, task: Task, batch: Any) -> tuple[Any, Forward]:
+    """A batch, and what the task makes of it to be scored."""
+    return on_device(module, task, batch), lambda net, batch: task.evaluate(net, batch)[0]
+
+
+def _check_pairs(module: LightningModule, task: Task, batch: Any) -> None:
     if task.evaluate is supervised and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise ContinualError(
             f"Task '{task.name}': its batches are no (input, target) pairs, so there is no example to trace"
             f" {type(module).__name__} with, and no telling how to score it. Give the task"
             " evaluate=lambda module, batch: (predictions, target), or set example_input_array in the module."
         )
-    batch = on_device(module, task, batch)
-    if inputs is None or not _runs(module, inputs):
-        return batch, lambda net, batch: task.evaluate(net, batch)[0]
-    return (inputs, batch), lambda net, example: (call(net, example[0]), task.evaluate(net, example[1])[0])
 
 
 def _inputs(module: LightningModule, task: Task, batch: Any) -> Any:
@@ -404,7 +529,12 @@ def _traced(module: LightningModule, task: Task, example: Any, forward: Forward,
     except ContinualError:
         raise
     except Exception as error:
+        advice = "That is what its evaluate= says; let it run the module as a training step does."
+        if task.evaluate is supervised:
+            advice = (
+                "Give the task evaluate=lambda module, batch: (predictions, target), or set example_input_array in the"
+                " module."
+            )
         raise ContinualError(
-            f"Task '{task.name}': {type(module).__name__} cannot run on its first batch: {error} Give the task"
-            " evaluate=lambda module, batch: (predictions, target), or set example_input_array in the module."
+            f"Task '{task.name}': {type(module).__name__} cannot run on its first batch: {error} {advice}"
         ) from error

@@ -60,7 +60,7 @@ def partition_task(
     state.undisturb()
     state.check_finite(module, f"Task '{task.name}' cannot be partitioned")
     again = state.ledger.tasks[-1].phase == "invariance"
-    if len(state.ledger.tasks) == 1 and not again:
+    if not again:
         state.ledger.whole += held_by_the_user(module, state)
     with isolate_rng(), eval_mode(module), state.showing(module, [task]):
         torch.manual_seed(derive_seed("partition", task.name))
@@ -90,12 +90,17 @@ def partition_task(
 
 
 def held_by_the_user(module: LightningModule, state: ContinualState) -> list[str]:
-    """Groups to be partitioned none of whose weights train (``requires_grad=False``), such as a pretrained backbone."""
+    """Groups to be partitioned none of whose weights train (``requires_grad=False``), such as a pretrained backbone.
+
+    Those that the current task runs as the first one.
+    """
     parameters = dict(module.named_parameters())
+    *before, way = [state.structure.way_of(task.name) for task in state.ledger.tasks]
+    known = {group.name for earlier in set(before) for group in state.structure.groups_on(earlier)}
     return [
         group.name
-        for group in state.structure.groups
-        if group.name not in state.ledger.whole
+        for group in state.structure.groups_on(way)
+        if group.name not in {*state.ledger.whole, *known}
         and not any(
             parameters[r.tensor].requires_grad for r in group.rows if r.role == "weight" and r.tensor in parameters
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -18,6 +18,9 @@ NO_UNIT = -1
 
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a network on an example."""
+
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+"""Layers whose outputs the leak probe watches."""
 
 Role = Literal["weight", "bias", "scale", "shift", "statistic", "constant"]
 
@@ -30,11 +33,15 @@ class Entries:
         target: unit that the entry helps to compute; broadcastable to the tensor's shape.
         source: unit that the entry reads; broadcastable to the tensor's shape.
         role: what the tensor is there.
+        ways: numbers of the ways through the network that have this use (see ``ways.py``).
+        used: which entries these ways use; None where they use all.
     """
 
     target: Int64[Tensor, "..."]
     source: Int64[Tensor, "..."]
     role: Role
+    ways: frozenset[int] = frozenset({0})
+    used: Bool[Tensor, "..."] | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +193,10 @@ class Structure:
         decisions: how many ``if`` of the forward pass were decided by the network's input.
         computed: for parameters that an operation changes before they are used, that operation and its module.
         written: for buffers that the forward pass writes in eval mode, the same.
+        ways: how many ways through the network there are that differ in what they use.
+        rides: for tasks by name, the number of the way in which they run it; the first where it is not said.
+        output_ways: for each tensor that the network returns, the way that returns it.
+        idle: calls of layers that reach nothing that the network returns: path, way, and which call it is from 0 on.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -200,6 +211,49 @@ class Structure:
     decisions: int = 0
     computed: Mapping[str, str] = field(default_factory=dict)
     written: Mapping[str, str] = field(default_factory=dict)
+    ways: int = 1
+    rides: Mapping[str, int] = field(default_factory=dict)
+    output_ways: tuple[int, ...] = ()
+    idle: frozenset[tuple[str, int, int]] = frozenset()
+
+    def way_of(self, task: str) -> int:
+        """The way in which a task runs the network."""
+        return self.rides.get(task, 0) if self.ways > 1 else 0
+
+    def uses_on(self, name: str, way: int) -> tuple[Entries, ...]:
+        """Where one way uses a tensor."""
+        return tuple(use for use in self.entries.get(name, ()) if way in use.ways)
+
+    def groups_on(self, way: int) -> tuple[UnitGroup, ...]:
+        """The groups whose units one way computes, told of the tensors that it uses for that."""
+        if self.ways == 1:
+            return self.groups
+        met = {name: torch.zeros(self.n_units + 1, dtype=torch.bool) for name in self.entries}
+        for name in self.entries:
+            for use in self.uses_on(name, way):
+                known, used = torch.broadcast_tensors(use.target, torch.tensor(True) if use.used is None else use.used)
+                met[name][known[used]] = True
+        found = [
+            replace(group, rows=tuple(rows for rows in group.rows if bool(met[rows.tensor][group.units].any())))
+            for group in self.groups
+        ]
+        return tuple(group for group in found if any(rows.role == "weight" for rows in group.rows))
+
+    def only_on(self, task: str) -> str | None:
+        """A tensor that computes hidden units in a task's way as it does not in the first one, if there is one."""
+        way = self.way_of(task)
+        for name in self.entries:
+            for use in self.uses_on(name, way):
+                if 0 not in use.ways and bool(((use.target >= 0) & (use.target < self.head.first)).any()):
+                    return name
+        return None
+
+    def as_one_way(self) -> Structure:
+        """The same where every task runs the network in all of these ways."""
+        entries = {
+            name: tuple(replace(use, ways=frozenset({0})) for use in uses) for name, uses in self.entries.items()
+        }
+        return replace(self, entries=entries, ways=1, output_ways=(0,) * len(self.output_ways))
 
     @property
     def n_units(self) -> int:

@@ -8,6 +8,7 @@ weight entry its pair of target and source unit. The operations are listed in ``
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -28,13 +29,25 @@ from lightning_cf.errors import StructureError
 from lightning_cf.labels import NONE, Units, sole_along
 from lightning_cf.normalisation import make_owner_aware, owner_aware_norms
 from lightning_cf.operations import is_movement, rule_of
+from lightning_cf.reaching import WHOLE, Reaching
 from lightning_cf.reductions import Reduction
 from lightning_cf.rules.call import Call
 from lightning_cf.rules.elementwise import pointwise
 from lightning_cf.rules.formulas import Formulas
 from lightning_cf.rules.norms import by_owners, normalise
 from lightning_cf.shadows import Origin, Pending, Shadow, Shadows, laid_out_like
-from lightning_cf.structure import Forward, Role, Structure, call, eval_mode, named_tensors, same_state, samples
+from lightning_cf.structure import (
+    LAYERS,
+    Forward,
+    Role,
+    Structure,
+    call,
+    eval_mode,
+    named_tensors,
+    same_state,
+    samples,
+)
+from lightning_cf.ways import running_way, ways_of
 
 
 def trace(
@@ -67,11 +80,15 @@ class Step:
         module: path of the module that ran it.
         by: the operation and its module.
         units: the unit of each element, ``NO_UNIT`` where none computed it.
+        way: number of the way through the network that ran it.
+        aside: whether it reaches nothing that the network returns.
     """
 
     module: str
     by: str
     units: Int64[Tensor, "..."]
+    way: int = 0
+    aside: bool = False
 
 
 def steps(module: nn.Module, example: Any, forward: Forward = call) -> list[Step]:
@@ -120,12 +137,22 @@ def _follow_once(
         if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
             forward(module, example)
         stack.enter_context(same_state(module))
-        tracer = _Tracer(module, tree_leaves(example), apart, log, sliced)
+        recorder = Reaching()
+        with torch.random.fork_rng(), same_state(module), recorder.functions, recorder:
+            reached = forward(module, example)
+        reaching = recorder.operations([x for x in tree_leaves(reached) if isinstance(x, Tensor)])
+        tracer = _Tracer(module, tree_leaves(example), apart, log, sliced, reaching)
+        for path, layer in module.named_modules():
+            if isinstance(layer, LAYERS):
+                stack.callback(layer.register_forward_hook(partial(tracer.left, path), prepend=True).remove)
         with following(module, tracer.running, tracer.enter, tracer.leave), _FunctionRules(tracer, turned), tracer:
             outputs = forward(module, example)
         tracer.see_state(module)
-    structure, numbers = tracer.structure([x for x in tree_leaves(outputs) if isinstance(x, Tensor)])
-    steps = [Step(path, by, numbers[tracer.units.resolve(labels)]) for path, by, labels in tracer.log]
+    returned = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+    structure, numbers = tracer.structure(returned, ways_of(forward, outputs))
+    steps = [
+        Step(path, by, numbers[tracer.units.resolve(labels)], way, aside) for path, by, labels, way, aside in tracer.log
+    ]
     return structure, steps, tracer.slices
 
 
@@ -204,9 +231,10 @@ class _FunctionRules(TorchFunctionMode):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
             self.tracer.read(args[0], f"Tensor.{func.__name__}")
-        if func not in (torch.nn.functional.rms_norm, torch.rms_norm):
+        if func not in WHOLE:
             with self.tracer.formulas.function(self.tracer.path, Reduction.of(func, args, kwargs)):
                 return func(*args, **kwargs)
+        self.tracer.next(func)
         names = ("input", "normalized_shape", "weight", "eps")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         with _disable_current_modes():
@@ -219,13 +247,26 @@ class _FunctionRules(TorchFunctionMode):
 class _Tracer(TorchDispatchMode):
     """The state of one trace, and what the rules in ``operations.py`` may ask of it."""
 
-    def __init__(self, module: nn.Module, inputs: Sequence[Any], apart: bool, logs: bool, sliced: Set[Shape]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Sequence[Any],
+        apart: bool,
+        logs: bool,
+        sliced: Set[Shape],
+        reaching: Sequence[tuple[str, bool]],
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tensors = named_tensors(module)
         self.apart, self.logs, self.sliced = apart, logs, sliced
         self.slices: set[Shape] = set()
         """Shapes of slices that norms take together and that are of different units."""
-        self.log: list[tuple[str, str, Tensor]] = []
+        self.reaching = iter(reaching)
+        self.aside = False
+        """Whether the operation that runs reaches nothing that the network returns, so that it binds no units."""
+        self.known = True
+        """Whether the operations were so far those that were recorded before."""
+        self.log: list[tuple[str, str, Tensor, int, bool]] = []
         self.batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.ndim), 0)
         self.units = Units()
         self.uses: list[Use] = []
@@ -237,7 +278,11 @@ class _Tracer(TorchDispatchMode):
         self.computed: dict[str, str] = {}
         self.written: dict[str, str] = {}
         self.made_by: dict[int, str] = {}
-        self.touched: set[str] = set()
+        self.made_aside: dict[int, bool] = {}
+        self.calls: Counter[tuple[str, int]] = Counter()
+        self.idle: set[tuple[str, int, int]] = set()
+        self.touched: dict[tuple[str, int], None] = {}
+        """Names of tensors that were read, with the way that did."""
         self.running = [""]
         """Paths of the modules that run, the innermost last."""
         self.shadows = Shadows(self.tensors, [x for x in inputs if isinstance(x, Tensor)])
@@ -248,12 +293,14 @@ class _Tracer(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.next(func)
         out = func(*args, **kwargs)
         this = Call.of(func, args, kwargs, out)
-        self.touched.update(name for x in this.tensors for name in self.shadows[x].origins)
+        self.touched |= {(name, running_way()): None for x in this.tensors for name in self.shadows[x].origins}
         rule, transparent = rule_of(func)
         here = named(func, self.path)
         self.made_by |= {id(x): here for x in this.results}
+        self.made_aside |= {id(x): self.aside for x in this.results}
         if torch.Tag.dynamic_output_shape in func.tags:
             for x in _shape_makers(this):
                 self.read(x, this.name, shape_only=True)
@@ -284,8 +331,23 @@ class _Tracer(TorchDispatchMode):
         for x in this.written:
             self.written |= {name: here for name, b in self.tensors.items() if x.numel() and _same_memory(x, b)}
         if self.logs:
-            self.log += [(self.path, here, self.shadows[x].labels.clone()) for x in this.results]
+            where = running_way(), self.aside
+            self.log += [(self.path, here, self.shadows[x].labels.clone(), *where) for x in this.results]
         return out
+
+    def next(self, func: Any) -> None:
+        """Looks up whether the operation that runs now reaches what the network returns."""
+        name, reaches = next(self.reaching, ("", True))
+        self.known = self.known and name == str(func)
+        self.aside = self.known and not reaches
+        self.units.still = self.aside
+
+    def left(self, path: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        """Counts the calls of a layer, and notes those that reach nothing that the network returns."""
+        way, results = running_way(), [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        if results and all(self.made_aside.get(id(x), False) for x in results):
+            self.idle.add((path, way, self.calls[path, way]))
+        self.calls[path, way] += 1
 
     # What the rules use
 
@@ -303,7 +365,7 @@ class _Tracer(TorchDispatchMode):
                 numbers = origin.of(tuple(x.shape))
                 own = self._labels_of_entries(name, numbers)
                 entries = Origin(origin.shape, numbers=numbers)
-                self.uses.append(Use(name, "shift", entries, tuple(x.shape), own, None))
+                self.uses.append(Use(name, "shift", entries, tuple(x.shape), own, None, running_way(), self.aside))
                 labels = self.units.unite(labels, own)
         return labels
 
@@ -373,8 +435,9 @@ class _Tracer(TorchDispatchMode):
                 if source is not None:
                     self._unite_repeats(origin, source.expand(x.shape))
             own: Role = role if role != "weight" or origin.distinct or not carried else "scale"
-            self.uses.append(Use(name, own, origin, tuple(x.shape), target, source if own == "weight" else None))
-        if bool(shadow.labels.any()) and not self.apart:
+            read = source if own == "weight" else None
+            self.uses.append(Use(name, own, origin, tuple(x.shape), target, read, running_way(), self.aside))
+        if bool(shadow.labels.any()) and not self.apart and not self.aside:
             before = self.units.resolve(target).unique()
             self.units.unite(target, shadow.labels)
             if len(self.units.resolve(before).unique()) < len(before):
@@ -384,6 +447,8 @@ class _Tracer(TorchDispatchMode):
     def mix(self, x: Tensor, dims: Sequence[int], operation: str, *, unknown: bool = False) -> Tensor:
         """Unites the units of ``x`` along dims, which keep size one, and keeps in mind what did it."""
         labels = self.labels(x)
+        if self.aside:
+            return self.units.unite_along(labels, dims)  # which unites nothing now
         if self.apart:
             return sole_along(self.units.resolve(labels), dims)
         self._note(labels, dims, operation, unknown, self.path)
@@ -396,7 +461,7 @@ class _Tracer(TorchDispatchMode):
         outputs, unites nothing; nor what can be taken by owners (see ``rules/formulas.py``), which has no label then.
         """
         path = self.path
-        if self.apart:
+        if self.apart or self.aside:
             return
 
         def settle() -> Tensor:
@@ -411,6 +476,8 @@ class _Tracer(TorchDispatchMode):
 
     def settle(self, tensors: Sequence[Tensor], *, final: bool = False) -> None:
         """Does what :meth:`mix_later` put off; with ``final`` what the network returns asks for only."""
+        if self.aside:
+            return
         for x in tensors:
             pending = self.shadows[x].pending
             self.shadows[x].pending = [mixing for mixing in pending if final and not mixing.final]
@@ -427,6 +494,7 @@ class _Tracer(TorchDispatchMode):
 
     def leave(self, output: Any) -> None:
         """Decides of a module that ends whether the norm that it writes out is taken by owners."""
+        self.aside = self.units.still = False  # whatever its last operation was; the next one says it anew
         with _disable_current_modes():
             self.formulas.leave(self.path, output, partial(by_owners, self))
 
@@ -435,10 +503,19 @@ class _Tracer(TorchDispatchMode):
     def _all_uses(self) -> list[Use]:
         """Also of buffers of which all that is known is that the forward pass reads them."""
         used = {use.name for use in self.uses}
+        found = [(name, self.tensors[name], way) for name, way in self.touched if name not in used]
         return self.uses + [
-            Use(name, "constant", Origin.whole(x), tuple(x.shape), torch.zeros((1,) * x.ndim, dtype=torch.int64), None)
-            for name, x in self.tensors.items()
-            if name in self.touched and name not in used and not isinstance(x, nn.Parameter)
+            Use(
+                name,
+                "constant",
+                Origin.whole(x),
+                tuple(x.shape),
+                torch.zeros((1,) * x.ndim, dtype=torch.int64),
+                None,
+                way,
+            )
+            for name, x, way in found
+            if not isinstance(x, nn.Parameter)
         ]
 
     def _note(self, labels: Tensor, dims: Sequence[int], operation: str, unknown: bool, path: str) -> None:
@@ -474,8 +551,9 @@ class _Tracer(TorchDispatchMode):
             if x is not self.tensors.get(name) and id(x) in self.made_by:
                 self.written[name] = self.made_by[id(x)]
 
-    def structure(self, outputs: list[Tensor]) -> tuple[Structure, Tensor]:
+    def structure(self, outputs: list[Tensor], ways: list[int]) -> tuple[Structure, Tensor]:
         """Numbers the units and gathers them in groups; also the number of each label."""
+        self.aside = self.units.still = False
         labels = []
         for x in outputs:
             self.settle([x], final=True)
@@ -493,12 +571,13 @@ class _Tracer(TorchDispatchMode):
             self.computed,
             self.written,
             " and ".join(dict.fromkeys(self.made_by[id(x)] for x in outputs if id(x) in self.made_by)) or "nothing",
+            ways,
         )
         over_outputs = self.formulas.give_up(structure.norms, structure.head.first)
         if over_outputs:
             self.norms = {path: labels for path, labels in self.norms.items() if path not in over_outputs}
-            return self.structure(outputs)
-        return replace(structure, decisions=self.decisions), numbers
+            return self.structure(outputs, ways)
+        return replace(structure, decisions=self.decisions, idle=frozenset(self.idle)), numbers
 
 
 def named(func: Any, path: str) -> str:

@@ -76,7 +76,7 @@ class InvarianceCallback(ContinualCallback):
             self._try(pl_module, state)
         if isinstance(self.subspace, LearnedSubspace):
             self._learner = DirectionLearner(self.subspace, self._redundant(state))
-            self._learner.attach(pl_module, state.structure.groups)
+            self._learner.attach(pl_module, state.groups)
             self._revision = state.ledger.revision
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -174,7 +174,7 @@ class InvarianceCallback(ContinualCallback):
         """Takes up the directions of recent gradients, on every process those of the first."""
         state = state_of(module)
         assert state is not None
-        directions = learner.directions(state.structure.groups) if fell and trainer.is_global_zero else {}
+        directions = learner.directions(state.groups) if fell and trainer.is_global_zero else {}
         if trainer.world_size > 1:
             directions = trainer.strategy.broadcast(directions)
         if directions:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_cf.averaging import exact_averages
 from lightning_cf.callbacks.session import ContinualCallback, task_of, without_address
-from lightning_cf.errors import ContinualError, ContinualWarning, FrozenWarning, StructureWarning, check_flag
+from lightning_cf.errors import ContinualError, ContinualWarning, FrozenWarning, check_flag
 from lightning_cf.freezing import Freezer, FrozenEntries
 from lightning_cf.ledger import FREE
 from lightning_cf.projection import Projection
@@ -59,6 +59,7 @@ class MaskedGradientCallback(ContinualCallback):
         self._freezer: Freezer | None = None
         self._projection: Projection | None = None
         self._revision = -1
+        self._unmet: dict[str, nn.Parameter] = {}
         self._sealed: dict[str, FrozenEntries] = {}
         self._shown = ExitStack()
         self._averages = ExitStack()
@@ -85,7 +86,12 @@ class MaskedGradientCallback(ContinualCallback):
         state = state_for(pl_module, task_of(trainer, type(self).__name__))
         state.set_mask_outputs(self.mask_outputs)
         self._show(pl_module, state, trainer)
-        self._tell_what_stays(pl_module, state)
+        later = len(state.ledger.tasks) > 1
+        self._unmet = {
+            name: parameter
+            for name, parameter in pl_module.named_parameters()
+            if later and parameter.requires_grad and name not in state.structure.entries
+        }
         tensors = {n: t for n, t in named_tensors(pl_module).items() if t.is_floating_point()}
         sealed = state.ledger.sealed(state.structure, tensors)
         self._sealed = {n: FrozenEntries(tensors[n], mask) for n, mask in sealed.items() if bool(mask.any())}
@@ -115,6 +121,9 @@ class MaskedGradientCallback(ContinualCallback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Several processes reduce their gradients after the hooks ran: zeroes the frozen entries again."""
         super().on_after_backward(trainer, pl_module)
+        state = state_of(pl_module)
+        if self._unmet and state is not None:
+            self._tell_what_stays(state)
         if trainer.world_size > 1 and self._freezer is not None:
             self._freezer.zero_gradients()
 
@@ -158,18 +167,19 @@ class MaskedGradientCallback(ContinualCallback):
         """Its options as plain values, to tell runs apart."""
         return {name: without_address(getattr(self, name)) for name in ("subspace", "mask_outputs")}
 
-    def _tell_what_stays(self, module: LightningModule, state: ContinualState) -> None:
-        """Warns of parameters that later tasks cannot train, since nothing that is scored runs them."""
-        unmet = [n for n, p in module.named_parameters() if p.requires_grad and n not in state.structure.entries]
-        if unmet and len(state.ledger.tasks) > 1:
-            names = ", ".join(map(repr, unmet[:5])) + (" and others" if len(unmet) > 5 else "")
-            message = (
-                f"{names} stay as the first task left them: neither forward nor evaluate= of a task so far runs them."
-                " Let evaluate= of this task run what it trains."
+    def _tell_what_stays(self, state: ContinualState) -> None:
+        """Warns of parameters that the task's training reaches but cannot move, since nothing that is scored runs them.
+
+        Those that it does not reach, such as heads of tasks to come, are none of its business.
+        """
+        unmet, self._unmet = self._unmet, {}
+        trained = [name for name, parameter in unmet.items() if parameter.grad is not None]
+        if trained:
+            names = ", ".join(map(repr, trained[:5])) + (" and others" if len(trained) > 5 else "")
+            state.tell(
+                f"{names} stay as the first task left them: training reaches them, but neither forward nor evaluate= of"
+                " a task so far runs them. Let evaluate= of this task run what it trains."
             )
-            if message not in state.said:
-                state.said.add(message)
-                warnings.warn(message, StructureWarning, stacklevel=2)
 
     def _show_known(self, trainer: Trainer, module: LightningModule) -> None:
         """As :meth:`_show`, of a task that the ledger knows, be it from a checkpoint; nothing of another one."""
@@ -215,7 +225,7 @@ class MaskedGradientCallback(ContinualCallback):
             )
         return [
             (group, (state.ledger.owners[group.name] == FREE).nonzero().flatten(), bases[group.name])
-            for group in state.structure.groups
+            for group in state.groups
             if group.name in bases
         ]
 
@@ -228,8 +238,12 @@ class MaskedGradientCallback(ContinualCallback):
         known = {record["task"] for record in state.ledger.records}
         partitioned = all(task.name in known for task in state.ledger.tasks if task.phase != "learn")
         if state.ledger.isolation == "exact" and partitioned:
-            for name, parameter in module.named_parameters():
+            parameters = dict(module.named_parameters())
+            sealed = state.ledger.sealed(state.structure, parameters)
+            for name, parameter in parameters.items():
                 cut = state.ledger.cut(state.structure, state.structure.entries.get(name, ()))
+                if state.structure.ways > 1 and name in sealed:
+                    cut = cut & ~sealed[name]  # in no way through the network is anything cut that another one reads
                 if bool(cut.any()):
                     cut = cut.to(parameter.device)
                     if bool(torch.where(cut, parameter.detach(), 0).any()):

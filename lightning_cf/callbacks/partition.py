@@ -196,7 +196,9 @@ class PartitionCallback(ContinualCallback):
         )  # with what the user held at the first partition
         names = [group.name for group in state.structure.groups]
         state.ledger.whole = [name for name in names if name not in chosen or name in known]
-        if state.ledger.isolation == "exact" and len(state.ledger.tasks) < 2:
+        fresh = state.checked_ways < state.structure.ways  # a later task may bring a way of its own
+        if state.ledger.isolation == "exact" and (len(state.ledger.tasks) < 2 or fresh):
+            state.checked_ways = state.structure.ways
             check_exact(
                 module,
                 state.structure,

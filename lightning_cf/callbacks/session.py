@@ -80,7 +80,7 @@ class ContinualCallback(WatchingCallback):
                 stacklevel=2,
             )
             ledger.seal()
-        ledger.begin(task.name, task.classes or [])
+        ledger.begin(task.name, task.classes or [], state.structure)
         mend(pl_module, task)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -210,6 +210,7 @@ def reserve_outputs(module: LightningModule, task: Task) -> ContinualState:
         if task.name not in state.ledger.reserved:
             state.ledger.reserve(task.name, columns)
         note_heads(state)
+    state.check_met()
     return state
 
 

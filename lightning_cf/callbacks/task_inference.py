@@ -17,7 +17,7 @@ from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.choosing import choose_strategies
 from lightning_cf.contexts import seeded
 from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_number
-from lightning_cf.inferring import finite_samples, inference_of, keep_inference, look
+from lightning_cf.inferring import finite_samples, inference_of, keep_inference, look, unseen
 from lightning_cf.rehearsal import rehearse
 from lightning_cf.state import ContinualState, state_of
 from lightning_cf.task_inference import STRATEGIES, Strategy, TaskInference, register
@@ -60,7 +60,7 @@ class TaskInferenceCallback(ContinualCallback):
         """Raises ContinualError if the network or its first task does not allow the strategy; nothing is begun."""
         if state.ledger.inference is None and not state.ledger.tasks:
             ledger = copy.deepcopy(state.ledger)
-            ledger.begin(task.name, task.classes or [])
+            ledger.begin(task.name, task.classes or [], state.structure)
             choose_strategies(module, replace(state, ledger=ledger), task, self.strategy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,6 +69,12 @@ class TaskInferenceCallback(ContinualCallback):
         state, task = state_of(pl_module), task_of(trainer, type(self).__name__)
         assert state is not None
         prepare(pl_module, state, task, self.strategy)
+        inference, alone = inference_of(state.ledger), unseen(state, task)
+        if inference is not None and inference.strategies and task.classes is not None and alone is not None:
+            state.tell(
+                f"Task '{task.name}' cannot be inferred: '{alone}' runs for it as it does not for earlier tasks, so no"
+                " forward pass shows all of them. Name this task where it is predicted."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Makes the heads, anew after a partition, and tells them the batch's labels."""
@@ -149,6 +155,8 @@ class TaskInferenceCallback(ContinualCallback):
         inference = inference_of(state.ledger)
         task = task_of(trainer, type(self).__name__)
         if inference is None or task.classes is None or task.name in inference.left_out or not self._leads(trainer):
+            return
+        if unseen(state, task) is not None:
             return
         strategies = heads_of(STRATEGIES[name] for name in inference.strategies)
         if not strategies:
