@@ -7,6 +7,7 @@ from lightning_cf.errors import (
     ContinualError,
     FrozenWarning,
     LeakError,
+    RunWarning,
     StructureError,
     StructureWarning,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "Resample",
     "Result",
     "Rotation",
+    "RunWarning",
     "Scaling",
     "SequentialTaskRunner",
     "Shear",

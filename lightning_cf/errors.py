@@ -17,6 +17,10 @@ class FrozenWarning(UserWarning):
     """Something changed what belongs to earlier tasks; it was put back."""
 
 
+class RunWarning(UserWarning):
+    """A run that goes on, though something in its folder is not as the run left it."""
+
+
 class CapacityError(ContinualError):
     """No free unit is left where a new task needs one."""
 

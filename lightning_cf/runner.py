@@ -24,16 +24,28 @@ from lightning_cf.class_incremental import score_strategies
 from lightning_cf.contexts import on_device, seeded
 from lightning_cf.errors import ContinualError, check_choice, check_count
 from lightning_cf.evaluation import check_scoring, constant_predictor, evaluate
+from lightning_cf.files import file_sha256, make_folder, writing
+from lightning_cf.identity import (
+    callbacks_identity,
+    check_allow,
+    data_identity,
+    network_identity,
+    optimizer_identity,
+    task_identity,
+    trainer_identity,
+)
 from lightning_cf.inferring import highest_output, inference_of
 from lightning_cf.joint import JointTask
 from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.module import ContinualModule
 from lightning_cf.preflight import check_tasks, check_widths, load_pretrained
-from lightning_cf.progress import RunProgress, RunStore
+from lightning_cf.progress import FoundState, RunProgress, RunStore
 from lightning_cf.recording import TaskFolders
 from lightning_cf.result import Result
+from lightning_cf.run_folder import check_room, size_of, take_folder, tell_damage, tell_differences
+from lightning_cf.run_lock import RunLock
 from lightning_cf.state import ContinualState, state_for
-from lightning_cf.steps import decide_together, seal_task, synchronise
+from lightning_cf.steps import decide_together, seal_task, synchronise, weights_sha256
 from lightning_cf.subspace import LearnedSubspace
 from lightning_cf.task_inference import Strategy, TaskInference
 from lightning_cf.tasks import Batches, Task, single
@@ -69,6 +81,8 @@ class SequentialTaskRunner:
             latter, to choose options by.
         seed: what everything random depends on.
         root: folder for checkpoints, records and logs. A run started again on it goes on after its last finished phase.
+        allow: in what a run that is started again may differ from the folder's, such as ``["optimizer", "data"]``: the
+            names that the error about a difference says.
     """
 
     def __init__(
@@ -90,6 +104,7 @@ class SequentialTaskRunner:
         score_on: Literal["test", "validation"] = "test",
         seed: int = 0,
         root: str | Path,
+        allow: Sequence[str] = (),
     ) -> None:
         self.module = ContinualModule(module)
         self.tasks = list(tasks)
@@ -112,6 +127,10 @@ class SequentialTaskRunner:
         self.pretrained = pretrained
         self.callbacks = list(callbacks)
         self.store = RunStore(Path(root))
+        self.lock = RunLock(self.store.root)
+        self.allow = allow
+        self.configuration: dict[str, Any] = {}
+        self._identity: dict[str, Any] | None = None
         if isinstance(getattr(masking, "subspace", None), LearnedSubspace) and not isinstance(
             getattr(invariance, "subspace", None), LearnedSubspace
         ):
@@ -148,14 +167,17 @@ class SequentialTaskRunner:
             ContinualError: before any training, for tasks, a network or options that cannot work.
         """
         try:
+            if self._host is None:
+                self.start()
+            self.lock.busy = True
             return self._run()
         except BaseException:
             self._host = None  # so that another call takes up what was stored, not a phase half done
             raise
+        finally:
+            self.lock.release()
 
     def _run(self) -> Result:
-        if self._host is None:
-            self.start()
         self.phase("baseline", self.score)
         if self.method == "joint":
             self.phase("joint", self.learn_jointly)
@@ -252,7 +274,10 @@ class SequentialTaskRunner:
     # What they need
 
     def start(self) -> None:
-        """Checks everything that can be checked before training, and takes up an earlier run's state."""
+        """Checks everything that can be checked before training, and takes up an earlier run's state.
+
+        From here to the end of :meth:`run` nobody else can run in the folder.
+        """
         check_tasks(self.tasks)
         self._host = self.new_trainer(max_epochs=self.epochs, callbacks=[], root=self.store.root)
         strategy = self._host.strategy
@@ -261,11 +286,72 @@ class SequentialTaskRunner:
         check_strategy(self._host)
         self.module.trainer = self._host
         self._host.precision_plugin.convert_module(self.module)
-        with seeded(self.seed, "outputs"):
-            self.state = self.prepare_module()
-        self.progress = self.store.open(self.module, self.state, self.settings())
+        self.first_only(partial(take_folder, self.lock, self.store, self.phases))
+        try:
+            with seeded(self.seed, "outputs"):
+                self.state = self.prepare_module()
+            self.take_up()
+        except BaseException:
+            self.lock.release()
+            raise
         if self.host.world_size > 1:
             self.host.strategy.barrier()
+
+    def take_up(self) -> None:
+        """Goes on from what the folder holds of this run, if it holds something."""
+        settings = self.settings()
+        check_allow(self.allow, settings)
+        found = self.first_only(lambda: self.store.find(settings, self.allow))
+        self.progress = RunProgress(initial_weights=self._initial)
+        if found is not None:
+            self.progress = self.store.take_up(found, self.module, self.state)
+        if self.host.is_global_zero:
+            if isinstance(found, FoundState):
+                tell_differences(self.store.root, self.progress, found.allowed, self._initial)
+            left = [name for name in self.phases if name not in self.progress.finished]
+            if left:
+                check_room(self.store.root, self.module, checkpoints=sum(n.startswith("invariance ") for n in left))
+            if self.lock.held:  # a run that is over may be read where nothing can be written
+                self.store.note(settings)
+        self.mend_files()
+
+    def mend_files(self) -> None:
+        """Tells of files of finished tasks that are damaged; writes the latest checkpoint anew, if it is one of them."""
+        damaged = self.store.damaged(self.progress) if self.host.is_global_zero else {}
+        if self.host.world_size > 1:
+            damaged = self.host.strategy.broadcast(damaged)
+        last = self.progress.finished[-1] if self.progress.finished else ""
+        for task in self.tasks:
+            name = self.name_of(self.folders.of(self.tasks.index(task), task.name) / "checkpoint.ckpt")
+            if name in damaged and last in (f"invariance {task.name}", f"score {task.name}"):
+                self.keep(task)
+                damaged[name] += "; it is written anew"
+        if self.host.is_global_zero:
+            tell_damage(self.store.root, damaged)
+
+    def first_only(self, step: Callable[[], Any]) -> Any:
+        """What a step gives on the first process; the others get the name of the state that it found, or its error."""
+        if self.host.world_size == 1:
+            return step()
+        found, told = None, None
+        if self.host.is_global_zero:
+            try:
+                found = step()
+                told = found.name if isinstance(found, FoundState) else None
+            except ContinualError as error:
+                told = error
+        told = self.host.strategy.broadcast(told)
+        if isinstance(told, ContinualError):
+            raise told
+        return found if self.host.is_global_zero else told
+
+    @property
+    def phases(self) -> list[str]:
+        """Names of all phases, in order."""
+        if self.method == "joint":
+            return ["baseline", "joint", "score"]
+        steps = ("learn", "partition", "invariance", "score")
+        return ["baseline", *(f"{step} {task.name}" for task in self.tasks for step in steps)]
 
     @property
     def host(self) -> Trainer:
@@ -277,6 +363,7 @@ class SequentialTaskRunner:
         """Sets outputs aside for every task; raises if the network cannot be traced or is too narrow."""
         if not isinstance(self.pretrained, bool):
             load_pretrained(self.module, self.pretrained)
+        self._initial = getattr(self, "_initial", None) or weights_sha256(self.module)
         self.module.installs_callbacks = False
         state = state_for(self.module, self.tasks[0])
         state.set_isolation(self.module, self.isolation)
@@ -305,9 +392,25 @@ class SequentialTaskRunner:
         self.progress.seconds += time.monotonic() - began
         self.progress.finished.append(name)
         if self.host.is_global_zero:
-            self.store.save(self.module, self.progress, self.state)
+            self.lock.check()
+            self.note_files(name)
+            self.store.save(self.module, self.progress, self.state, self.settings())
         if self.host.world_size > 1:
             self.host.strategy.barrier()
+
+    def note_files(self, phase: str) -> None:
+        """Keeps the checksums of the files that a phase left for its task."""
+        for position, task in enumerate(self.tasks):
+            if phase.partition(" ")[2] == task.name:
+                for file in ("partition.json", "checkpoint.ckpt"):
+                    path = self.folders.of(position, task.name) / file
+                    digest = file_sha256(path)
+                    if digest is not None:
+                        self.progress.files[self.name_of(path)] = digest
+
+    def name_of(self, path: Path) -> str:
+        """A file's path in the run's folder."""
+        return path.relative_to(self.store.root).as_posix()
 
     def fit(self, task: Any, epochs: int, ours: Sequence[Callback | None]) -> None:
         """One Trainer, one fit, everything random keyed by the phase; nothing for no epochs."""
@@ -335,7 +438,9 @@ class SequentialTaskRunner:
         """Writes the network as it is after a task, next to the record of its partition."""
         folder = self.folders.of(self.tasks.index(task), task.name)
         self.host.strategy.connect(self.module)
-        self.host.save_checkpoint(folder / "checkpoint.ckpt", weights_only=True)
+        make_folder(folder)
+        with writing(folder / "checkpoint.ckpt", size_of(self.module)):
+            self.host.save_checkpoint(folder / "checkpoint.ckpt", weights_only=True)
 
     @property
     def tasks_left(self) -> int:
@@ -368,20 +473,30 @@ class SequentialTaskRunner:
             self.progress.stages.setdefault(task.name, {})[stage] = self.score_of(task)
 
     def settings(self) -> dict[str, Any]:
-        """What must be the same when a run is taken up again."""
-        return {
-            "method": self.method,
-            "isolation": self.isolation,
-            "epochs": self.epochs,
-            "invariance_epochs": self.invariance_epochs,
-            "seed": self.seed,
-            "score_on": self.score_on,
-            "tasks": {task.name: list(self.state.outputs_of(task)) for task in self.tasks},
-            "pretrained": self.pretrained if isinstance(self.pretrained, bool) else str(self.pretrained),
-            "partition": None if self.partitioning is None else self.partitioning.settings(),
-            "invariance": None if self.perturbing is None else self.perturbing.settings(),
-            "masking": None if self.masking is None else self.masking.settings(),
-            "task_inference": None if self.inferring is None else self.inferring.settings(),
-            "network": {group.name: group.size for group in self.state.structure.groups},
-            "processes": self.host.world_size,
-        }
+        """What must be the same when a run is taken up again; found once, before anything is trained."""
+        if self._identity is None:
+            given = [*self.callbacks, *self.host.callbacks]  # type: ignore[attr-defined]
+            self._identity = {
+                "method": self.method,
+                "isolation": self.isolation,
+                "epochs": self.epochs,
+                "invariance_epochs": self.invariance_epochs,
+                "seed": self.seed,
+                "score_on": self.score_on,
+                "order": [task.name for task in self.tasks],
+                "tasks": {task.name: task_identity(task, self.state.outputs_of(task)) for task in self.tasks},
+                "pretrained": self.pretrained if isinstance(self.pretrained, bool) else self._initial,
+                "partition": None if self.partitioning is None else self.partitioning.settings(),
+                "invariance": None if self.perturbing is None else self.perturbing.settings(),
+                "masking": None if self.masking is None else self.masking.settings(),
+                "task_inference": None if self.inferring is None else self.inferring.settings(),
+                "network": {group.name: group.size for group in self.state.structure.groups},
+                "processes": self.host.world_size,
+                **network_identity(self.module),
+                "optimizer": optimizer_identity(self.module),
+                "trainer": trainer_identity(self.host),
+                "callbacks": callbacks_identity(given),
+                "data": {task.name: data_identity(task, test=self.score_on == "test") for task in self.tasks},
+                "configuration": self.configuration,
+            }
+        return self._identity

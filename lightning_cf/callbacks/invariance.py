@@ -9,7 +9,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_cf.callbacks.session import ContinualCallback, without_address
+from lightning_cf.callbacks.session import ContinualCallback
+from lightning_cf.describing import describe
 from lightning_cf.directions import DirectionLearner
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, check_count
@@ -135,7 +136,7 @@ class InvarianceCallback(ContinualCallback):
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
-        return {name: without_address(getattr(self, name)) for name in ("perturbation", "subspace", "unit", "every_n")}
+        return {name: describe(getattr(self, name)) for name in ("perturbation", "subspace", "unit", "every_n")}
 
     def _draw(self, trainer: Trainer) -> int:
         """Which draw is due, counted from the fit's start."""

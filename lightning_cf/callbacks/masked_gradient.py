@@ -13,7 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_cf.averaging import exact_averages
-from lightning_cf.callbacks.session import ContinualCallback, task_of, without_address
+from lightning_cf.callbacks.session import ContinualCallback, task_of
+from lightning_cf.describing import describe
 from lightning_cf.errors import ContinualError, FrozenWarning, StructureWarning
 from lightning_cf.freezing import Freezer, FrozenEntries
 from lightning_cf.ledger import FREE
@@ -141,7 +142,7 @@ class MaskedGradientCallback(ContinualCallback):
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
-        return {name: without_address(getattr(self, name)) for name in ("subspace", "mask_outputs")}
+        return {name: describe(getattr(self, name)) for name in ("subspace", "mask_outputs")}
 
     def _tell_what_stays(self, module: LightningModule, state: ContinualState) -> None:
         """Warns of parameters that later tasks cannot train, since nothing that is scored runs them."""

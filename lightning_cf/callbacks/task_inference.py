@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_cf.callbacks.heads import Heads
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.contexts import seeded
+from lightning_cf.describing import describe
 from lightning_cf.errors import ContinualError, check_choice
 from lightning_cf.inferring import (
     choose_strategies,
@@ -127,7 +128,8 @@ class TaskInferenceCallback(ContinualCallback):
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
-        return {name: getattr(self, name) for name in ("strategy", "weight", "lr")}
+        own = {} if self.strategy not in STRATEGIES else {"made from": describe(STRATEGIES[self.strategy])}
+        return {**{name: getattr(self, name) for name in ("strategy", "weight", "lr")}, **own}
 
     def _weigh(self, trainer: Trainer, module: LightningModule, scale: float) -> None:
         """Weighs the heads' loss as the module's own is: by its share of an optimiser's step, times a loss scale."""
