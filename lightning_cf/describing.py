@@ -40,7 +40,7 @@ def content_sha256(value: Any) -> str:
     return digest.hexdigest()
 
 
-def _feed(update: Callable[[bytes], Any], value: Any) -> None:
+def _feed(update: Callable[[Any], Any], value: Any) -> None:
     if isinstance(value, Mapping):
         update(f"mapping {len(value)}\n".encode())
         for key, item in value.items():
@@ -61,7 +61,8 @@ def _bytes(tensor: Tensor) -> bytes | memoryview:
     if tensor.layout is not torch.strided:
         return repr(tensor.tolist() if not tensor.is_sparse else tensor.to_dense().tolist()).encode()
     plain = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(plain.view(torch.uint8).numpy()) if plain.numel() else b""
+    content: Any = plain.view(torch.uint8).numpy()
+    return memoryview(content) if plain.numel() else b""
 
 
 def describe(value: Any, depth: int = 0) -> Any:
@@ -83,8 +84,8 @@ def _described(value: Any, depth: int) -> Any:
         given = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value) if f.init}
     else:
         given = made_from(value)
-    found = {"class": type(value).__qualname__}
-    call = getattr(type(value), "__call__", None)
+    found: dict[str, Any] = {"class": type(value).__qualname__}
+    call = inspect.getattr_static(type(value), "__call__", None)
     if isinstance(call, types.FunctionType) and not is_library(type(value).__module__):
         found["code"] = code_of(call)
     return found | {name: describe(item, depth) for name, item in given.items()}

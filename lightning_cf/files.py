@@ -123,18 +123,14 @@ def readable_size(size: float) -> str:
     >>> readable_size(3_200_000)
     '3.2 MB'
     """
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size /= 1000
-    else:
-        unit = "TB"
-    return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, max(0, len(str(int(size))) - 1) // 3)
+    return f"{size / 1000**power:.{min(power, 1)}f} {units[power]}"
 
 
 def nearest_folder(path: Path) -> Path:
     """The folder, or the first one above it that is there."""
-    return next((each for each in (path, *path.absolute().parents) if each.is_dir()), path)
+    return next((each for each in (path, *path.absolute().parents) if os.path.isdir(each)), path)
 
 
 def _why(path: Path, needed: int | None, error: OSError) -> str:
@@ -143,13 +139,14 @@ def _why(path: Path, needed: int | None, error: OSError) -> str:
     free = ""
     with suppress(OSError):
         free = f" {folder} has {readable_size(disk_usage(folder).free)} free."
-    in_the_way = next((each for each in (path, *path.absolute().parents) if each.exists() and not each.is_dir()), None)
+    above = (path, *path.absolute().parents)
+    in_the_way = next((each for each in above if os.path.exists(each) and not os.path.isdir(each)), None)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         reason = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or "the file ended early")
         return f"{path} cannot be written: {reason}.{wanted}{free} Make room, or choose another folder."
     if error.errno in (errno.ENOTDIR, errno.EEXIST) and in_the_way is not None:
         return f"{path} cannot be made: {in_the_way} is a file, where a folder is needed. Move it, or choose another."
-    if error.errno == errno.EISDIR or (path.is_dir() and error.errno in (errno.EEXIST, errno.ENOTEMPTY)):
+    if error.errno == errno.EISDIR or (os.path.isdir(path) and error.errno in (errno.EEXIST, errno.ENOTEMPTY)):
         return f"{path} cannot be written: a folder of that name is in the way. Move it, or choose another folder."
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return (

@@ -21,17 +21,24 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from torchmetrics import Metric
 
 from lightning_cf.contexts import seeded
-from lightning_cf.describing import UNKNOWN, code_of, describe, is_library, made_from, sketch, without_address
+from lightning_cf.describing import UNKNOWN, describe, is_library, made_from, sketch, without_address
 from lightning_cf.errors import ContinualError
 from lightning_cf.tasks import Task, supervised
 
-FIXED = ("method", "isolation", "order", "tasks", "parameters")
+FIXED = ("method", "isolation", "order", "tasks", "parameters", "network")
 """What no ``allow`` can change: what was learned would not fit."""
+
+VARIABLE = (
+    *("epochs", "invariance_epochs", "seed", "score_on", "pretrained", "partition", "invariance", "masking"),
+    *("task_inference", "processes", "architecture", "code", "hyperparameters", "optimizer", "trainer", "callbacks"),
+    *("data", "configuration"),
+)
+"""What ``allow`` may name, alone or with a name within it."""
 
 _OPTIONAL = ("callbacks", "hyperparameters", "code", "configuration")
 """Where a name that only one of two runs has is no difference."""
@@ -60,7 +67,9 @@ def network_identity(module: LightningModule) -> dict[str, Any]:
         if not isinstance(child, Metric)
     }
     return {
-        "parameters": {name: [list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in module.named_parameters()},
+        "parameters": {
+            name: [list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in module.named_parameters()
+        },
         "architecture": layers,
         "code": _code(module),
         "hyperparameters": {**_options(module), **_hyperparameters(module)},
@@ -94,9 +103,9 @@ def trainer_identity(trainer: Trainer) -> dict[str, Any]:
 
 
 def callbacks_identity(callbacks: Iterable[Callback]) -> dict[str, Any]:
-    """The user's callbacks by class, with plain constructor arguments; counters and paths are left out."""
+    """The user's callbacks by class, with plain constructor arguments; counters, paths and functions are left out."""
     found: dict[str, Any] = {kind.__name__: None for kind in _CHANGING}
-    constant = (bool, int, float, str, tuple, types.FunctionType, partial, type(None))
+    constant = (bool, int, float, str, tuple, type(None))
     for callback in callbacks:
         name = type(callback).__name__
         changing = isinstance(callback, _CHANGING)
@@ -145,10 +154,10 @@ def differences(found: Any, wanted: Any, path: str = "") -> list[tuple[str, Any,
             elif not optional:
                 result.append((name, found.get(key, "nothing"), wanted.get(key, "nothing")))
         return result
-    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
-        if all(isinstance(each, (Mapping, list, float)) for each in [*found, *wanted]):
-            pairs = enumerate(zip(found, wanted, strict=True))
-            return [each for i, pair in pairs for each in differences(*pair, f"{path}.{i}")]
+    lists = isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted)
+    if lists and all(isinstance(each, (Mapping, list, float)) for each in [*found, *wanted]):
+        pairs = enumerate(zip(found, wanted, strict=True))
+        return [each for i, pair in pairs for each in differences(*pair, f"{path}.{i}")]
     return [] if _same(found, wanted, path) else [(path, found, wanted)]
 
 
@@ -161,7 +170,8 @@ def check_same(folder: Any, found: Any, wanted: Any, allow: Sequence[str]) -> li
     Raises:
         ContinualError: names those that were not.
     """
-    allowed, refused = [], []
+    allowed: list[tuple[str, str]] = []
+    refused: list[tuple[str, str]] = []
     for name, was, now in differences(found, wanted):
         told = f"{name}={_short(was)}, not {_short(now)}"
         meant = name.partition(".")[0] not in FIXED and any(name == a or name.startswith(f"{a}.") for a in allow)
@@ -179,7 +189,7 @@ def check_same(folder: Any, found: Any, wanted: Any, allow: Sequence[str]) -> li
     return [told for _, told in allowed]
 
 
-def check_allow(allow: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+def check_allow(allow: Sequence[str]) -> list[str]:
     """The names of what may differ.
 
     Raises:
@@ -190,10 +200,13 @@ def check_allow(allow: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
     for name in allow:
         group = name.partition(".")[0]
         if group in FIXED:
-            raise ContinualError(f"runner: allow names '{name}': what was learned would not fit; choose another folder.")
-        if group not in settings:
-            known = ", ".join(key for key in settings if key not in FIXED)
-            raise ContinualError(f"runner: allow names '{name}', which runs are not told apart by; these are: {known}.")
+            raise ContinualError(
+                f"runner: allow names '{name}': what was learned would not fit. Choose another folder."
+            )
+        if group not in VARIABLE:
+            raise ContinualError(
+                f"runner: allow names '{name}', which runs are not told apart by; these are: {', '.join(VARIABLE)}."
+            )
     return list(allow)
 
 
@@ -249,7 +262,7 @@ def _hyperparameters(module: LightningModule) -> dict[str, Any]:
 
 
 def _constructor_names(value: object) -> set[str]:
-    names = set()
+    names: set[str] = set()
     for base in type(value).__mro__:
         init = vars(base).get("__init__")
         if isinstance(init, types.FunctionType) and not (is_library(base.__module__) and names):

@@ -31,6 +31,7 @@ from lightning_cf.files import (
 )
 from lightning_cf.identity import check_same, differences
 from lightning_cf.ledger import NeuronLedger
+from lightning_cf.records import MANIFEST, record_sha256
 from lightning_cf.state import ContinualState
 
 __all__ = ["RunProgress", "RunStore", "read_json", "write_atomically"]
@@ -69,7 +70,7 @@ class RunProgress:
     allowed: list[str] = field(default_factory=list)
 
 
-class _Damaged(ValueError):
+class _DamagedError(ValueError):
     """A state that cannot be gone on from; says what is wrong with it."""
 
 
@@ -117,12 +118,12 @@ class RunStore:
         self._clear()
         newest, older = self._states
         if not newest.exists() and not older.exists():
-            if any((self.root / "tasks").glob("*/*")):
+            if any(path.is_file() for path in (self.root / "tasks").glob("*/*")):
                 self._warn(f"{newest} is missing, though tasks were learned in {self.root}; everything starts anew.")
             return None
         try:
             found = self._read(newest, wanted, allow)
-        except _Damaged as problem:
+        except _DamagedError as problem:
             if not older.exists():
                 raise ContinualError(f"{newest} {problem}; remove the folder {self.root} to start anew.") from problem
             found = self._read_older(problem, wanted, allow)
@@ -197,12 +198,19 @@ class RunStore:
         """Of the files that finished phases left, those that are not as they left them, with what is wrong."""
         found = {}
         for name, digest in progress.files.items():
-            path = self.root / name
-            if not path.exists():
+            if not (self.root / name).exists():
                 found[name] = "is missing"
-            elif file_sha256(path) != digest:
+            elif self.digest_of(name) != digest:
                 found[name] = "is damaged, or another run's"
         return found
+
+    def digest_of(self, name: str) -> str | None:
+        """SHA-256 of a file that a phase left; None where it is not there, or damaged.
+
+        INVARIANCE completes the record of a partition, and may be killed meanwhile: it counts without that.
+        """
+        path = self.root / name
+        return record_sha256(path.parent) if path.name == MANIFEST else file_sha256(path)
 
     @property
     def _states(self) -> tuple[Path, Path]:
@@ -210,7 +218,7 @@ class RunStore:
 
     def _clear(self) -> None:
         """Removes what a kill in the middle of writing left."""
-        for path in self.root.glob("*.partial"):
+        for path in (*self.root.glob("*.partial"), *self.root.glob("tasks/*/*.partial")):
             with suppress(OSError):
                 path.unlink()
 
@@ -239,40 +247,40 @@ class RunStore:
             return not differences(read_json(self.root / "settings.json"), wanted)
         return False
 
-    def _read_older(self, problem: _Damaged, wanted: Mapping[str, Any], allow: Sequence[str]) -> FoundState:
+    def _read_older(self, problem: _DamagedError, wanted: Mapping[str, Any], allow: Sequence[str]) -> FoundState:
         newest, older = self._states
         try:
             return self._read(older, wanted, allow)
-        except _Damaged as too:
+        except _DamagedError as too:
             raise ContinualError(
                 f"{newest} {problem}, and {older} {too}; remove the folder {self.root} to start anew."
             ) from too
 
     def _with_its_files(self, found: FoundState, wanted: Mapping[str, Any], allow: Sequence[str]) -> FoundState:
-        """The state, or the one before where a file that the last phase left is damaged: repeated, it writes it anew."""
+        """The state; or the one before where the last phase left a file that is damaged: repeated, it writes it anew."""
         progress, (newest, older) = found.progress, self._states
         damaged = self.damaged(progress)
         if damaged and found.name == newest.name and older.exists():
-            with suppress(_Damaged, ContinualError):
+            with suppress(_DamagedError, ContinualError):
                 before = self._read(older, wanted, allow)
                 new = [name for name in damaged if before.progress.files.get(name) != progress.files[name]]
                 if new and progress.finished[:-1] == before.progress.finished:
                     self._warn(
-                        f"{self.root / new[0]} {damaged[new[0]]}. The phase '{progress.finished[-1]}' is repeated, which"
-                        " writes it anew."
+                        f"{self.root / new[0]} {damaged[new[0]]}. The phase '{progress.finished[-1]}' is repeated,"
+                        " which writes it anew."
                     )
                     return before
         return found
 
     def _load(self, path: Path) -> dict[str, Any]:
         if not path.exists():
-            raise _Damaged("is missing")
+            raise _DamagedError("is missing")
         try:
             kept = load_tensors(path, "is damaged")
         except ContinualError as error:
-            raise _Damaged("is damaged") from error
+            raise _DamagedError("is damaged") from error
         if not isinstance(kept, dict) or not {"module", "progress", "start"} <= kept.keys():
-            raise _Damaged("is damaged: it holds no state of a run")
+            raise _DamagedError("is damaged: it holds no state of a run")
         if kept.keys() == {"module", "progress", "start"}:  # format 1
             kept["format"] = 1
         form = kept.get("format", FORMAT)
@@ -283,9 +291,9 @@ class RunStore:
             )
         if form >= 2 or len(kept) > 4:
             if not set(_CONTENT) <= kept.keys() or "checksum" not in kept:
-                raise _Damaged("is damaged: parts of it are missing")
+                raise _DamagedError("is damaged: parts of it are missing")
             if kept["checksum"] != content_sha256({name: kept[name] for name in _CONTENT}):
-                raise _Damaged("is damaged: what it holds does not match its checksum")
+                raise _DamagedError("is damaged: what it holds does not match its checksum")
         known = {each.name for each in fields(RunProgress)}
         progress = kept["progress"]
         if not isinstance(progress, dict) or "finished" not in progress or not progress.keys() <= known:
@@ -299,7 +307,7 @@ class RunStore:
     def _check_older_format(self, path: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         """A state without checksum and settings is taken where all that can be told of it is in order."""
         if path == self._states[1]:
-            raise _Damaged("was written by an older version")
+            raise _DamagedError("was written by an older version")
         found = read_json(self.root / "settings.json")
         names = ("method", "isolation", "epochs", "invariance_epochs", "seed", "score_on", "processes")
         outputs = {name: task["outputs"] for name, task in wanted["tasks"].items()}

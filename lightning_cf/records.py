@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -213,6 +213,18 @@ def complete_record(folder: str | Path, after: Mapping[str, tuple[Float[Tensor, 
         place = files[name]["direction"]["file"].rpartition("/")[0]
         files[name] |= _write_arrays(folder, place, dict(zip(_AFTER, _polar(*polar), strict=True)))
     _write_manifest(folder, manifest)
+
+
+def record_sha256(folder: Path) -> str | None:
+    """SHA-256 of what a record says of the partition, whether or not it is completed; None where it is damaged."""
+    try:
+        manifest = _read_manifest(folder)
+        for entry in manifest["layers"]:
+            for name in _AFTER:
+                entry["arrays"].pop(name, None)
+        return hashlib.sha256(json.dumps(_as_json(manifest), sort_keys=True).encode()).hexdigest()
+    except (ContinualError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _polar(vectors: Float[Tensor, "units inputs"], biases: Float[Tensor, "units"]) -> tuple[Tensor, Tensor, Tensor]:

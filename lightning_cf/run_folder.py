@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,8 +18,8 @@ from lightning_cf.progress import RunProgress, RunStore
 from lightning_cf.run_lock import RunLock
 
 
-def take_folder(lock: RunLock, store: RunStore, phases: Sequence[str]) -> None:
-    """Makes the folder, if need be, and locks it.
+def take_folder(lock: RunLock, store: RunStore, phases: Sequence[str], folders: Sequence[Path]) -> None:
+    """Makes the folder, if need be, and locks it; nothing stands where the tasks' folders are to be.
 
     Raises:
         ContinualError: if another run holds it, or nothing can be written there; a run that is over needs not write.
@@ -26,13 +27,15 @@ def take_folder(lock: RunLock, store: RunStore, phases: Sequence[str]) -> None:
     try:
         make_folder(store.root)
         lock.acquire()
-        if not lock.held:
-            return
         probe = store.root / f"{uuid4().hex}.partial"
         write_bytes(probe, b"")
         probe.unlink()
+        for folder in folders:
+            for path in (folder.parent, folder):
+                if path.exists() and not path.is_dir():
+                    make_folder(path)  # says why it cannot be made
     except ContinualError:
-        lock_taken = lock.path.exists()
+        lock_taken = os.path.exists(lock.path)
         lock.release()
         if lock_taken or not _is_over(store, phases):
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -13,13 +12,16 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from filelock import SoftFileLease, Timeout
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from lightning_cf.errors import ContinualError, RunWarning
 from lightning_cf.files import read_json, write_json, writing
 
 LEASE = 120.0
 """Seconds without a sign of life after which a run on another machine counts as dead."""
+
+PATIENCE = 10.0
+"""Seconds more that a run waits for the lock of one that may be dead."""
 
 _HELD: WeakValueDictionary[str, RunLock] = WeakValueDictionary()
 """Locks of this process by path: one that only started may be taken over by another runner of the process."""
@@ -76,7 +78,7 @@ class RunLock:
                         stacklevel=3,
                     )
                 try:  # what is no lock heals by itself, and what nobody touches is taken over
-                    lease.acquire(timeout=LEASE + 10, poll_interval=0.5)
+                    lease.acquire(timeout=LEASE + PATIENCE, poll_interval=min(0.5, LEASE / 10))
                 except Timeout:
                     raise self._taken(None if owner is None else owner.pid) from None
         self._lease = lease
@@ -124,4 +126,3 @@ def _about_this_process() -> dict[str, object]:
         "job": SLURMEnvironment.job_id() if SLURMEnvironment.detect() else None,
         "command": " ".join(sys.argv)[:200],
     }
-

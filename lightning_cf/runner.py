@@ -24,7 +24,7 @@ from lightning_cf.class_incremental import score_strategies
 from lightning_cf.contexts import on_device, seeded
 from lightning_cf.errors import ContinualError, check_choice, check_count
 from lightning_cf.evaluation import check_scoring, constant_predictor, evaluate
-from lightning_cf.files import file_sha256, make_folder, writing
+from lightning_cf.files import make_folder, writing
 from lightning_cf.identity import (
     callbacks_identity,
     check_allow,
@@ -41,6 +41,7 @@ from lightning_cf.module import ContinualModule
 from lightning_cf.preflight import check_tasks, check_widths, load_pretrained
 from lightning_cf.progress import FoundState, RunProgress, RunStore
 from lightning_cf.recording import TaskFolders
+from lightning_cf.records import MANIFEST
 from lightning_cf.result import Result
 from lightning_cf.run_folder import check_room, size_of, take_folder, tell_damage, tell_differences
 from lightning_cf.run_lock import RunLock
@@ -128,8 +129,8 @@ class SequentialTaskRunner:
         self.callbacks = list(callbacks)
         self.store = RunStore(Path(root))
         self.lock = RunLock(self.store.root)
-        self.allow = allow
-        self.configuration: dict[str, Any] = {}
+        self.allow = check_allow(allow)
+        self.configuration: dict[str, Any] = {}  # of the command line, to be told apart by
         self._identity: dict[str, Any] | None = None
         if isinstance(getattr(masking, "subspace", None), LearnedSubspace) and not isinstance(
             getattr(invariance, "subspace", None), LearnedSubspace
@@ -286,7 +287,8 @@ class SequentialTaskRunner:
         check_strategy(self._host)
         self.module.trainer = self._host
         self._host.precision_plugin.convert_module(self.module)
-        self.first_only(partial(take_folder, self.lock, self.store, self.phases))
+        folders = [self.folders.of(position, task.name) for position, task in enumerate(self.tasks)]
+        self.first_only(partial(take_folder, self.lock, self.store, self.phases, folders))
         try:
             with seeded(self.seed, "outputs"):
                 self.state = self.prepare_module()
@@ -300,7 +302,6 @@ class SequentialTaskRunner:
     def take_up(self) -> None:
         """Goes on from what the folder holds of this run, if it holds something."""
         settings = self.settings()
-        check_allow(self.allow, settings)
         found = self.first_only(lambda: self.store.find(settings, self.allow))
         self.progress = RunProgress(initial_weights=self._initial)
         if found is not None:
@@ -316,7 +317,7 @@ class SequentialTaskRunner:
         self.mend_files()
 
     def mend_files(self) -> None:
-        """Tells of files of finished tasks that are damaged; writes the latest checkpoint anew, if it is one of them."""
+        """Tells of damaged files of finished tasks; writes the latest checkpoint anew, if it is one of them."""
         damaged = self.store.damaged(self.progress) if self.host.is_global_zero else {}
         if self.host.world_size > 1:
             damaged = self.host.strategy.broadcast(damaged)
@@ -333,7 +334,8 @@ class SequentialTaskRunner:
         """What a step gives on the first process; the others get the name of the state that it found, or its error."""
         if self.host.world_size == 1:
             return step()
-        found, told = None, None
+        found: Any = None
+        told: Any = None
         if self.host.is_global_zero:
             try:
                 found = step()
@@ -402,11 +404,11 @@ class SequentialTaskRunner:
         """Keeps the checksums of the files that a phase left for its task."""
         for position, task in enumerate(self.tasks):
             if phase.partition(" ")[2] == task.name:
-                for file in ("partition.json", "checkpoint.ckpt"):
-                    path = self.folders.of(position, task.name) / file
-                    digest = file_sha256(path)
+                for file in (MANIFEST, "checkpoint.ckpt"):
+                    name = self.name_of(self.folders.of(position, task.name) / file)
+                    digest = self.store.digest_of(name)
                     if digest is not None:
-                        self.progress.files[self.name_of(path)] = digest
+                        self.progress.files[name] = digest
 
     def name_of(self, path: Path) -> str:
         """A file's path in the run's folder."""
