@@ -257,7 +257,7 @@ class RunStore:
             ) from too
 
     def _with_its_files(self, found: FoundState, wanted: Mapping[str, Any], allow: Sequence[str]) -> FoundState:
-        """The state; or the one before where the last phase left a file that is damaged: repeated, it writes it anew."""
+        """The state; or the one before, where the last phase left a file that is damaged: repeated, it writes it."""
         progress, (newest, older) = found.progress, self._states
         damaged = self.damaged(progress)
         if damaged and found.name == newest.name and older.exists():
