@@ -40,8 +40,8 @@ VARIABLE = (
 )
 """What ``allow`` may name, alone or with a name within it."""
 
-_OPTIONAL = ("callbacks", "hyperparameters", "code", "configuration")
-"""Where a name that only one of two runs has is no difference."""
+_WHOLE = ("architecture", "parameters", "network", "tasks", "data", "invariance", "masking")
+"""Where a name that only one of two runs has is a difference; elsewhere another version may know of more options."""
 
 _CHANGING = (BaseFinetuning, EarlyStopping, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging)
 """Callbacks of Lightning's that change what is trained: one more or less is a difference."""
@@ -145,7 +145,7 @@ def differences(found: Any, wanted: Any, path: str = "") -> list[tuple[str, Any,
         return []
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
         group, last = path.partition(".")[0], path.rpartition(".")[2]
-        optional = group in _OPTIONAL or last == "code"
+        optional = group not in _WHOLE or last == "code"
         result = []
         for key in dict.fromkeys([*found, *wanted]):
             name = f"{path}.{key}" if path else str(key)

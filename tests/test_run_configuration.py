@@ -91,7 +91,13 @@ def test_what_allow_cannot_name_is_refused(tmp_path, monkeypatch, capsys, allow,
 def test_a_job_whose_files_are_damaged_counts_as_failed(tmp_path, name, harm):
     from lightning_cf.files import write_json
 
-    result = {"average_accuracy": 1.0, "forgetting": 0.0, "backward_transfer": 0.0, "weights_sha256": "", "capacity": {}}
+    result = {
+        "average_accuracy": 1.0,
+        "forgetting": 0.0,
+        "backward_transfer": 0.0,
+        "weights_sha256": "",
+        "capacity": {},
+    }
     write_json(tmp_path / "job.json", {"overrides": ["a=1"], "status": 0})
     (tmp_path / "result.json").write_text(json.dumps(result))
     assert _job(tmp_path)["status"] == 0

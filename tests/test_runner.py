@@ -149,8 +149,10 @@ def test_a_run_that_was_interrupted_ends_with_the_weights_of_one_that_was_not(tm
         def on_fit_start(self, trainer, pl_module):
             fits.append(trainer.datamodule.name)
 
+    second = make(tmp_path / "cut", callbacks=[Count()], module=classifier(seed=8))
     with pytest.warns(RunWarning, match="came with other weights than the run .* the run's own are used"):
-        resumed = make(tmp_path / "cut", callbacks=[Count()], module=classifier(seed=8)).run()
+        second.start()
+    resumed = second.run()
     assert fits == ["2-3", "4-5", "4-5"]
     assert resumed.weights_sha256 == whole.weights_sha256
     assert torch.equal(resumed.accuracy.matrix, whole.accuracy.matrix)
