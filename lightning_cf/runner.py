@@ -306,15 +306,18 @@ class SequentialTaskRunner:
         self.progress = RunProgress(initial_weights=self._initial)
         if found is not None:
             self.progress = self.store.take_up(found, self.module, self.state)
-        if self.host.is_global_zero:
-            if isinstance(found, FoundState):
-                tell_differences(self.store.root, self.progress, found.allowed, self._initial)
-            left = [name for name in self.phases if name not in self.progress.finished]
-            if left:
-                check_room(self.store.root, self.module, checkpoints=sum(n.startswith("invariance ") for n in left))
-            if self.lock.held:  # a run that is over may be read where nothing can be written
-                self.store.note(settings)
+        self.first_only(partial(self.check_folder, found, settings))
         self.mend_files()
+
+    def check_folder(self, found: FoundState | str | None, settings: dict[str, Any]) -> None:
+        """Tells of what differs; raises ContinualError where the disk has no room for what is left of the run."""
+        if isinstance(found, FoundState):
+            tell_differences(self.store.root, self.progress, found.allowed, self._initial)
+        left = [name for name in self.phases if name not in self.progress.finished]
+        if left:
+            check_room(self.store.root, self.module, checkpoints=sum(n.startswith("invariance ") for n in left))
+        if self.lock.held:  # a run that is over may be read where nothing can be written
+            self.store.note(settings)
 
     def mend_files(self) -> None:
         """Tells of damaged files of finished tasks; writes the latest checkpoint anew, if it is one of them."""
@@ -331,7 +334,7 @@ class SequentialTaskRunner:
             tell_damage(self.store.root, damaged)
 
     def first_only(self, step: Callable[[], Any]) -> Any:
-        """What a step gives on the first process; the others get the name of the state that it found, or its error."""
+        """What a step gives on the first process; the others get its error, or the name of the state that it found."""
         if self.host.world_size == 1:
             return step()
         found: Any = None
@@ -393,12 +396,15 @@ class SequentialTaskRunner:
             synchronise(self.host, self.module)
         self.progress.seconds += time.monotonic() - began
         self.progress.finished.append(name)
-        if self.host.is_global_zero:
-            self.lock.check()
-            self.note_files(name)
-            self.store.save(self.module, self.progress, self.state, self.settings())
+        self.first_only(partial(self.save, name))
         if self.host.world_size > 1:
             self.host.strategy.barrier()
+
+    def save(self, phase: str) -> None:
+        """Stores what a phase left, unless another run has taken the folder over."""
+        self.lock.check()
+        self.note_files(phase)
+        self.store.save(self.module, self.progress, self.state, self.settings())
 
     def note_files(self, phase: str) -> None:
         """Keeps the checksums of the files that a phase left for its task."""
