@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,9 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_cf import stopping
-from lightning_cf.errors import ContinualError, check_choice, check_count, check_text, printable
+from lightning_cf.errors import ContinualError, RunWarning, check_choice, check_count, check_text, printable
+from lightning_cf.files import read_json, write_atomically, write_json
+from lightning_cf.identity import VARIABLE, differences
 from lightning_cf.preflight import check_root
-from lightning_cf.progress import read_json, write_atomically
 from lightning_cf.progress_bar import RunBar
 from lightning_cf.report import print_summary, write_pictures, write_unit_pictures
 from lightning_cf.result import Result
@@ -37,6 +39,20 @@ from lightning_cf.stopping import check_stopped, ended_by_signals
 from lightning_cf.sweep import run_job
 
 VERBS = ("train",)
+
+_ANYWHERE = (
+    "run",
+    "allow",
+    "command",
+    "compare",
+    "optimized_metric",
+    "logger",
+    "data_dir",
+    "devices",
+    "nodes",
+    "pretrained",
+)
+"""Options that do not change what a method's run finds, or that its runner compares by what they lead to."""
 
 _PACKAGED = Path(__file__).parent / "conf"
 _CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "conf"
@@ -113,7 +129,7 @@ def _train(config: DictConfig, root: Path, resolved: dict[str, Any], bar: RunBar
     first_process = runners[chosen].host.is_global_zero
     if first_process:
         root.mkdir(parents=True, exist_ok=True)
-        write_atomically(root / "config.json", json.dumps(resolved, indent=2))
+        write_json(root / "config.json", resolved)
     tasks = next(iter(runners.values())).tasks
     fits = sum(1 if runner.method == "joint" else len(tasks) for runner in runners.values())
     bar.total = fits * (config.epochs + config.invariance_epochs)
@@ -140,7 +156,7 @@ def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> Sequentia
         module = instantiate(config.model)
     method: Method = "finetune" if name == "finetune" else "joint" if name == "joint" else "partition"
     # Converted, since a list of perturbations would else become a configuration again.
-    return SequentialTaskRunner(
+    runner = SequentialTaskRunner(
         module,
         tasks,
         trainer=_trainer_factory(config),
@@ -157,7 +173,25 @@ def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> Sequentia
         score_on=config.score_on,
         seed=config.seed,
         root=root,
+        allow=[name for name in _allowed(config) if name.partition(".")[0] in VARIABLE],
     )
+    runner.allow += [f"configuration.{name}" for name in _allowed(config)]
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    runner.configuration = {key: value for key, value in resolved.items() if key not in _ANYWHERE}
+    return runner
+
+
+def _allowed(config: DictConfig) -> list[str]:
+    """What may differ from the folder's run, by a name of the configuration or of what the runner compares."""
+    allow: Any = OmegaConf.to_container(config.allow) if OmegaConf.is_config(config.allow) else config.allow
+    if not isinstance(allow, list) or not all(isinstance(name, str) for name in allow):
+        raise ContinualError(f"lightning-cf: allow must be a list of names such as allow=[epochs], got {allow!r}.")
+    for name in allow:
+        if name.partition(".")[0] not in (*config, *VARIABLE):
+            raise ContinualError(
+                f"lightning-cf: allow names '{name}', which is neither an option nor one of {', '.join(VARIABLE)}."
+            )
+    return allow
 
 
 def _trainer_factory(config: DictConfig) -> Callable[..., Trainer]:
@@ -194,13 +228,22 @@ def _checked(config: DictConfig, root: Path) -> dict[str, Any]:
             raise ContinualError(f"lightning-cf: {name} must be one of the choices of its group, got {config[name]!r}.")
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     resolved["run"] = str(root)
+    allow = _allowed(config)
     kept = root / "config.json"
-    if kept.exists() and any(root.glob("*/state.pt")):
-        for key, value in read_json(kept).items():
-            if key != "run" and resolved.get(key) != value:
+    if kept.exists() and any(root.glob("*/state*.pt")):
+        try:
+            found = read_json(kept)
+        except ContinualError:
+            text = f"{kept} is damaged; what the methods' states hold is compared instead."
+            warnings.warn(text, RunWarning, stacklevel=2)
+            return dict(resolved)
+        compared = {key: value for key, value in resolved.items() if key in found and key not in ("run", "allow")}
+        for name, was, now in differences({key: found[key] for key in compared}, compared):
+            if not any(name == each or name.startswith(f"{each}.") for each in allow):
                 raise ContinualError(
-                    f"lightning-cf: the folder {root} holds a run with {key}={value!r}, not {resolved.get(key)!r}."
-                    " Start it again with the same settings, or choose another folder with run=FOLDER."
+                    f"lightning-cf: the folder {root} holds a run with {name}={was!r}, not {now!r} (config.json)."
+                    " Start it again with the same settings, or choose another folder with run=FOLDER; allow=[...]"
+                    " names what is meant to differ."
                 )
     return dict(resolved)
 

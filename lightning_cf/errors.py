@@ -40,6 +40,10 @@ class DataWarning(ContinualWarning):
     """Data that are read, or judged on, in another way than one might think."""
 
 
+class RunWarning(ContinualWarning):
+    """A run that goes on, though something in its folder is not as the run left it."""
+
+
 class CapacityError(ContinualError):
     """No free unit is left where a new task needs one."""
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,10 +17,31 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from lightning_cf.errors import ContinualError
-from lightning_cf.files import load_tensors
+from lightning_cf.describing import content_sha256
+from lightning_cf.errors import ContinualError, RunWarning
+from lightning_cf.files import (
+    file_sha256,
+    load_tensors,
+    make_folder,
+    read_json,
+    write_atomically,
+    write_bytes,
+    write_json,
+    writing,
+)
 from lightning_cf.finite import described, not_finite
+from lightning_cf.identity import check_same, differences
+from lightning_cf.ledger import NeuronLedger
+from lightning_cf.records import MANIFEST, record_sha256
 from lightning_cf.state import ContinualState
+
+__all__ = ["RunProgress", "RunStore", "read_json", "write_atomically"]
+
+FORMAT = 2
+"""Of ``state.pt``: 1 had neither checksum nor settings."""
+
+_CONTENT = ("format", "settings", "module", "progress", "start")
+_EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 
 @dataclass
@@ -31,6 +56,9 @@ class RunProgress:
         strategies: by strategy of task inference, its scores after each task.
         seconds: time spent in finished phases.
         warnings: texts of what we warned of so far.
+        files: SHA-256 of the files that phases left in the tasks' folders, by their path in the run's folder.
+        initial_weights: SHA-256 of the weights that the run began with.
+        allowed: in what later starts differed from the first one, as ``allow`` let them.
     """
 
     finished: list[str] = field(default_factory=list)
@@ -40,46 +68,155 @@ class RunProgress:
     strategies: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    initial_weights: str = ""
+    allowed: list[str] = field(default_factory=list)
+
+
+class _DamagedError(ValueError):
+    """A state that cannot be gone on from; says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class FoundState:
+    """A state to go on from.
+
+    Attributes:
+        name: of its file.
+        kept: what the file holds.
+        allowed: in what its run differs from the one that is started now, as ``allow`` lets it.
+    """
+
+    name: str
+    kept: dict[str, Any]
+    allowed: list[str]
+
+    @property
+    def progress(self) -> RunProgress:
+        """How far the run had come."""
+        return RunProgress(**self.kept["progress"])
 
 
 @dataclass(frozen=True)
 class RunStore:
-    """The folder of a run: its settings and, after each phase, the module with what was found so far."""
+    """The folder of a run: its settings and, after each phase, the module with what was found so far.
+
+    ``state.pt`` is what the last phase left, ``state.previous.pt`` what the one before it left: where the first cannot
+    be used, the run goes on from the second and repeats one phase. Both hold a checksum of all that they hold and the
+    settings of their run; ``settings.json`` is for people to read.
+    """
 
     root: Path
 
-    def open(self, module: nn.Module, state: ContinualState, settings: Mapping[str, Any]) -> RunProgress:
-        """Takes up the run that the folder holds, or starts one where no phase was finished yet.
+    # Taking up
+
+    def find(self, settings: Mapping[str, Any], allow: Sequence[str] = ()) -> FoundState | None:
+        """The state to go on from; None where no phase was finished yet.
 
         Raises:
-            ContinualError: if the folder holds a run with other settings.
+            ContinualError: if the folder holds a run with other settings, or no state of it can be used.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        stored = self.root / "settings.json"
+        make_folder(self.root)
         wanted = json.loads(json.dumps(settings))
-        if not self._state.exists():  # nothing was learned yet, so nothing is lost
-            write_atomically(stored, json.dumps(wanted, indent=2))
-            return RunProgress()
-        found = read_json(stored)
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                raise ContinualError(
-                    f"The folder {self.root} holds a run with {name}={found.get(name)!r}, not {value!r}; go on with the"
-                    " same settings, or choose another folder."
-                )
-        kept = load_tensors(self._state, f"{self._state} is damaged; remove the folder {self.root} to start anew.")
-        self._check_finite(kept, module)
-        module.load_state_dict(kept["module"])
+        self._clear()
+        newest, older = self._states
+        if not newest.exists() and not older.exists():
+            if any(path.is_file() for path in (self.root / "tasks").glob("*/*")):
+                self._warn(f"{newest} is missing, though tasks were learned in {self.root}; everything starts anew.")
+            return None
+        try:
+            found = self._read(newest, wanted, allow)
+        except _DamagedError as problem:
+            if not older.exists():
+                raise ContinualError(f"{newest} {problem}; remove the folder {self.root} to start anew.") from problem
+            found = self._read_older(problem, wanted, allow)
+            self._warn(
+                f"{newest} {problem}. The run goes on from {older}, which is one phase behind; it ends as it would have"
+                " ended."
+            )
+        return self._with_its_files(found, wanted, allow)
+
+    def take_up(self, found: FoundState | str, module: nn.Module, state: ContinualState) -> RunProgress:
+        """Loads a state that :meth:`find` chose, on another process by its name.
+
+        Raises:
+            ContinualError: if it does not fit the module.
+        """
+        try:
+            kept = self._load(self.root / found) if isinstance(found, str) else found.kept
+            self._check_finite(kept, module, found if isinstance(found, str) else found.name)
+            module.load_state_dict(kept["module"])
+        except ContinualError:
+            raise
+        except Exception as error:  # whatever another network's weights or another version's ledger lead to
+            name = found if isinstance(found, str) else found.name
+            raise ContinualError(
+                f"{self.root / name} does not fit the module: {error} Choose another folder, or remove this one."
+            ) from error
         state.start, state.outcome = kept["start"], None
         return RunProgress(**kept["progress"])
 
-    def save(self, module: nn.Module, progress: RunProgress, state: ContinualState) -> None:
-        """Stores the module and the progress; a kill at any moment leaves the old or the new state whole."""
-        partial = self._state.with_suffix(".partial")
-        torch.save({"module": module.state_dict(), "progress": asdict(progress), "start": state.start}, partial)
-        os.replace(partial, self._state)
+    # Storing
 
-    def _check_finite(self, kept: Mapping[str, Any], module: nn.Module) -> None:
+    def note(self, settings: Mapping[str, Any]) -> None:
+        """Writes the settings for people to read."""
+        stored = self.root / "settings.json"
+        wanted = json.loads(json.dumps(settings))
+        found = None
+        if stored.exists():
+            try:
+                found = read_json(stored)
+            except ContinualError:
+                if any(path.exists() for path in self._states):
+                    self._warn(f"{stored} is damaged; it is written anew.")
+        if found != wanted:
+            write_json(stored, wanted)
+
+    def save(
+        self, module: nn.Module, progress: RunProgress, state: ContinualState, settings: Mapping[str, Any]
+    ) -> None:
+        """Stores the module and the progress; a kill at any moment leaves the old or the new state whole."""
+        content = {
+            "format": FORMAT,
+            "settings": json.loads(json.dumps(settings)),
+            "module": module.state_dict(),
+            "progress": asdict(progress),
+            "start": state.start,
+        }
+        buffer = io.BytesIO()
+        torch.save({**content, "checksum": content_sha256(content)}, buffer)
+        newest, older = self._states
+        if newest.exists():
+            aside = older.with_name(f"{older.name}.{uuid4().hex}.partial")
+            with writing(aside):
+                try:
+                    os.link(newest, aside)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(newest, aside)
+                os.replace(aside, older)
+        write_bytes(newest, buffer.getbuffer())
+
+    # What was found damaged
+
+    def damaged(self, progress: RunProgress) -> dict[str, str]:
+        """Of the files that finished phases left, those that are not as they left them, with what is wrong."""
+        found = {}
+        for name, digest in progress.files.items():
+            if not (self.root / name).exists():
+                found[name] = "is missing"
+            elif self.digest_of(name) != digest:
+                found[name] = "is damaged, or another run's"
+        return found
+
+    def digest_of(self, name: str) -> str | None:
+        """SHA-256 of a file that a phase left; None where it is not there, or damaged.
+
+        INVARIANCE completes the record of a partition, and may be killed meanwhile: it counts without that.
+        """
+        path = self.root / name
+        return record_sha256(path.parent) if path.name == MANIFEST else file_sha256(path)
+
+    def _check_finite(self, kept: Mapping[str, Any], module: nn.Module, name: str) -> None:
         """Raises ContinualError for a state that an earlier version stored after training diverged."""
         infinite = not_finite({n: x for n, x in module.state_dict().items() if isinstance(x, Tensor)})
         found = {n: x for n, x in kept["module"].items() if isinstance(x, Tensor) and n not in infinite}
@@ -89,25 +226,140 @@ class RunStore:
             what = described(names, found) if names else "the scores"
             phase = kept["progress"]["finished"][-1] if kept["progress"]["finished"] else "the first"
             raise ContinualError(
-                f"{self._state} holds numbers that are not finite, first in {what}: training diverged in phase"
+                f"{self.root / name} holds numbers that are not finite, first in {what}: training diverged in phase"
                 f" '{phase}' or before. Choose another folder, or remove {self.root} to start anew."
             )
 
     @property
-    def _state(self) -> Path:
-        return self.root / "state.pt"
+    def _states(self) -> tuple[Path, Path]:
+        return self.root / "state.pt", self.root / "state.previous.pt"
+
+    def _clear(self) -> None:
+        """Removes what a kill in the middle of writing left."""
+        for path in (*self.root.glob("*.partial"), *self.root.glob("tasks/*/*.partial")):
+            with suppress(OSError):
+                path.unlink()
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(text, RunWarning, stacklevel=4)
+
+    def _read(self, path: Path, wanted: Mapping[str, Any], allow: Sequence[str]) -> FoundState:
+        """A state of the wanted run."""
+        kept = self._load(path)
+        if kept["format"] < 2:
+            self._check_older_format(path, kept, wanted)
+            return FoundState(path.name, kept, [])
+        try:
+            return FoundState(path.name, kept, check_same(self.root, kept["settings"], wanted, allow))
+        except ContinualError as error:
+            if self._says_it_is(wanted):
+                raise ContinualError(
+                    f"{path} is another run's than {self.root / 'settings.json'} is about: {error} Or put this run's"
+                    f" own {path.name} back; without {path.name}, the run goes on from {self._states[1].name}."
+                ) from error
+            raise
+
+    def _says_it_is(self, wanted: Mapping[str, Any]) -> bool:
+        """Whether ``settings.json`` says that the folder holds just the wanted run."""
+        with suppress(ContinualError):
+            return not differences(read_json(self.root / "settings.json"), wanted)
+        return False
+
+    def _read_older(self, problem: _DamagedError, wanted: Mapping[str, Any], allow: Sequence[str]) -> FoundState:
+        newest, older = self._states
+        try:
+            return self._read(older, wanted, allow)
+        except _DamagedError as too:
+            raise ContinualError(
+                f"{newest} {problem}, and {older} {too}; remove the folder {self.root} to start anew."
+            ) from too
+
+    def _with_its_files(self, found: FoundState, wanted: Mapping[str, Any], allow: Sequence[str]) -> FoundState:
+        """The state; or the one before, where the last phase left a file that is damaged: repeated, it writes it."""
+        progress, (newest, older) = found.progress, self._states
+        damaged = self.damaged(progress)
+        if damaged and found.name == newest.name and older.exists():
+            with suppress(_DamagedError, ContinualError):
+                before = self._read(older, wanted, allow)
+                new = [name for name in damaged if before.progress.files.get(name) != progress.files[name]]
+                if new and progress.finished[:-1] == before.progress.finished:
+                    self._warn(
+                        f"{self.root / new[0]} {damaged[new[0]]}. The phase '{progress.finished[-1]}' is repeated,"
+                        " which writes it anew."
+                    )
+                    return before
+        return found
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        if not path.exists():
+            raise _DamagedError("is missing")
+        try:
+            kept = load_tensors(path, "is damaged")
+        except ContinualError as error:
+            raise _DamagedError("is damaged") from error
+        if not isinstance(kept, dict) or not {"module", "progress", "start"} <= kept.keys():
+            raise _DamagedError("is damaged: it holds no state of a run")
+        if kept.keys() == {"module", "progress", "start"}:  # format 1
+            kept["format"] = 1
+        form = kept.get("format", FORMAT)
+        if not isinstance(form, int) or form > FORMAT:
+            raise ContinualError(
+                f"{path} has format {form}; this lightning_cf reads up to {FORMAT}. Update lightning_cf, or choose"
+                " another folder."
+            )
+        if form >= 2 or len(kept) > 4:
+            if not set(_CONTENT) <= kept.keys() or "checksum" not in kept:
+                raise _DamagedError("is damaged: parts of it are missing")
+            if kept["checksum"] != content_sha256({name: kept[name] for name in _CONTENT}):
+                raise _DamagedError("is damaged: what it holds does not match its checksum")
+        known = {each.name for each in fields(RunProgress)}
+        progress = kept["progress"]
+        if not isinstance(progress, dict) or "finished" not in progress or not progress.keys() <= known:
+            strange = sorted(set(progress) - known) if isinstance(progress, dict) else []
+            raise ContinualError(
+                f"{path} was written by another version of lightning_cf: it tells of {strange or 'no progress'}. Go on"
+                f" with that version, or remove the folder {self.root} to start anew."
+            )
+        return kept
+
+    def _check_older_format(self, path: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        """A state without checksum and settings is taken where all that can be told of it is in order."""
+        if path == self._states[1]:
+            raise _DamagedError("was written by an older version")
+        found = read_json(self.root / "settings.json")
+        names = ("method", "isolation", "epochs", "invariance_epochs", "seed", "score_on", "processes")
+        outputs = {name: task["outputs"] for name, task in wanted["tasks"].items()}
+        known = {"order": list(found.get("tasks", {})), "outputs": found.get("tasks", {})}
+        check_same(
+            self.root,
+            {**{name: found.get(name) for name in names}, **known},
+            {**{name: wanted[name] for name in names}, "order": wanted["order"], "outputs": outputs},
+            (),
+        )
+        problem = _unsound(kept)
+        if problem:
+            raise ContinualError(f"{path} is damaged: {problem}; remove the folder {self.root} to start anew.")
+        self._warn(
+            f"{path} was written by an older version of lightning_cf, without a checksum and with few of its run's"
+            " settings: whether network, data and optimiser are the same is not known."
+        )
 
 
-def read_json(path: Path) -> Any:
-    """What a file that :func:`write_atomically` wrote holds; raises ContinualError if it is damaged."""
+def _unsound(kept: Mapping[str, Any]) -> str:
+    """What shows, without a checksum, that a state is not what a run left; empty if nothing does."""
+    weights = {name: value for name, value in kept["module"].items() if isinstance(value, torch.Tensor)}
+    for name, value in weights.items():
+        if value.is_floating_point() and bool(value.isnan().any()):
+            return f"'{name}' is not finite"
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ContinualError(f"{path} is damaged; remove the folder {path.parent} to start anew.") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all, whoever else writes it at the same time."""
-    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+        ledger = NeuronLedger.from_state_dict(kept["module"][_EXTRA_STATE])
+        learned = [name[6:] for name in kept["progress"]["finished"] if name.startswith("learn ")]
+        if [task.name for task in ledger.tasks] != learned and ledger.tasks:
+            return f"its ledger knows other tasks than {learned}"
+        for record in ledger.records:
+            owner = ledger.owners[record["layer"]]
+            if int((owner == ledger.index(record["task"])).sum()) != record["claimed"]:
+                return f"its ledger has other owners of '{record['layer']}' than task '{record['task']}' claimed"
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        return f"its ledger cannot be read ({error!r})"
+    return ""

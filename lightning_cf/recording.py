@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from lightning_cf.errors import ContinualError, RunWarning
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.options import PartitionOptions
 from lightning_cf.outcome import Outcome
@@ -66,9 +68,11 @@ class TaskFolders:
         record.write(self.current(ledger), similarities if self.similarity_matrix else None)
 
     def complete(self, module: nn.Module, structure: Structure, ledger: NeuronLedger) -> None:
-        """Adds what the units are after INVARIANCE, if the task was recorded."""
+        """Adds what the units are after INVARIANCE, if the task was recorded; a record that is damaged only warns."""
         folder = self.current(ledger)
-        if (folder / "partition.json").exists():
+        if not (folder / "partition.json").exists():
+            return
+        try:
             recorded = {layer.name for layer in PartitionRecord.load(folder).layers}
             tensors = named_tensors(module)
             after = {
@@ -77,3 +81,5 @@ class TaskFolders:
                 if group.name in recorded
             }
             complete_record(folder, after)
+        except ContinualError as error:
+            warnings.warn(f"{error} The run goes on without it.", RunWarning, stacklevel=2)

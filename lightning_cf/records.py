@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -11,18 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_cf.errors import ContinualError, check_path
+from lightning_cf.files import make_folder, with_checksum, without_checksum, write_atomically, writing
 from lightning_cf.ledger import Isolation
 from lightning_cf.partition import Partition
-from lightning_cf.progress import write_atomically
 from lightning_cf.similarity import Similarity
-from lightning_cf.stored_similarity import StoredSimilarity, damaged, read_array, write_tiles
+from lightning_cf.stored_similarity import StoredSimilarity, damaged, read_array, write_array, write_tiles
 
 VERSION, MANIFEST = 1, "partition.json"
 
@@ -151,8 +151,7 @@ class PartitionRecord:
             similarities: of the candidates of each layer, by its name; computed and written tile by tile, in single
                 precision. A layer without one keeps the matrix that it was loaded with.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(Path(folder))
         older = {int(path.name[10:]): path for path in folder.glob("partition-*") if path.name[10:].isdecimal()}
         # Never a number that was there, lest an older record in memory reads tiles of this one.
         arrays = f"partition-{max(older, default=-1) + 1}"
@@ -177,7 +176,7 @@ class PartitionRecord:
         try:
             layers = tuple(_read_layer(Path(folder), entry) for entry in manifest["layers"])
             return cls(**{name: manifest[name] for name in _PLAIN}, layers=layers)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise damaged(Path(folder) / MANIFEST, error) from error
 
 
@@ -193,7 +192,13 @@ def complete_record(folder: str | Path, after: Mapping[str, tuple[Float[Tensor, 
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
-    files = {entry["name"]: entry["arrays"] for entry in manifest["layers"]}
+    try:
+        files = {entry["name"]: entry["arrays"] for entry in manifest["layers"]}
+        for arrays in files.values():
+            for array in arrays.values():
+                _within(folder, array["file"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damaged(folder / MANIFEST, error) from error
     for name, (vectors, _) in after.items():
         known = files[name]["direction"]["shape"] if name in files else "none"
         if known != list(vectors.shape):
@@ -211,6 +216,18 @@ def complete_record(folder: str | Path, after: Mapping[str, tuple[Float[Tensor, 
     _write_manifest(folder, manifest)
 
 
+def record_sha256(folder: Path) -> str | None:
+    """SHA-256 of what a record says of the partition, whether or not it is completed; None where it is damaged."""
+    try:
+        manifest = _read_manifest(folder)
+        for entry in manifest["layers"]:
+            for name in _AFTER:
+                entry["arrays"].pop(name, None)
+        return hashlib.sha256(json.dumps(_as_json(manifest), sort_keys=True).encode()).hexdigest()
+    except (ContinualError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def _polar(vectors: Float[Tensor, "units inputs"], biases: Float[Tensor, "units"]) -> tuple[Tensor, Tensor, Tensor]:
     """Magnitude in double precision; direction and bias in single unless they came in double."""
     dtype = torch.promote_types(vectors.dtype, torch.float32)
@@ -224,7 +241,8 @@ def _write_layer(
     folder: Path, place: str, layer: LayerRecord, similarity: Similarity | StoredSimilarity | None
 ) -> dict[str, Any]:
     place = f"{place}_{re.sub('[^A-Za-z0-9._-]', '_', layer.name)[:60]}".rstrip(".")  # the number keeps them apart
-    (folder / place).mkdir(parents=True)
+    with writing(folder / place):
+        (folder / place).mkdir(parents=True)
     arrays = {name: getattr(layer, name) for name in _ARRAYS + _AFTER if getattr(layer, name) is not None}
     return {
         "name": layer.name,
@@ -238,20 +256,36 @@ def _write_layer(
 def _write_arrays(folder: Path, place: str, arrays: Mapping[str, Tensor]) -> dict[str, Any]:
     entries = {}
     for name, array in arrays.items():
-        np.save(folder / place / f"{name}.npy", array.numpy())
-        entries[name] = {"file": f"{place}/{name}.npy", "shape": list(array.shape)}
+        digest = write_array(folder / place / f"{name}.npy", array.numpy())
+        entries[name] = {"file": f"{place}/{name}.npy", "shape": list(array.shape), "sha256": digest}
     return entries
 
 
 def _read_layer(folder: Path, entry: Mapping[str, Any]) -> LayerRecord:
-    arrays = {name: torch.from_numpy(read_array(folder / x["file"], x["shape"])) for name, x in entry["arrays"].items()}
+    arrays = {
+        name: torch.from_numpy(read_array(_within(folder, x["file"]), x["shape"], x.get("sha256")))
+        for name, x in entry["arrays"].items()
+    }
     stored = entry["similarity"]
-    similarity = stored and StoredSimilarity(folder / stored["folder"], stored["units"], stored["tile"])
+    similarity = stored and StoredSimilarity(
+        _within(folder, stored["folder"]), stored["units"], stored["tile"], stored.get("sha256")
+    )
     return LayerRecord(entry["name"], tuple(entry["layers"]), entry["threshold"], **arrays, similarity=similarity)
 
 
+def _within(folder: Path, name: str) -> Path:
+    """A file or folder that a record names, which can only be one of its own."""
+    if re.fullmatch(r"partition-\d+(/[A-Za-z0-9._-]+)+", name) is None or ".." in name.split("/"):
+        raise ContinualError(
+            f"{folder / MANIFEST} names {name!r}, which is none of its own files; copy the record's folder again as a"
+            " whole, or partition again."
+        )
+    return folder / name
+
+
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_atomically(folder / MANIFEST, json.dumps(_as_json(manifest), indent=2, allow_nan=False))
+    text = json.dumps(with_checksum(_as_json(manifest)), indent=2, allow_nan=False)
+    write_atomically(folder / MANIFEST, text)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -259,9 +293,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise ContinualError(f"{folder} holds no record of a partition; give a folder with a {MANIFEST}.")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(), object_hook=_from_json)
-        newer = manifest["version"] > VERSION
-    except (ValueError, KeyError, TypeError) as error:
+        found: dict[str, Any] = json.loads(path.read_text())
+        newer = found["version"] > VERSION
+        plain = found if newer else without_checksum(found)
+        manifest: dict[str, Any] = json.loads(json.dumps(plain), object_hook=_from_json)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(path, error) from error
     if newer:
         raise ContinualError(

@@ -27,6 +27,16 @@ from lightning_cf.class_incremental import score_strategies
 from lightning_cf.contexts import on_device, seeded
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_path
 from lightning_cf.evaluation import constant_predictor, evaluate, transferred
+from lightning_cf.files import make_folder, writing
+from lightning_cf.identity import (
+    callbacks_identity,
+    check_allow,
+    data_identity,
+    network_identity,
+    optimizer_identity,
+    task_identity,
+    trainer_identity,
+)
 from lightning_cf.inferring import highest_output, inference_of
 from lightning_cf.joint import JointTask
 from lightning_cf.ledger import ISOLATIONS, Isolation
@@ -41,13 +51,16 @@ from lightning_cf.preflight import (
     listed_tasks,
     load_pretrained,
 )
-from lightning_cf.progress import RunProgress, RunStore
+from lightning_cf.progress import FoundState, RunProgress, RunStore
 from lightning_cf.reading import Limits
 from lightning_cf.recording import TaskFolders
+from lightning_cf.records import MANIFEST
 from lightning_cf.result import Result
+from lightning_cf.run_folder import check_room, size_of, take_folder, tell_damage, tell_differences
+from lightning_cf.run_lock import RunLock
 from lightning_cf.scoring_check import check_scoring
 from lightning_cf.state import ContinualState, state_for
-from lightning_cf.steps import decide_together, seal_task, synchronise
+from lightning_cf.steps import decide_together, seal_task, synchronise, weights_sha256
 from lightning_cf.subspace import LearnedSubspace
 from lightning_cf.task_inference import Strategy, TaskInference
 from lightning_cf.tasks import Batches, Task
@@ -89,6 +102,8 @@ class SequentialTaskRunner:
             latter, to choose options by.
         seed: what everything random depends on.
         root: folder for checkpoints, records and logs. A run started again on it goes on after its last finished phase.
+        allow: in what a run that is started again may differ from the folder's, such as ``["optimizer", "data"]``: the
+            names that the error about a difference says.
     """
 
     def __init__(
@@ -110,6 +125,7 @@ class SequentialTaskRunner:
         score_on: Literal["test", "validation"] = "test",
         seed: int = 0,
         root: str | Path,
+        allow: Sequence[str] = (),
     ) -> None:
         self.module = ContinualModule(module)
         check_parts(trainer, partition, invariance, masking, task_inference, pretrained)
@@ -140,6 +156,10 @@ class SequentialTaskRunner:
         self.callbacks = listed_callbacks("callbacks", callbacks)
         root = check_path("runner", "root", root)
         self.store = RunStore(root)
+        self.lock = RunLock(self.store.root)
+        self.allow = check_allow(allow)
+        self.configuration: dict[str, Any] = {}  # of the command line, to be told apart by
+        self._identity: dict[str, Any] | None = None
         if isinstance(getattr(masking, "subspace", None), LearnedSubspace) and not isinstance(
             getattr(invariance, "subspace", None), LearnedSubspace
         ):
@@ -177,16 +197,19 @@ class SequentialTaskRunner:
             ContinualError: before any training, for tasks, a network or options that cannot work.
         """
         try:
+            if self._host is None:
+                self.start()
+            self.lock.busy = True
             return self._run()
         except BaseException as error:
             if self._host is not None and not isinstance(error, Exception):
                 end_processes(self._host)
             self._host = None  # so that another call takes up what was stored, not a phase half done
             raise
+        finally:
+            self.lock.release()
 
     def _run(self) -> Result:
-        if self._host is None:
-            self.start()
         self.phase("baseline", self.score)
         if self.method == "joint":
             self.phase("joint", self.learn_jointly)
@@ -284,7 +307,10 @@ class SequentialTaskRunner:
     # What they need
 
     def start(self) -> None:
-        """Checks everything that can be checked before training, and takes up an earlier run's state."""
+        """Checks everything that can be checked before training, and takes up an earlier run's state.
+
+        From here to the end of :meth:`run` nobody else can run in the folder.
+        """
         with noting(self.notes):
             self._start()
 
@@ -301,17 +327,20 @@ class SequentialTaskRunner:
         check_strategy(self._host)
         self.module.trainer = self._host
         self._host.precision_plugin.convert_module(self.module)
-        with seeded(self.seed, "outputs"):
-            self.state = self.prepare_module()
-        for task, batch in zip(self.tasks, batches, strict=True):
-            given = self._host.precision_plugin.convert_input(batch)
-            with on_device(self.module, self._host.strategy.root_device), self.state.showing(self.module, [task]):
-                check_inputs(self._host, self.module, task.name, transferred(self.module, task, given))
-        self.state.check_finite(self.module, "runner: nothing is trained")
+        folders = [self.folders.of(position, task.name) for position, task in enumerate(self.tasks)]
+        self.first_only(partial(take_folder, self.lock, self.store, self.phases, folders))
         try:
-            self.progress = self.store.open(self.module, self.state, self.settings())
-        except OSError as error:
-            raise ContinualError(f"runner: root={str(self.store.root)!r} cannot be used: {error}") from error
+            with seeded(self.seed, "outputs"):
+                self.state = self.prepare_module()
+            for task, batch in zip(self.tasks, batches, strict=True):
+                given = self._host.precision_plugin.convert_input(batch)
+                with on_device(self.module, self._host.strategy.root_device), self.state.showing(self.module, [task]):
+                    check_inputs(self._host, self.module, task.name, transferred(self.module, task, given))
+            self.state.check_finite(self.module, "runner: nothing is trained")
+            self.take_up()
+        except BaseException:
+            self.lock.release()
+            raise
         self.notes[:] = dict.fromkeys([*self.progress.warnings, *self.notes])
         self.progress.warnings = list(self.notes)
         if self.host.world_size > 1:
@@ -326,6 +355,65 @@ class SequentialTaskRunner:
                     f" isolation={callback.isolation!r}. Give it as partition=, which takes the runner's."
                 )
 
+    def take_up(self) -> None:
+        """Goes on from what the folder holds of this run, if it holds something."""
+        settings = self.settings()
+        found = self.first_only(lambda: self.store.find(settings, self.allow))
+        self.progress = RunProgress(initial_weights=self._initial)
+        if found is not None:
+            self.progress = self.store.take_up(found, self.module, self.state)
+        self.first_only(partial(self.check_folder, found, settings))
+        self.mend_files()
+
+    def check_folder(self, found: FoundState | str | None, settings: dict[str, Any]) -> None:
+        """Tells of what differs; raises ContinualError where the disk has no room for what is left of the run."""
+        if isinstance(found, FoundState):
+            tell_differences(self.store.root, self.progress, found.allowed, self._initial)
+        left = [name for name in self.phases if name not in self.progress.finished]
+        if left:
+            check_room(self.store.root, self.module, checkpoints=sum(n.startswith("invariance ") for n in left))
+        if self.lock.held:  # a run that is over may be read where nothing can be written
+            self.store.note(settings)
+
+    def mend_files(self) -> None:
+        """Tells of damaged files of finished tasks; writes the latest checkpoint anew, if it is one of them."""
+        damaged = self.store.damaged(self.progress) if self.host.is_global_zero else {}
+        if self.host.world_size > 1:
+            damaged = self.host.strategy.broadcast(damaged)
+        last = self.progress.finished[-1] if self.progress.finished else ""
+        for task in self.tasks:
+            name = self.name_of(self.folders.of(self.tasks.index(task), task.name) / "checkpoint.ckpt")
+            if name in damaged and last in (f"invariance {task.name}", f"score {task.name}"):
+                self.keep(task)
+                damaged[name] += "; it is written anew"
+        if self.host.is_global_zero:
+            tell_damage(self.store.root, damaged)
+
+    def first_only(self, step: Callable[[], Any]) -> Any:
+        """What a step gives on the first process; the others get its error, or the name of the state that it found."""
+        if self.host.world_size == 1:
+            return step()
+        found: Any = None
+        told: Any = None
+        if self.host.is_global_zero:
+            try:
+                found = step()
+                told = found.name if isinstance(found, FoundState) else None
+            except ContinualError as error:
+                told = error
+        told = self.host.strategy.broadcast(told)
+        if isinstance(told, ContinualError):
+            raise told
+        return found if self.host.is_global_zero else told
+
+    @property
+    def phases(self) -> list[str]:
+        """Names of all phases, in order."""
+        if self.method == "joint":
+            return ["baseline", "joint", "score"]
+        steps = ("learn", "partition", "invariance", "score")
+        return ["baseline", *(f"{step} {task.name}" for task in self.tasks for step in steps)]
+
     @property
     def host(self) -> Trainer:
         """A Trainer that never fits: knows the device and speaks with the other processes between phases."""
@@ -336,6 +424,7 @@ class SequentialTaskRunner:
         """Sets outputs aside for every task; raises if the network cannot be traced or is too narrow."""
         if not isinstance(self.pretrained, bool):
             load_pretrained(self.module, self.pretrained)
+        self._initial = getattr(self, "_initial", None) or weights_sha256(self.module)
         self.module.installs_callbacks = False
         state = state_for(self.module, self.tasks[0])
         if not state.ledger.tasks:
@@ -367,10 +456,29 @@ class SequentialTaskRunner:
         self.progress.warnings = list(self.notes)
         self.progress.seconds += time.monotonic() - began
         self.progress.finished.append(name)
-        if self.host.is_global_zero:
-            self.store.save(self.module, self.progress, self.state)
+        self.first_only(partial(self.save, name))
         if self.host.world_size > 1:
             self.host.strategy.barrier()
+
+    def save(self, phase: str) -> None:
+        """Stores what a phase left, unless another run has taken the folder over."""
+        self.lock.check()
+        self.note_files(phase)
+        self.store.save(self.module, self.progress, self.state, self.settings())
+
+    def note_files(self, phase: str) -> None:
+        """Keeps the checksums of the files that a phase left for its task."""
+        for position, task in enumerate(self.tasks):
+            if phase.partition(" ")[2] == task.name:
+                for file in (MANIFEST, "checkpoint.ckpt"):
+                    name = self.name_of(self.folders.of(position, task.name) / file)
+                    digest = self.store.digest_of(name)
+                    if digest is not None:
+                        self.progress.files[name] = digest
+
+    def name_of(self, path: Path) -> str:
+        """A file's path in the run's folder."""
+        return path.relative_to(self.store.root).as_posix()
 
     def fit(self, task: Any, epochs: int, ours: Sequence[Callback | None]) -> None:
         """One Trainer, one fit, everything random keyed by the phase; nothing for no epochs."""
@@ -406,7 +514,9 @@ class SequentialTaskRunner:
         """Writes the network as it is after a task, next to the record of its partition."""
         folder = self.folders.of(self.tasks.index(task), task.name)
         self.host.strategy.connect(self.module)
-        self.host.save_checkpoint(folder / "checkpoint.ckpt", weights_only=True)
+        make_folder(folder)
+        with writing(folder / "checkpoint.ckpt", size_of(self.module)):
+            self.host.save_checkpoint(folder / "checkpoint.ckpt", weights_only=True)
 
     @property
     def tasks_left(self) -> int:
@@ -444,20 +554,30 @@ class SequentialTaskRunner:
             self.progress.stages.setdefault(task.name, {})[stage] = self.score_of(task)
 
     def settings(self) -> dict[str, Any]:
-        """What must be the same when a run is taken up again."""
-        return {
-            "method": self.method,
-            "isolation": self.isolation,
-            "epochs": self.epochs,
-            "invariance_epochs": self.invariance_epochs,
-            "seed": self.seed,
-            "score_on": self.score_on,
-            "tasks": {task.name: list(self.state.outputs_of(task)) for task in self.tasks},
-            "pretrained": self.pretrained if isinstance(self.pretrained, bool) else str(self.pretrained),
-            "partition": None if self.partitioning is None else self.partitioning.settings(),
-            "invariance": None if self.perturbing is None else self.perturbing.settings(),
-            "masking": None if self.masking is None else self.masking.settings(),
-            "task_inference": None if self.inferring is None else self.inferring.settings(),
-            "network": {group.name: group.size for group in self.state.structure.groups},
-            "processes": self.host.world_size,
-        }
+        """What must be the same when a run is taken up again; found once, before anything is trained."""
+        if self._identity is None:
+            given = [*self.callbacks, *self.host.callbacks]  # type: ignore[attr-defined]
+            self._identity = {
+                "method": self.method,
+                "isolation": self.isolation,
+                "epochs": self.epochs,
+                "invariance_epochs": self.invariance_epochs,
+                "seed": self.seed,
+                "score_on": self.score_on,
+                "order": [task.name for task in self.tasks],
+                "tasks": {task.name: task_identity(task, self.state.outputs_of(task)) for task in self.tasks},
+                "pretrained": self.pretrained if isinstance(self.pretrained, bool) else self._initial,
+                "partition": None if self.partitioning is None else self.partitioning.settings(),
+                "invariance": None if self.perturbing is None else self.perturbing.settings(),
+                "masking": None if self.masking is None else self.masking.settings(),
+                "task_inference": None if self.inferring is None else self.inferring.settings(),
+                "network": {group.name: group.size for group in self.state.structure.groups},
+                "processes": self.host.world_size,
+                **network_identity(self.module),
+                "optimizer": optimizer_identity(self.module),
+                "trainer": trainer_identity(self.host),
+                "callbacks": callbacks_identity(given),
+                "data": {task.name: data_identity(task, test=self.score_on == "test") for task in self.tasks},
+                "configuration": self.configuration,
+            }
+        return self._identity

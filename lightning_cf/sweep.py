@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.progress import read_json, write_atomically
+from lightning_cf.files import read_json, write_atomically, write_json
 from lightning_cf.report import table
 
 _RANK_VARIABLES = (
@@ -61,7 +61,7 @@ def run_job(folder: Path, metric: str) -> float:
     status = _status(command, environment)
     if status > 128:
         print(f"lightning-cf: job {folder.name} was stopped by {_signal(status)}; the sweep goes on", file=sys.stderr)
-    write_atomically(folder / "job.json", json.dumps({"overrides": overrides, "status": status}))
+    write_json(folder / "job.json", {"overrides": overrides, "status": status})
     if status != 0:
         return math.nan
     value = read_json(folder / "result.json").get(metric)
@@ -119,10 +119,16 @@ class SweepTable(Callback):
 
 
 def _job(folder: Path) -> dict[str, Any]:
-    job: dict[str, Any] = {"job": folder.name, **json.loads((folder / "job.json").read_text())}
-    if job["status"] == 0:
-        result = json.loads((folder / "result.json").read_text())
-        job |= {key: result[key] for key in ("average_accuracy", "forgetting", "backward_transfer", "weights_sha256")}
-        free = [shares[-1] for shares in result["capacity"].values()]
-        job["free"] = sum(free) / len(free) if free else None
+    """What a job left; one whose files cannot be read counts as failed."""
+    job: dict[str, Any] = {"job": folder.name, "overrides": [], "status": 1}
+    try:
+        job |= read_json(folder / "job.json")
+        if job["status"] == 0:
+            result = read_json(folder / "result.json")
+            kept = ("average_accuracy", "forgetting", "backward_transfer", "weights_sha256")
+            job |= {key: result[key] for key in kept}
+            free = [shares[-1] for shares in result["capacity"].values()]
+            job["free"] = sum(free) / len(free) if free else None
+    except (ContinualError, KeyError) as error:
+        job |= {"status": job["status"] or 1, "error": str(error)}
     return job

@@ -424,6 +424,7 @@ def test_completion_leaves_the_other_files_alone(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
     after = manifest_of(tmp_path)
     added = [after["layers"][1]["arrays"].pop(f"{name}_after") for name in ("magnitude", "direction", "bias")]
+    assert after.pop("checksum") != before.pop("checksum")
     assert after == before
     assert files_of(tmp_path) == {path.relative_to(tmp_path).as_posix() for path in untouched} | {
         "partition.json",

@@ -10,7 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_cf.callbacks.session import ContinualCallback, without_address
+from lightning_cf.callbacks.session import ContinualCallback
+from lightning_cf.describing import describe
 from lightning_cf.directions import DirectionLearner
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, check_count
@@ -146,7 +147,7 @@ class InvarianceCallback(ContinualCallback):
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
-        return {name: without_address(getattr(self, name)) for name in ("perturbation", "subspace", "unit", "every_n")}
+        return {name: describe(getattr(self, name)) for name in ("perturbation", "subspace", "unit", "every_n")}
 
     def _try(self, module: LightningModule, state: ContinualState) -> None:
         """Perturbs once and puts back: what cannot work on these layers is found before the first step."""
@@ -158,7 +159,7 @@ class InvarianceCallback(ContinualCallback):
             raise
         except Exception as error:  # whatever a perturbation of the user's own raises
             raise ContinualError(
-                f"invariance: the perturbation {without_address(self.perturbation)} fails on this network: {error}"
+                f"invariance: the perturbation {describe(self.perturbation)} fails on this network: {error}"
             ) from error
 
     def _draw(self, trainer: Trainer) -> int:

@@ -14,7 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_cf.averaging import exact_averages
-from lightning_cf.callbacks.session import ContinualCallback, task_of, without_address
+from lightning_cf.callbacks.session import ContinualCallback, task_of
+from lightning_cf.describing import describe
 from lightning_cf.errors import ContinualError, ContinualWarning, FrozenWarning, check_flag
 from lightning_cf.freezing import Freezer, FrozenEntries
 from lightning_cf.ledger import FREE
@@ -165,7 +166,7 @@ class MaskedGradientCallback(ContinualCallback):
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
-        return {name: without_address(getattr(self, name)) for name in ("subspace", "mask_outputs")}
+        return {name: describe(getattr(self, name)) for name in ("subspace", "mask_outputs")}
 
     def _tell_what_stays(self, state: ContinualState) -> None:
         """Warns of parameters that the task's training reaches but cannot move, since nothing that is scored runs them.

@@ -15,6 +15,7 @@ from lightning_cf.averaging import restart_averages, take_averages
 from lightning_cf.callbacks.best import discount_scores
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.claiming import PartitionWarning, warn_of_cost
+from lightning_cf.describing import describe
 from lightning_cf.errors import (
     ContinualError,
     check_choice,
@@ -263,7 +264,8 @@ class PartitionCallback(ContinualCallback):
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
         when = {name: getattr(self, name) for name in ("every_n_steps", "every_n_epochs", "when_below", "monitor")}
-        return {**when, **self.options.as_dict()}
+        measured = {"measured": describe(self.options.measure)} if callable(self.options.measure) else {}
+        return {**when, **self.options.as_dict(), **measured}
 
     def partition_task(self, trainer: Trainer, module: LightningModule, task: Task) -> None:
         """Partitions now: on the first process, which tells the others."""

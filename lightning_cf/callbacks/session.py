@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -269,8 +268,3 @@ def check_callbacks(trainer: Trainer) -> None:
                 f"{type(callback).__name__} sets weights to zero, those of owned units too, and renames parameters."
                 " Take it out; what no task needs is free: NeuronLedger.capacity() says how much."
             )
-
-
-def without_address(value: object) -> str:
-    """``str(value)``, the same in every process: without the address of an object that has no text of its own."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))

@@ -16,6 +16,7 @@ from lightning_cf.callbacks.heads import Heads
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.choosing import choose_strategies
 from lightning_cf.contexts import seeded
+from lightning_cf.describing import describe
 from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_number
 from lightning_cf.inferring import finite_samples, inference_of, keep_inference, look, unseen
 from lightning_cf.rehearsal import rehearse
@@ -141,7 +142,8 @@ class TaskInferenceCallback(ContinualCallback):
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
-        return {name: getattr(self, name) for name in ("strategy", "weight", "lr")}
+        own = {} if self.strategy not in STRATEGIES else {"made from": describe(STRATEGIES[self.strategy])}
+        return {**{name: getattr(self, name) for name in ("strategy", "weight", "lr")}, **own}
 
     def _weigh(self, trainer: Trainer, module: LightningModule, scale: float) -> None:
         """Weighs the heads' loss as the module's own is: by its share of an optimiser's step, times a loss scale."""

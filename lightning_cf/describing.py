@@ -1,0 +1,311 @@
+"""Objects as plain values that are the same whenever the same script makes them, and others where it was changed."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import hashlib
+import inspect
+import math
+import os
+import re
+import sys
+import types
+from collections.abc import Callable, Mapping
+from functools import partial, singledispatch
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_cf.subspace import GivenSubspace
+
+UNKNOWN = "?"
+"""Stands for what cannot be known to be the same, so that it is never taken for a difference."""
+
+_PLAIN = (bool, int, float, str, type(None))
+_DEEPEST = 8
+
+
+def content_sha256(value: Any) -> str:
+    """SHA-256 of tensors, numbers and texts in plain containers, down to every bit.
+
+    >>> content_sha256({"a": [1, 2.0]}) == content_sha256({"a": [1, 2]})
+    False
+    """
+    digest = hashlib.sha256()
+    _feed(digest.update, value)
+    return digest.hexdigest()
+
+
+def _feed(update: Callable[[Any], Any], value: Any) -> None:
+    if isinstance(value, Mapping):
+        update(f"mapping {len(value)}\n".encode())
+        for key, item in value.items():
+            _feed(update, key)
+            _feed(update, item)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        update(f"{type(value).__name__} {len(value)}\n".encode())
+        for item in value:
+            _feed(update, item)
+    elif isinstance(value, Tensor):
+        update(f"tensor {value.dtype} {tuple(value.shape)}\n".encode())
+        update(_bytes(value))
+    else:
+        update(f"{type(value).__name__} {value!r}\n".encode())
+
+
+def _bytes(tensor: Tensor) -> bytes | memoryview:
+    if tensor.layout is not torch.strided:
+        return repr(tensor.tolist() if not tensor.is_sparse else tensor.to_dense().tolist()).encode()
+    plain = tensor.detach().cpu().contiguous().flatten()
+    content: Any = plain.view(torch.uint8).numpy()
+    return memoryview(content) if plain.numel() else b""
+
+
+def describe(value: Any, depth: int = 0) -> Any:
+    """An object as JSON has it: numbers and texts as they are, functions by their code, objects by what made them.
+
+    Left out is whatever differs between two starts of one script: addresses, folders, generators, counters, times.
+
+    >>> describe(partial(torch.optim.SGD, lr=0.1))
+    {'partial': 'SGD', 'keywords': {'lr': 0.1}}
+    """
+    return UNKNOWN if depth > _DEEPEST else _described(value, depth + 1)
+
+
+@singledispatch
+def _described(value: Any, depth: int) -> Any:
+    if isinstance(value, type):
+        return value.__qualname__
+    if dataclasses.is_dataclass(value):
+        given = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value) if f.init}
+    else:
+        given = made_from(value)
+    found: dict[str, Any] = {"class": type(value).__qualname__}
+    call = inspect.getattr_static(type(value), "__call__", None)
+    if isinstance(call, types.FunctionType) and not is_library(type(value).__module__):
+        found["code"] = code_of(call)
+    return found | {name: describe(item, depth) for name, item in given.items()}
+
+
+@_described.register(bool)
+@_described.register(int)
+@_described.register(type(None))
+def _(value: Any, depth: int) -> Any:
+    return value
+
+
+@_described.register(float)
+def _(value: float, depth: int) -> Any:
+    return float(value) if math.isfinite(value) else str(value)
+
+
+@_described.register(str)
+def _(value: str, depth: int) -> Any:
+    """A path by its last part; a text that looks like a time or a random name is not known."""
+    if os.path.isabs(value):
+        return os.path.basename(value)
+    return UNKNOWN if re.search(r"\d{8}|\d{4}-\d\d-\d\d|[0-9a-f]{16}", value) else without_address(value)
+
+
+@_described.register(PurePath)
+def _(value: PurePath, depth: int) -> Any:
+    return value.name
+
+
+@_described.register(np.generic)
+def _(value: Any, depth: int) -> Any:
+    return describe(value.item(), depth)
+
+
+@_described.register(torch.dtype)
+@_described.register(torch.device)
+@_described.register(torch.Size)
+def _(value: Any, depth: int) -> Any:
+    return str(value)
+
+
+@_described.register(GivenSubspace)
+def _(value: GivenSubspace, depth: int) -> Any:
+    return repr(value)  # of what was given: decompositions differ in their last bits from one machine to the next
+
+
+@_described.register(Tensor)
+@_described.register(np.ndarray)
+def _(value: Any, depth: int) -> Any:
+    return sketch(value)
+
+
+@_described.register(nn.Module)
+def _(value: nn.Module, depth: int) -> Any:
+    return {"class": type(value).__qualname__, "text": without_address(str(value))}
+
+
+@_described.register(Mapping)
+def _(value: Mapping[Any, Any], depth: int) -> Any:
+    return _short({str(key): describe(item, depth) for key, item in value.items()})
+
+
+@_described.register(list)
+@_described.register(tuple)
+def _(value: Any, depth: int) -> Any:
+    return _short([describe(item, depth) for item in value])
+
+
+@_described.register(set)
+@_described.register(frozenset)
+def _(value: Any, depth: int) -> Any:
+    return sorted((describe(item, depth) for item in value), key=repr)
+
+
+@_described.register(partial)
+def _(value: Any, depth: int) -> Any:
+    found: dict[str, Any] = {"partial": describe(value.func, depth)}
+    if value.args:
+        found["arguments"] = describe(value.args, depth)
+    if value.keywords:
+        found["keywords"] = describe(value.keywords, depth)
+    return found
+
+
+@_described.register(types.BuiltinFunctionType)
+@_described.register(types.MethodDescriptorType)
+@_described.register(np.ufunc)
+def _(value: Any, depth: int) -> Any:
+    return getattr(value, "__qualname__", None) or getattr(value, "__name__", UNKNOWN)
+
+
+@_described.register(types.MethodType)
+def _(value: types.MethodType, depth: int) -> Any:
+    return {"method": describe(value.__func__, depth), "of": type(value.__self__).__qualname__}
+
+
+@_described.register(types.FunctionType)
+def _(value: types.FunctionType, depth: int) -> Any:
+    function: Any = inspect.unwrap(value)
+    if not isinstance(function, types.FunctionType) or is_library(function.__module__):
+        return f"{value.__module__}.{value.__qualname__}"
+    found: dict[str, Any] = {"function": function.__qualname__, "code": code_of(function)}
+    if function.__defaults__:
+        found["defaults"] = describe(function.__defaults__, depth)
+    if function.__kwdefaults__:
+        found["keyword defaults"] = describe(function.__kwdefaults__, depth)
+    inside = _inside(function, depth)
+    if inside:
+        found["uses"] = inside
+    return found
+
+
+@_described.register(torch.Generator)
+@_described.register(np.random.Generator)
+@_described.register(np.random.RandomState)
+@_described.register(types.ModuleType)
+def _(value: Any, depth: int) -> Any:
+    return UNKNOWN  # where a generator stands depends on what was drawn before
+
+
+def code_of(function: Callable[..., Any]) -> dict[str, str]:
+    """What a function does, by the version of Python that compiled it; places, comments and docstrings do not count."""
+    plain: Any = inspect.unwrap(function)
+    digest = hashlib.sha256()
+    _feed_code(digest.update, plain.__code__, plain.__doc__)
+    return {f"{sys.implementation.name}-{sys.version_info[0]}.{sys.version_info[1]}": digest.hexdigest()[:12]}
+
+
+def made_from(value: Any) -> dict[str, Any]:
+    """The attributes that hold an object's constructor arguments; of one that renames them, all plain attributes."""
+    try:
+        attributes = dict(vars(value))
+        names = [
+            p.name
+            for p in inspect.signature(type(value).__init__).parameters.values()
+            if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+    except (TypeError, ValueError):
+        return {}
+    found = {}
+    for name in names:
+        for attribute in (name, f"_{name}"):
+            if attribute in attributes:
+                found[name] = attributes[attribute]
+                break
+    if len(found) < len(names) or not names:
+        constant = (*_PLAIN, partial, types.FunctionType, type)
+        found |= {k: v for k, v in attributes.items() if isinstance(v, constant) and k.lstrip("_") not in found}
+    return found
+
+
+def _short(described: Any) -> Any:
+    return described if len(described) <= 64 else {"items": len(described), "sha256": content_sha256(described)[:12]}
+
+
+def sketch(value: Any) -> Any:
+    """An array so that other contents show, and the rounding of another machine does not: shape, type, two numbers."""
+    array = value.detach().cpu() if isinstance(value, Tensor) else value
+    try:
+        if isinstance(array, Tensor):
+            array = array.to_dense() if array.layout is not torch.strided else array
+            array = (array.float() if array.dtype in (torch.bfloat16, torch.float16) else array).numpy()
+        kind = str(value.dtype).removeprefix("torch.")
+        if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
+            return {"shape": list(array.shape), "type": kind, "sha256": content_sha256(array.tolist())[:12]}
+        flat = np.abs(array.reshape(-1)) if np.iscomplexobj(array) else array.reshape(-1).astype(np.float64)
+    except (TypeError, RuntimeError):
+        return {"shape": list(getattr(value, "shape", [])), "type": str(getattr(value, "dtype", UNKNOWN))}
+    if flat.size <= 16 and not np.issubdtype(array.dtype, np.floating):
+        return {"shape": list(array.shape), "type": kind, "values": array.tolist()}
+    flat = np.nan_to_num(flat, nan=0.1234, posinf=1.0, neginf=-1.0)
+    waves = np.cos(np.arange(flat.size, dtype=np.float64) * 2.399963229728653)
+    size = float(np.sqrt((flat**2).mean())) if flat.size else 0.0
+    toward = float((flat * waves).mean()) / size if size else 0.0
+    return {"shape": list(array.shape), "type": kind, "size": size, "toward": toward}
+
+
+def without_address(value: object) -> str:
+    """``str(value)``, the same in every process: without the address of an object that has no text of its own."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
+
+
+def is_library(module: str | None) -> bool:
+    """Whether a module is an installed package's, or this one's, whose code is not the user's to change."""
+    top = (module or "").partition(".")[0]
+    if top in ("lightning_cf", "torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy", "builtins"):
+        return True
+    if top in sys.stdlib_module_names and top != "__main__":
+        return True
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return any(part in ("site-packages", "dist-packages") for part in Path(file).parts)
+
+
+def _feed_code(update: Callable[[bytes], Any], code: types.CodeType, doc: str | None) -> None:
+    update(code.co_code)
+    update(repr((code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_argcount)).encode())
+    for position, constant in enumerate(code.co_consts):
+        if isinstance(constant, types.CodeType):
+            first = constant.co_consts[0] if constant.co_consts and not constant.co_name.startswith("<") else None
+            _feed_code(update, constant, first if isinstance(first, str) else None)
+        elif position or constant != doc or doc is None:
+            update(repr(describe(constant) if isinstance(constant, frozenset) else constant).encode())
+
+
+def _inside(function: types.FunctionType, depth: int) -> dict[str, Any]:
+    """Plain numbers and functions of the user's that a function takes from around it."""
+    found = {}
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    for name, cell in cells:
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    for name in function.__code__.co_names:
+        if name in function.__globals__ and not hasattr(builtins, name):
+            found[name] = function.__globals__[name]
+    kept = {}
+    for name, value in found.items():
+        theirs = isinstance(value, types.FunctionType) and not is_library(value.__module__) and value is not function
+        if isinstance(value, (bool, int, float)) or (theirs and depth < _DEEPEST - 1):
+            kept[name] = describe(value, depth + 2)
+    return kept

@@ -1,0 +1,344 @@
+"""What is the same run: what a folder's run was made of, and in what another start differs from it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import types
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from torchmetrics import Metric
+
+from lightning_cf.contexts import seeded
+from lightning_cf.describing import UNKNOWN, describe, is_library, made_from, sketch, without_address
+from lightning_cf.errors import ContinualError
+from lightning_cf.tasks import Task, supervised
+
+FIXED = ("method", "isolation", "order", "tasks", "parameters", "network")
+"""What no ``allow`` can change: what was learned would not fit."""
+
+VARIABLE = (
+    *("epochs", "invariance_epochs", "seed", "score_on", "pretrained", "partition", "invariance", "masking"),
+    *("task_inference", "processes", "architecture", "code", "hyperparameters", "optimizer", "trainer", "callbacks"),
+    *("data", "configuration"),
+)
+"""What ``allow`` may name, alone or with a name within it."""
+
+_WHOLE = ("architecture", "parameters", "network", "tasks", "data", "invariance", "masking")
+"""Where a name that only one of two runs has is a difference; elsewhere another version may know of more options."""
+
+_CHANGING = (BaseFinetuning, EarlyStopping, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging)
+"""Callbacks of Lightning's that change what is trained: one more or less is a difference."""
+
+
+def task_identity(task: Task, outputs: Sequence[int]) -> dict[str, Any]:
+    """What a task is: its outputs, classes, metric, how it is scored, and what it holds out."""
+    metric = task.metric
+    return {
+        "outputs": list(outputs),
+        "classes": task.classes,
+        "metric": None if metric is None else _metric(metric),
+        "evaluate": None if task.evaluate is supervised else describe(task.evaluate),
+        "holdout": task.holdout,
+    }
+
+
+def network_identity(module: LightningModule) -> dict[str, Any]:
+    """What a network is: shapes of its weights, its layers as they print themselves, its code and options."""
+    layers = {
+        path or "module": f"{_plain_name(child)}({without_address(child.extra_repr())})"
+        for path, child in module.named_modules()
+        if not isinstance(child, Metric)
+    }
+    return {
+        "parameters": {
+            name: [list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in module.named_parameters()
+        },
+        "architecture": layers,
+        "code": _code(module),
+        "hyperparameters": {**_options(module), **_hyperparameters(module)},
+    }
+
+
+def optimizer_identity(module: LightningModule) -> Any:
+    """The optimisers that the module configures, with their options and schedules; unknown where it needs a fit."""
+    try:
+        with isolate_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = module.configure_optimizers()
+        return [_stepping(each) for each in tree_leaves(found) if hasattr(each, "state_dict")]
+    except Exception:  # whatever a user's method raises where no fit is under way
+        return UNKNOWN
+
+
+def trainer_identity(trainer: Trainer) -> dict[str, Any]:
+    """Options of a Trainer that change what is trained; not those that say where."""
+    names = (
+        "precision",
+        "gradient_clip_val",
+        "gradient_clip_algorithm",
+        "accumulate_grad_batches",
+        "limit_train_batches",
+        "limit_val_batches",
+        "overfit_batches",
+        "max_steps",
+    )
+    return {name: describe(getattr(trainer, name, None)) for name in names}
+
+
+def callbacks_identity(callbacks: Iterable[Callback]) -> dict[str, Any]:
+    """The user's callbacks by class, with plain constructor arguments; counters, paths and functions are left out."""
+    found: dict[str, Any] = {kind.__name__: None for kind in _CHANGING}
+    constant = (bool, int, float, str, tuple, type(None))
+    for callback in callbacks:
+        name = type(callback).__name__
+        changing = isinstance(callback, _CHANGING)
+        if is_library(type(callback).__module__) and not changing:
+            continue
+        named = _constructor_names(callback)
+        given = {
+            k: v for k, v in made_from(callback).items() if k in named and isinstance(v, constant) and not _is_place(v)
+        }
+        while name in found and found[name] is not None:
+            name += "'"
+        found[name] = describe(given)
+    return found
+
+
+def data_identity(task: Task, *, test: bool) -> dict[str, Any]:
+    """Of each loader of a task the batch size, the number of samples and a few of them.
+
+    What reads differently twice in a row, such as an augmentation with a generator of its own, is not known; of a
+    random part of a data set the whole is looked at. A stream is not read.
+    """
+    stages = {"train": task.data.train_dataloader}
+    if task.has_validation:
+        stages["val"] = task.data.val_dataloader
+    if test and "test_dataloader" in task.__dict__:
+        stages["test"] = task.test_dataloader
+    found = {}
+    for stage, make in stages.items():
+        with seeded("identity", task.name, stage):
+            found[stage] = _loaders(make())
+    return found
+
+
+def differences(found: Any, wanted: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Where two descriptions differ: name, what was found, what is wanted now; what is unknown does not differ."""
+    if any(isinstance(each, str) and each == UNKNOWN for each in (found, wanted)):
+        return []
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        group, last = path.partition(".")[0], path.rpartition(".")[2]
+        optional = group not in _WHOLE or last == "code"
+        result = []
+        for key in dict.fromkeys([*found, *wanted]):
+            name = f"{path}.{key}" if path else str(key)
+            if key in found and key in wanted:
+                result += differences(found[key], wanted[key], name)
+            elif not optional:
+                result.append((name, found.get(key, "nothing"), wanted.get(key, "nothing")))
+        return result
+    lists = isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted)
+    if lists and all(isinstance(each, (Mapping, list, float)) for each in [*found, *wanted]):
+        pairs = enumerate(zip(found, wanted, strict=True))
+        return [each for i, pair in pairs for each in differences(*pair, f"{path}.{i}")]
+    return [] if _same(found, wanted, path) else [(path, found, wanted)]
+
+
+def check_same(folder: Any, found: Any, wanted: Any, allow: Sequence[str]) -> list[str]:
+    """Compares two runs.
+
+    Returns:
+        the differences that were allowed, in words.
+
+    Raises:
+        ContinualError: names those that were not.
+    """
+    allowed: list[tuple[str, str]] = []
+    refused: list[tuple[str, str]] = []
+    for name, was, now in differences(found, wanted):
+        told = f"{name}={_short(was)}, not {_short(now)}"
+        meant = name.partition(".")[0] not in FIXED and any(name == a or name.startswith(f"{a}.") for a in allow)
+        (allowed if meant else refused).append((name, told))
+    if refused:
+        shown = "; ".join(told for _, told in refused[:5])
+        more = f"; and {len(refused) - 5} differences more" if len(refused) > 5 else ""
+        names = list(dict.fromkeys(name.partition(".")[0] for name, _ in refused))
+        fixed = [name for name in names if name in FIXED]
+        way = "" if fixed else f", or allow={names} to go on with them changed"
+        raise ContinualError(
+            f"The folder {folder} holds a run with {shown}{more}; go on with the same settings, or choose another"
+            f" folder{way}."
+        )
+    return [told for _, told in allowed]
+
+
+def check_allow(allow: Sequence[str]) -> list[str]:
+    """The names of what may differ.
+
+    Raises:
+        ContinualError: for one that is nothing that runs are told apart by, or that cannot differ.
+    """
+    if isinstance(allow, str) or not all(isinstance(name, str) for name in allow):
+        raise ContinualError(f"runner: allow must be a list of names such as ['optimizer'], got {allow!r}.")
+    for name in allow:
+        group = name.partition(".")[0]
+        if group in FIXED:
+            raise ContinualError(
+                f"runner: allow names '{name}': what was learned would not fit. Choose another folder."
+            )
+        if group not in VARIABLE:
+            raise ContinualError(
+                f"runner: allow names '{name}', which runs are not told apart by; these are: {', '.join(VARIABLE)}."
+            )
+    return list(allow)
+
+
+def _same(found: Any, wanted: Any, path: str) -> bool:
+    approximate = path.startswith("data.") and isinstance(found, float) and isinstance(wanted, float)
+    return math.isclose(found, wanted, rel_tol=1e-4, abs_tol=1e-4) if approximate else bool(found == wanted)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
+def _metric(metric: Metric) -> Any:
+    return {"class": type(metric).__qualname__, **{k: describe(v) for k, v in made_from(metric).items()}}
+
+
+def _plain_name(child: nn.Module) -> str:
+    """The class as the user knows it, without what we derive from it."""
+    kind: Any = getattr(child, "plain", None) if isinstance(getattr(type(child), "plain", None), type) else type(child)
+    return str(kind.__name__).removeprefix("Continual")
+
+
+def _code(module: LightningModule) -> dict[str, Any]:
+    """What the user's own classes compute and how they train, by class and method."""
+    found = {}
+    for kind in {type(child): None for child in module.modules()}:
+        for base in kind.__mro__:
+            if is_library(base.__module__):
+                continue
+            for method in ("forward", "training_step", "configure_optimizers"):
+                function = vars(base).get(method)
+                if isinstance(function, types.FunctionType):
+                    found[f"{base.__qualname__}.{method}"] = describe(function)
+    return found
+
+
+def _options(module: LightningModule) -> dict[str, Any]:
+    """Plain constructor arguments that the module keeps under their name, and functions that it keeps."""
+    named = _constructor_names(module)
+    constant = (partial, types.FunctionType, type)
+    return {
+        name.lstrip("_"): describe(value)
+        for name, value in vars(module).items()
+        if (name.lstrip("_") in named or (not name.startswith("_") and isinstance(value, constant)))
+        and not isinstance(value, (nn.Module, Trainer))
+    }
+
+
+def _hyperparameters(module: LightningModule) -> dict[str, Any]:
+    given = getattr(module, "_hparams", None) or {}
+    return {str(name): describe(value) for name, value in dict(given).items() if not isinstance(value, nn.Module)}
+
+
+def _constructor_names(value: object) -> set[str]:
+    names: set[str] = set()
+    for base in type(value).__mro__:
+        init = vars(base).get("__init__")
+        if isinstance(init, types.FunctionType) and not (is_library(base.__module__) and names):
+            code = init.__code__
+            names |= set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
+    return names
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, str) and ("/" in value or "\\" in value)
+
+
+def _stepping(found: Any) -> dict[str, Any]:
+    """An optimiser's or schedule's class and plain options."""
+    state = found.state_dict()
+    groups = state.get("param_groups")
+    if groups is None:
+        options = {k: v for k, v in state.items() if isinstance(v, (bool, int, float, str)) or k == "base_lrs"}
+        return {"class": type(found).__qualname__, **describe(options)}
+    plain = [{k: v for k, v in group.items() if k != "params"} | {"tensors": len(group["params"])} for group in groups]
+    same = plain[0] if len(plain) == 1 else None
+    described: dict[str, Any] = describe(same) if same is not None else {"groups": describe(plain)}
+    return {"class": type(found).__qualname__, **described}
+
+
+def _loaders(loaders: Any) -> Any:
+    if isinstance(loaders, Mapping):
+        return {str(name): _loaders(loader) for name, loader in loaders.items()}
+    if isinstance(loaders, DataLoader):
+        dataset: Any = loaders.dataset
+        found: dict[str, Any] = {"batch_size": loaders.batch_size, "drop_last": loaders.drop_last}
+        if not isinstance(dataset, IterableDataset):
+            found |= _samples(dataset)
+        return found
+    if isinstance(loaders, (list, tuple)):
+        if loaders and all(isinstance(loader, DataLoader) for loader in loaders):
+            return {str(i): _loaders(loader) for i, loader in enumerate(loaders)}
+        return _samples(loaders)
+    return UNKNOWN
+
+
+def _samples(dataset: Any) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = {"samples": len(dataset)}
+    except Exception:  # a data set without a length
+        return {"samples": UNKNOWN}
+    while isinstance(dataset, Subset) and list(dataset.indices) != sorted(dataset.indices):
+        dataset = dataset.dataset  # a random part may be another one at each start
+    try:
+        places = sorted({0, len(dataset) // 2, len(dataset) - 1} - {-1})
+        found["items"] = {str(i): _known(partial(dataset.__getitem__, i), i) for i in places}
+    except Exception:  # whatever reading a sample here leads to
+        found["items"] = UNKNOWN
+    return found
+
+
+def _known(read: Callable[[], Any], place: int) -> Any:
+    """A sample, less what is another one when it is read again."""
+    found = []
+    for _ in range(2):
+        with seeded("identity", place):
+            found.append(_leaves(read()))
+    first, second = found
+    return {name: value if second.get(name) == value else UNKNOWN for name, value in first.items()}
+
+
+def _leaves(sample: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(sample, Mapping):
+        return {k: v for key, item in sample.items() for k, v in _leaves(item, f"{name}{key}.").items()}
+    if isinstance(sample, (list, tuple)) and len(sample) <= 32:
+        return {k: v for i, item in enumerate(sample) for k, v in _leaves(item, f"{name}{i}.").items()}
+    if hasattr(sample, "__array_interface__") and not hasattr(sample, "dtype"):  # an image of PIL
+        sample = np.asarray(sample)
+    if isinstance(sample, (list, tuple)):
+        numbers = all(isinstance(each, (bool, int, float)) for each in sample)
+        sample = np.asarray(sample) if numbers else sample
+    plain = isinstance(sample, (bool, int, float, str)) or hasattr(sample, "dtype")
+    value = (sketch(sample) if hasattr(sample, "shape") else describe(sample)) if plain else type(sample).__qualname__
+    return {name.rstrip(".") or "value": value}
