@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_cf.callbacks.session import ContinualCallback
-from lightning_cf.describing import describe
+from lightning_cf.describing import describe, without_address
 from lightning_cf.directions import DirectionLearner
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, check_count
@@ -159,7 +159,7 @@ class InvarianceCallback(ContinualCallback):
             raise
         except Exception as error:  # whatever a perturbation of the user's own raises
             raise ContinualError(
-                f"invariance: the perturbation {describe(self.perturbation)} fails on this network: {error}"
+                f"invariance: the perturbation {without_address(self.perturbation)} fails on this network: {error}"
             ) from error
 
     def _draw(self, trainer: Trainer) -> int:
