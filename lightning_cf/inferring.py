@@ -183,7 +183,7 @@ def highest_output(module: LightningModule, state: ContinualState, tasks: Iterab
     return TaskInference(("joint",), known)
 
 
-def finite_samples(found: Samples, task: Task, *, quiet: bool = False) -> Samples:
+def finite_samples(found: Samples, task: Task, *, quiet: bool = False) -> tuple[View, Int64[Tensor, "_"]]:
     """Those samples of a task of which everything that its scores look at is finite, and their labels.
 
     Args:
