@@ -5,6 +5,8 @@ from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, P
 from lightning_cf.errors import (
     CapacityError,
     ContinualError,
+    DivergenceError,
+    DivergenceWarning,
     FrozenWarning,
     LeakError,
     StructureError,
@@ -30,6 +32,8 @@ __all__ = [
     "Compose",
     "ContinualError",
     "ContinualModule",
+    "DivergenceError",
+    "DivergenceWarning",
     "FrozenWarning",
     "GivenSubspace",
     "InSubspace",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_cf.claim_folding import Passes, consumers, input_units
 from lightning_cf.errors import ContinualError
+from lightning_cf.finite import rows_finite
 from lightning_cf.folding import Features, InputRecorder, Inputs
 from lightning_cf.structure import Structure, UnitGroup
 
@@ -46,6 +47,7 @@ def unit_outputs(
     inputs: dict[str, list[Inputs]] = {}
 
     def record(name: str, x: Inputs, patches: Features) -> None:
+        x = x if bool(x.isfinite().all()) else x[rows_finite([x])]
         taken = sum(len(block) for block in inputs.setdefault(name, []))
         inputs[name].append(x[: max(0, rows - taken)].cpu())
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -13,17 +15,17 @@ from torch import Tensor, nn
 
 from lightning_cf.activations import unit_outputs
 from lightning_cf.claim_folding import Passes, consumer_moments, cut_claimed, fold_claimed
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, DivergenceWarning
 from lightning_cf.folding import Moments, Sample
 from lightning_cf.freezing import FrozenEntries
-from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.ledger import FREE, NeuronLedger, Phase
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.options import PartitionOptions
 from lightning_cf.outcome import GroupOutcome, Outcome
 from lightning_cf.partition import Partition, partition, partition_into
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.similarity import Similarity
-from lightning_cf.structure import Structure, lookup, named_tensors
+from lightning_cf.structure import Structure, layer_of, lookup, named_tensors
 
 
 class PartitionWarning(UserWarning):
@@ -64,6 +66,29 @@ class Claimer:
     keep: bool = True
     earlier: Outcome | None = None
 
+    def __post_init__(self) -> None:
+        self._changed: list[FrozenEntries] = []
+        self._before: tuple[dict[str, Tensor], Phase, list[dict[str, Any]]] | None = None
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Where something fails meanwhile, nothing is claimed: weights and ledger are what they were before."""
+        ledger = self.ledger
+        if self._before is None:
+            owners = {name: owner.clone() for name, owner in ledger.owners.items()}
+            self._before = owners, ledger.tasks[-1].phase, list(ledger.records)
+        try:
+            yield
+        except BaseException:
+            owners, phase, ledger.records = self._before
+            for name, owner in owners.items():
+                ledger.owners[name].copy_(owner)
+            ledger.tasks[-1].phase = phase
+            ledger.revision += 1
+            self._restore()
+            make_owner_aware(self.module, ledger.norm_owners())
+            raise
+
     def claim(self) -> Outcome:
         """Partitions every group, claims, and records what was found.
 
@@ -74,22 +99,23 @@ class Claimer:
         self._groups = [g for g in self.options.partitioned(self.structure) if g.name not in self.ledger.whole]
         self._again = self.ledger.tasks[-1].phase == "invariance"
         exact = self.ledger.isolation == "exact"
-        before = self._reference(self.score())
-        self._changed: list[FrozenEntries] = []
+        before = self._reference(self._finite(self.score(), "before its partition"))
         candidates = self._candidates()
         vectors = self._vectors()
         self._similarities = self._compare(candidates)
         self._moments: Mapping[str, Moments | Sample] = (
             consumer_moments(self.module, self.structure, self.passes) if self.options.fold and exact else {}
         )
+        self._tell_left_out()
         budgets = self._budgets(candidates)
         after = before
         for partitions in self._proposals(budgets):
             self._apply(candidates, partitions)
             after = self.score()
-            if self._loss(before, after) <= self.options.tolerance:
+            if math.isfinite(after) and self._loss(before, after) <= self.options.tolerance:
                 break
         else:
+            self._finite(after, "after the partition")
             if self._again and self.options.threshold == "auto":
                 self._restore()
             elif self.options.threshold == "auto" and exact:
@@ -116,6 +142,30 @@ class Claimer:
         self._record(found, before, after)
         outcome = Outcome(before, after, found)
         return outcome.after(self.earlier) if self._again and self.earlier is not None else outcome
+
+    def _finite(self, score: float, when: str) -> float:
+        """The same score; raises ContinualError for one that no claim can be judged by."""
+        if not math.isfinite(score):
+            raise ContinualError(
+                f"Task '{self.ledger.tasks[-1].name}' scores {score} {when}, by which no claim can be judged. Look at"
+                " its validation data (or what is held out of its training data), its metric and its evaluate=."
+            )
+        return score
+
+    def _tell_left_out(self) -> None:
+        """Warns of training inputs that are not finite, and raises ContinualError where all are."""
+        for name, moments in self._moments.items():
+            if moments.left_out:
+                text = (
+                    f"Task '{self.ledger.tasks[-1].name}': of its training data, {moments.left_out} of"
+                    f" {moments.left_out + moments.count} inputs of layer '{layer_of(name)}' are not finite"
+                )
+                if moments.count == 0:
+                    raise ContinualError(
+                        f"{text}, so nothing can be folded on them. Look at the data, or use fold=False."
+                    )
+                warnings.warn(f"{text}; the partition leaves them out.", DivergenceWarning, stacklevel=3)
+                return
 
     # What may be claimed, and how alike it is
 

@@ -21,6 +21,14 @@ class CapacityError(ContinualError):
     """No free unit is left where a new task needs one."""
 
 
+class DivergenceError(ContinualError):
+    """Training left numbers that are not finite; what was there before is there again."""
+
+
+class DivergenceWarning(UserWarning):
+    """Numbers that were not finite were left out, or put back."""
+
+
 class LeakError(ContinualError):
     """A claimed output still depends on something that may move."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_cf.finite import rows_finite
 from lightning_cf.randomness import keyed_generator
 
 Features = Float[Tensor, "samples features"]
@@ -117,13 +118,20 @@ class Moments:
     Attributes:
         matrix: mean of ``z zᵀ`` with ``z = (x, 1)``, where ``x`` is a sample (Linear) or a patch (convolution).
         count: number of samples.
+        left_out: how many were not finite, and are not in it.
     """
 
     matrix: Float64[Tensor, "inputs inputs"]
     count: int = 0
+    left_out: int = 0
 
     def update(self, features: Features) -> None:
         """Takes in more samples."""
+        given = len(features)
+        features = _finite_rows(features)
+        self.left_out += given - len(features)
+        if len(features) == 0:
+            return
         z = torch.cat([features, features.new_ones(len(features), 1)], dim=1).double()
         total = self.count + len(z)
         self.matrix += (z.T @ z - self.matrix * len(z)) / total
@@ -137,10 +145,12 @@ class Sample:
     Attributes:
         room: where the inputs are put, evenly many from each batch.
         count: how many there are.
+        left_out: how many were not finite, and are not among them.
     """
 
     room: Float[Tensor, "room inputs"]
     count: int = 0
+    left_out: int = 0
 
     @property
     def rows(self) -> Float[Tensor, "samples inputs"]:
@@ -149,11 +159,18 @@ class Sample:
 
     def update(self, features: Features) -> None:
         """Takes in some of more samples, while there is room."""
+        given = len(features)
+        features = _finite_rows(features)
+        self.left_out += given - len(features)
         wanted = min(len(self.room) // 8, len(self.room) - self.count, len(features))
         chosen = torch.linspace(0, len(features) - 1, wanted).long()
         self.room[self.count : self.count + wanted, :-1] = features[chosen.to(features.device)]
         self.room[self.count : self.count + wanted, -1] = 1
         self.count += wanted
+
+
+def _finite_rows(features: Features) -> Float[Tensor, "_ features"]:
+    return features if bool(features.isfinite().all()) else features[rows_finite([features])]
 
 
 WIDE = 12_288

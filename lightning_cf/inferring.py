@@ -8,13 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, DivergenceWarning
 from lightning_cf.evaluation import forward_context, predict
+from lightning_cf.finite import rows_finite
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.state import ContinualState, ledger_of
 from lightning_cf.structure import call, eval_mode, in_precision_of
@@ -32,6 +34,9 @@ from lightning_cf.task_inference.inference import read_all, variants_of
 from lightning_cf.task_inference.strategies import CHOICES, NEEDS
 from lightning_cf.task_inference.trained import changes_input
 from lightning_cf.tasks import Task
+
+Samples = tuple[View, Int64[Tensor, "samples"]]
+"""A task's view of some samples, and their labels from 0 on."""
 
 SAMPLES = 20_000
 """From how many of a task's training inputs its statistics are taken at most."""
@@ -143,6 +148,7 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState, *,
     if training is None or held_out is None:
         warnings.warn(f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.", stacklevel=2)
         return
+    training, held_out = (finite_samples(found, task) for found in (training, held_out))
     inference.learn(Known(task.name, list(task.classes), sites), training, held_out[0], sealed=sealed)
     keep_inference(state.ledger, inference)
 
@@ -163,6 +169,37 @@ def highest_output(module: LightningModule, state: ContinualState, tasks: Iterab
         calibration = {"joint": torch.tensor([0.0, 1.0, 0.0])}
         known.append(Known(task.name, list(task.classes), sites, {"joint": {}}, calibration))
     return TaskInference(("joint",), known)
+
+
+def finite_samples(found: Samples, task: Task, *, quiet: bool = False) -> tuple[View, Int64[Tensor, "_"]]:
+    """Those samples of a task of which everything that its scores look at is finite, and their labels.
+
+    Args:
+        found: its view of samples, and labels.
+        task: for messages.
+        quiet: whether to leave out samples without a warning.
+
+    Raises:
+        ContinualError: if there is none.
+    """
+    view, labels = found
+    fine = view.finite()
+    if bool(fine.all()):
+        return found
+    bad, count = int((~fine).sum()), len(fine)
+    if bad == count:
+        raise ContinualError(
+            f"Task '{task.name}': no sample is finite in what the network shows of it, so nothing can be kept to infer"
+            " the task by. Look at its data, or leave task inference out."
+        )
+    if not quiet:
+        warnings.warn(
+            f"Task '{task.name}': {bad} of {count} samples are not finite in what the network shows of them; what"
+            " infers the task is found on the others.",
+            DivergenceWarning,
+            stacklevel=3,
+        )
+    return view.part(fine), labels[fine.to(labels.device)]
 
 
 class Kept:
@@ -233,13 +270,48 @@ def predict_any(module: LightningModule, x: Any, strategy: str | None = None) ->
             " in the fit (a ContinualModule brings it), on tasks with classes."
         )
     x = in_precision_of(module, x)
-    with forward_context(module):
-        readout = inference.read(module, partial(call, module), x, strategy or inference.strategies[0])
-    if readout.missing:
-        raise ContinualError(
-            f"'{readout.missing[0]}' does not run in the forward pass, so its task cannot be compared with others. Let"
-            " forward compute the outputs of all tasks, side by side."
-        )
-    found = inference.predict(readout, ledger.width, strategy)
+
+    def found_of(x: Any) -> Prediction:
+        with forward_context(module):
+            readout = inference.read(module, partial(call, module), x, strategy or inference.strategies[0])
+        if readout.missing:
+            raise ContinualError(
+                f"'{readout.missing[0]}' does not run in the forward pass, so its task cannot be compared with others."
+                " Let forward compute the outputs of all tasks, side by side."
+            )
+        strange = _infinite(x) if readout.inputs is None else None
+        return inference.predict(readout, ledger.width, strategy, none=strange)
+
+    found, fine = found_of(x), _rows_fine(x)
+    if fine is not None and bool(fine.any()) and not bool(fine.all()):
+        # Another pass for the others, as if those rows were like any: a network may compute with the whole batch.
+        others = found_of(_with_other_rows(x, fine))
+        pairs = zip(others, found, strict=True)
+        found = Prediction(*(torch.where(fine.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
     places = torch.tensor([*(ledger.index(task.name) for task in inference.tasks), -1], device=found.tasks.device)
     return found._replace(tasks=places[found.tasks])
+
+
+def _rows_of(x: Any) -> list[Tensor]:
+    """The floating-point tensors of an input that hold one row a sample."""
+    given = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim]
+    return [leaf for leaf in given if leaf.is_floating_point() and len(leaf) == len(given[0])]
+
+
+def _rows_fine(x: Any) -> Bool[Tensor, "batch"] | None:
+    """Which rows of an input are finite; None where it has no numbers that might not be."""
+    rows = _rows_of(x)
+    return rows_finite(rows) if rows else None
+
+
+def _infinite(x: Any) -> Bool[Tensor, "batch"] | None:
+    """Which rows of an input hold infinite numbers, which gates and the like make finite."""
+    rows = _rows_of(x)
+    return torch.stack([leaf.reshape(len(leaf), -1).isinf().any(dim=1) for leaf in rows]).any(dim=0) if rows else None
+
+
+def _with_other_rows(x: Any, fine: Bool[Tensor, "batch"]) -> Any:
+    """An input with a copy of its first finite row in the place of each that is not."""
+    chosen = torch.where(fine, torch.arange(len(fine), device=fine.device), fine.int().argmax())
+    rows = {id(leaf) for leaf in _rows_of(x)}
+    return tree_map_only(Tensor, lambda leaf: leaf[chosen.to(leaf.device)] if id(leaf) in rows else leaf, x)

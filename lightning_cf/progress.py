@@ -11,10 +11,11 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.files import load_tensors
+from lightning_cf.finite import described, not_finite
 from lightning_cf.state import ContinualState
 
 
@@ -65,6 +66,7 @@ class RunStore:
                     " same settings, or choose another folder."
                 )
         kept = load_tensors(self._state, f"{self._state} is damaged; remove the folder {self.root} to start anew.")
+        self._check_finite(kept, module)
         module.load_state_dict(kept["module"])
         state.start, state.outcome = kept["start"], None
         return RunProgress(**kept["progress"])
@@ -74,6 +76,20 @@ class RunStore:
         partial = self._state.with_suffix(".partial")
         torch.save({"module": module.state_dict(), "progress": asdict(progress), "start": state.start}, partial)
         os.replace(partial, self._state)
+
+    def _check_finite(self, kept: Mapping[str, Any], module: nn.Module) -> None:
+        """Raises ContinualError for a state that an earlier version stored after training diverged."""
+        infinite = not_finite({n: x for n, x in module.state_dict().items() if isinstance(x, Tensor)})
+        found = {n: x for n, x in kept["module"].items() if isinstance(x, Tensor) and n not in infinite}
+        names = not_finite(found)
+        scores = torch.tensor(kept["progress"]["rows"], dtype=torch.float64)
+        if names or bool(scores.isnan().any()):
+            what = described(names, found) if names else "the scores"
+            phase = kept["progress"]["finished"][-1] if kept["progress"]["finished"] else "the first"
+            raise ContinualError(
+                f"{self._state} holds numbers that are not finite, first in {what}: training diverged in phase"
+                f" '{phase}' or before. Choose another folder, or remove {self.root} to start anew."
+            )
 
     @property
     def _state(self) -> Path:

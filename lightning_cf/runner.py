@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from lightning_cf.callbacks import (
     PartitionCallback,
     TaskInferenceCallback,
 )
+from lightning_cf.callbacks.divergence import WatchingCallback
 from lightning_cf.callbacks.session import check_strategy
 from lightning_cf.class_incremental import score_strategies
 from lightning_cf.contexts import on_device, seeded
@@ -263,6 +265,7 @@ class SequentialTaskRunner:
         self._host.precision_plugin.convert_module(self.module)
         with seeded(self.seed, "outputs"):
             self.state = self.prepare_module()
+        self.state.check_finite(self.module, "runner: nothing is trained")
         self.progress = self.store.open(self.module, self.state, self.settings())
         if self.host.world_size > 1:
             self.host.strategy.barrier()
@@ -302,6 +305,7 @@ class SequentialTaskRunner:
         with seeded(self.seed, name):
             step()
             synchronise(self.host, self.module)
+        self.state.check_finite(self.module, f"runner: phase '{name}' is not stored")
         self.progress.seconds += time.monotonic() - began
         self.progress.finished.append(name)
         if self.host.is_global_zero:
@@ -314,6 +318,8 @@ class SequentialTaskRunner:
         if epochs == 0:
             return
         callbacks = [copy.deepcopy(callback) for callback in [*self.callbacks, *ours] if callback is not None]
+        if not any(isinstance(callback, WatchingCallback) for callback in callbacks):
+            callbacks.append(WatchingCallback())
         folder = self.store.root / "phases" / f"{len(self.progress.finished):03d}"
         with self.state.showing(self.module, [task]) if isinstance(task, Task) else nullcontext():
             trainer = self.new_trainer(max_epochs=epochs, callbacks=callbacks, root=folder)
@@ -351,6 +357,11 @@ class SequentialTaskRunner:
         """The task's score on the data that it is scored on, on its own outputs; higher is better."""
         with self.state.showing(self.module, [task]):
             score = evaluate(self.module, task, self.scoring_batches(task))
+        if math.isnan(score):
+            raise ContinualError(
+                f"runner: task '{task.name}' scores {score}. Look at the data that it is scored on, its metric and its"
+                " evaluate=."
+            )
         return -score if task.metric is not None and task.metric.higher_is_better is False else score
 
     def inference(self) -> TaskInference | None:

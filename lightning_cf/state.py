@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.disturbance import Disturbance
-from lightning_cf.errors import ContinualError, StructureError
+from lightning_cf.errors import ContinualError, DivergenceError, StructureError
 from lightning_cf.evaluation import on_device
+from lightning_cf.finite import Snapshot, described, in_forward_order, infinite_on_purpose, not_finite
 from lightning_cf.ledger import Isolation, NeuronLedger
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.outcome import Outcome
 from lightning_cf.outputs import OutputView, head_of, heads_of
-from lightning_cf.structure import Forward, Structure, call, eval_mode, samples
+from lightning_cf.structure import Forward, Structure, call, eval_mode, named_tensors, samples
 from lightning_cf.subspace import GivenSubspace, Subspace
 from lightning_cf.tasks import Task, required_arguments, supervised
 from lightning_cf.tracing import trace
@@ -46,6 +47,8 @@ class ContinualState:
         disturbance: what perturbs the redundant units now, if anything.
         met: names of the tasks whose way through the network is known.
         collect: puts into the ledger what is trained beside the network now, if anything.
+        infinite: names of tensors that held infinite numbers before any task, and may: masks, bounds.
+        safe: the network as the current phase found it, while a fit runs.
         mixed: what mixes the columns of the network's outputs, so that only ``perturb`` works; empty if nothing does.
     """
 
@@ -61,6 +64,8 @@ class ContinualState:
     met: set[str] = field(default_factory=set)
     collect: Callable[[], None] | None = None
     mixed: str = ""
+    infinite: frozenset[str] = frozenset()
+    safe: Snapshot | None = None
 
     def set_mask_outputs(self, mask_outputs: bool) -> None:
         """Whether each task sees its own outputs only.
@@ -71,6 +76,23 @@ class ContinualState:
         if mask_outputs and self.mixed:
             raise StructureError(f"{self.mixed} {_MIXED}")
         self.mask_outputs = mask_outputs
+
+    def watched(self, module: nn.Module) -> dict[str, Tensor]:
+        """What must be finite, in the order of the forward pass."""
+        tensors = in_forward_order(self.structure, named_tensors(module))
+        return {name: x for name, x in tensors.items() if name not in self.infinite}
+
+    def check_finite(self, module: nn.Module, when: str) -> None:
+        """Raises DivergenceError if the network holds numbers that are not finite, and names the first layer."""
+        tensors = self.watched(module)
+        names = not_finite(tensors)
+        if names:
+            raise DivergenceError(f"{when}: the network is not finite, first in {described(names, tensors)}.")
+
+    def remember(self, module: nn.Module) -> None:
+        """In a fit: from here on, this is what a fit that diverges goes back to."""
+        if self.safe is not None:
+            self.safe = Snapshot.of(module)
 
     def undisturb(self) -> None:
         """Puts perturbed units back, if some are perturbed now."""
@@ -223,6 +245,7 @@ def state_for(module: LightningModule, task: Task) -> ContinualState:
                 " first: ContinualModule(module).add_task(task)."
             )
         state = ContinualState(structure, ledger, example, forward, mask_outputs=not mixed, mixed=mixed)
+        state.infinite = infinite_on_purpose(structure, module)
         object.__setattr__(module, _ATTRIBUTE, state)
     return state
 

@@ -24,7 +24,7 @@ from lightning_cf.probe import probe
 from lightning_cf.randomness import derive_seed
 from lightning_cf.recording import TaskFolders
 from lightning_cf.reinitialise import reinitialise_free
-from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for
+from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.structure import eval_mode, named_tensors
 from lightning_cf.tasks import Task
 
@@ -56,13 +56,14 @@ def partition_task(
     """
     state = state_for(module, task)
     state.undisturb()
+    state.check_finite(module, f"Task '{task.name}' cannot be partitioned")
     again = state.ledger.tasks[-1].phase == "invariance"
     if len(state.ledger.tasks) == 1 and not again:
         state.ledger.whole += held_by_the_user(module, state)
     lower_is_better = task.metric is not None and task.metric.higher_is_better is False
     with isolate_rng(), eval_mode(module), state.showing(module, [task]):
         torch.manual_seed(derive_seed("partition", task.name))
-        state.outcome = Claimer(
+        claimer = Claimer(
             module=module,
             structure=state.structure,
             ledger=state.ledger,
@@ -75,11 +76,16 @@ def partition_task(
             seed=seed,
             keep=folders is not None,
             earlier=state.outcome if again else None,
-        ).claim()
-    if state.ledger.isolation == "exact":
-        probe(module, state.structure, state.ledger, state.example, state.forward)
-    if folders is not None:
-        folders.write(state.ledger, options, state.outcome)
+        )
+        with claimer.all_or_nothing():
+            outcome = claimer.claim()
+            state.check_finite(module, f"The partition of task '{task.name}'")
+    with claimer.all_or_nothing():
+        if state.ledger.isolation == "exact":
+            probe(module, state.structure, state.ledger, state.example, state.forward)
+        if folders is not None:
+            folders.write(state.ledger, options, outcome)
+    state.outcome = outcome
 
 
 def held_by_the_user(module: LightningModule, state: ContinualState) -> list[str]:
@@ -114,6 +120,7 @@ def seal_task(
     """
     state = state_for(module, task)
     state.undisturb()
+    state.check_finite(module, f"Task '{task.name}' cannot be sealed")
     if state.ledger.isolation == "perturb":
         score = ablation_accuracy(module, task)
         for record in state.ledger.records:
@@ -123,8 +130,14 @@ def seal_task(
         folders.complete(module, state.structure, state.ledger)
     if state.collect is not None:
         state.collect()
+    phase = state.ledger.tasks[-1].phase
     state.ledger.seal()
-    remember_task(module, task, state)
+    try:
+        remember_task(module, task, state)
+    except BaseException:
+        state.ledger.tasks[-1].phase = phase  # nothing is sealed whose statistics could not be kept
+        state.ledger.revision += 1
+        raise
     state.start = state.outcome = None
     partitioned = any(record["task"] == task.name for record in state.ledger.records)
     if state.ledger.isolation == "exact" and partitioned and (options is None or options.reinitialise):
@@ -156,25 +169,35 @@ def ablation_accuracy(module: LightningModule, task: Task) -> float:
 def decide_together(trainer: Trainer, module: LightningModule, step: Callable[[], None]) -> None:
     """Runs a step on the first process; the others take over its weights and ledger, or its error."""
     if trainer.world_size == 1:
-        return step()
+        step()
+    else:
+        _decide_first(trainer, module, step)
+    state = state_of(module)
+    if state is not None:
+        state.remember(module)
+
+
+def _decide_first(trainer: Trainer, module: LightningModule, step: Callable[[], None]) -> None:
     payload: Any = None
+    failure: Exception | None = None
     if trainer.is_global_zero:
         try:
             step()
             tensors = {name: tensor.detach().cpu() for name, tensor in named_tensors(module).items()}
             payload = (tensors, _ledger(module).state_dict())
         except ContinualError as error:
-            payload = error
+            payload = failure = error
+        except Exception as error:  # the others would wait for good
+            payload, failure = ContinualError(f"The first process failed: {error!r}"), error
     payload = trainer.strategy.broadcast(payload)
     if isinstance(payload, ContinualError):
-        raise payload
+        raise failure or payload
     if not trainer.is_global_zero:
         tensors, ledger = payload
         with torch.no_grad():
             for name, tensor in named_tensors(module).items():
                 tensor.copy_(tensors[name])
         keep_ledger(module, NeuronLedger.from_state_dict(ledger))
-    return None
 
 
 def synchronise(trainer: Trainer, module: nn.Module) -> None:

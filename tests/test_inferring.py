@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from learning import classifier, fit, images, quiet_trainer, tasks, three
+from learning import classifier, fit, images, inferred, quiet_trainer, tasks, three
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
@@ -17,6 +17,7 @@ from lightning_cf import (
     ContinualError,
     ContinualModule,
     PartitionCallback,
+    Prediction,
     SequentialTaskRunner,
     Task,
     TaskInferenceCallback,
@@ -531,3 +532,85 @@ def test_a_module_of_parametrised_outputs_is_left_alone():
     module = Classifier(net, optimizer=partial(torch.optim.Adam, lr=0.003))
     fit(module, tasks()[0], [*three(), TaskInferenceCallback()], 2)
     assert inference_of(state_of(module).ledger).strategies == ()
+
+
+BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf"), "too large": 3e38}
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_rows_that_are_not_finite_are_none_and_the_others_are_bitwise_as_without(every, value):
+    module, sequence, _ = every
+    x = torch.cat([next(iter(task.test_dataloader()))[0][:8] for task in sequence[:2]])
+    bad = x.clone()
+    for row, pixel in ((2, 5), (9, 0)):
+        bad[row].view(-1)[pixel] = BAD[value]
+    bad[15] = BAD[value]
+    rows = torch.zeros(16, dtype=torch.bool)
+    rows[[2, 9, 15]] = True
+    for strategy in inference_of(module.ledger).strategies:
+        expected, found = module.predict_any(x, strategy), module.predict_any(bad, strategy)
+        for a, b in zip(expected, found, strict=True):
+            assert torch.equal(a[~rows], b[~rows]), strategy
+        assert bool(found.probabilities.isfinite().all())
+        if value == "too large":
+            continue  # finite, and where nothing overflows, an input like any other
+        alone = module.predict_any(bad[rows], strategy)
+        for some in (Prediction(*(part[rows] for part in found)), alone):
+            assert some.classes.tolist() == some.tasks.tolist() == [-1] * 3, strategy
+            assert (some.probabilities[:, -1] == 1).all()
+            assert (some.probabilities[:, :-1] == 0).all()
+
+
+class Jointly(nn.Module):
+    """Scales a batch by its largest number, so that one row reaches all others."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = MLP(shape=(1, 8, 8), classes=10, hidden=(32, 32))
+
+    def forward(self, x):
+        return self.net(x / x.abs().max())
+
+
+class Gated(nn.Module):
+    """A recurrent network, whose gates make infinite numbers finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 32, batch_first=True), nn.Linear(32, 10)
+
+    def forward(self, x):
+        return self.head(self.lstm(x.squeeze(1))[0].mean(1))
+
+
+class Filling(nn.Module):
+    """Takes what is missing for zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = MLP(shape=(1, 8, 8), classes=10, hidden=(32, 32))
+
+    def forward(self, x):
+        return self.net(x.nan_to_num())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("network", [Jointly, Gated, Filling])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_network_may_do_with_such_rows_what_it_wants(network, value):
+    torch.manual_seed(0)
+    module = inferred(Classifier(network()), tasks(1), "energy", epochs=2)
+    x = next(iter(tasks(1)[0].test_dataloader()))[0][:8].clone()
+    clean = x.clone()
+    clean[3] = x[0]
+    x[3].view(-1)[9] = BAD[value]
+    expected, found = module.predict_any(clean), module.predict_any(x)
+    rows = torch.arange(8) == 3
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a[~rows], b[~rows])
+    if network is not Filling:
+        assert found.classes[3] == found.tasks[3] == -1
+        assert found.probabilities[3, -1] == 1
+    elif value == "nan":
+        filled = module.predict_any(x.nan_to_num())
+        assert all(torch.equal(a, b) for a, b in zip(filled, found, strict=True))

@@ -66,6 +66,7 @@ class Heads:
         self.key: tuple[int | str, ...] = ()
         self.generator: torch.Generator | None = None
         self.scale, self.unscale = 0.0, 1.0
+        self.loss: Tensor | None = None
         self.attached: set[str] = set()
         self.place: str | None = None
         self.inside = False
@@ -85,7 +86,7 @@ class Heads:
     def begin_batch(self, batch: Any, key: tuple[int | str, ...]) -> None:
         """A batch comes; what is drawn for it depends on the key."""
         self.batch = tuple(batch) if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
-        self.key, self.generator, self.place = key, None, None
+        self.key, self.generator, self.place, self.loss = key, None, None, None
 
     def end_batch(self) -> None:
         """Until the next one, no forward pass is over a batch."""
@@ -145,7 +146,7 @@ class Heads:
                     self.attached.add(strategy.head)
         if not losses:
             return None
-        self.place = path
+        self.place, self.loss = path, sum(losses).detach()  # type: ignore[union-attr]
         attached: Tensor = _Attached.apply(output, sum(losses), self)  # type: ignore[no-untyped-call]
         return attached
 

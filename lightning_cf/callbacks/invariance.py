@@ -95,6 +95,7 @@ class InvarianceCallback(ContinualCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Puts the undisturbed values back."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         state = state_of(pl_module)
         if state is None:
             return
@@ -112,6 +113,7 @@ class InvarianceCallback(ContinualCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the undisturbed values back where a batch was left early."""
         self._undisturb(pl_module)
+        super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the undisturbed values back where a batch was left early."""
@@ -119,6 +121,7 @@ class InvarianceCallback(ContinualCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps what LEARN found for the INVARIANCE of a later fit."""
+        super().on_train_end(trainer, pl_module)
         state = state_of(pl_module)
         if state is None or self._learner is None or state.ledger.current is None:
             return
@@ -127,10 +130,12 @@ class InvarianceCallback(ContinualCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets go."""
+        super().teardown(trainer, pl_module, stage)
         self._release(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Puts the undisturbed values back and lets go; teardown does not run after an exception."""
+        super().on_exception(trainer, pl_module, exception)
         self._release(pl_module)
 
     def settings(self) -> dict[str, Any]:

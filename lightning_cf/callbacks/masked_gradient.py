@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from itertools import zip_longest
 from typing import Any
@@ -92,26 +91,16 @@ class MaskedGradientCallback(ContinualCallback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Several processes reduce their gradients after the hooks ran: zeroes the frozen entries again."""
+        super().on_after_backward(trainer, pl_module)
         if trainer.world_size > 1 and self._freezer is not None:
             self._freezer.zero_gradients()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Under manual optimisation weights may move without an optimiser's step: puts frozen entries back.
-
-        Raises:
-            ContinualError: after the first batch, if masked outputs make the loss infinite.
-        """
+        """Under manual optimisation weights may move without an optimiser's step: puts frozen entries back."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         state = state_of(pl_module)
-        if trainer.fit_loop.total_batch_idx == 0 and state is not None and state.shown is not None:
-            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-            if isinstance(loss, Tensor) and bool(loss.isinf().any()):
-                raise ContinualError(
-                    "masking: the loss of the first batch is infinite. While a task trains, the outputs of other tasks"
-                    " hold the lowest number: label smoothing, squared errors, penalties on logits cannot take it."
-                    " Use MaskedGradientCallback(mask_outputs=False), or a loss over the task's own outputs."
-                )
         if pl_module.automatic_optimization or self._freezer is None or state is None:
             return
         if state.ledger.isolation == "exact" and state.ledger.revision == self._revision:
@@ -119,6 +108,7 @@ class MaskedGradientCallback(ContinualCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets go; what callbacks behind our back did to units of earlier tasks is undone, with a warning."""
+        super().on_fit_end(trainer, pl_module)
         self._release()
         state = state_of(pl_module)
         if state is not None:
@@ -126,10 +116,12 @@ class MaskedGradientCallback(ContinualCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets go."""
+        super().teardown(trainer, pl_module, stage)
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lets go; teardown does not run after an exception, which may have come in the middle of a step."""
+        super().on_exception(trainer, pl_module, exception)
         state = state_of(pl_module)
         current = state is not None and state.ledger.revision == self._revision
         if self._freezer is not None and state is not None and current and state.ledger.isolation == "exact":

@@ -170,6 +170,7 @@ class PartitionCallback(ContinualCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With ``after=0``, partitions what was trained before."""
+        super().on_train_start(trainer, pl_module)
         if self.after == 0 and self._phase(pl_module) == "learn":
             self.partition_task(trainer, pl_module, task_of(trainer, type(self).__name__))
 
@@ -181,11 +182,13 @@ class PartitionCallback(ContinualCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Partitions when it is due by steps; not at the fit's last one, which ends the phase instead."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._due_by_steps(trainer) and not _last_batch(trainer):
             self._partition_if_due(trainer, pl_module, epochs=trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Partitions when it is due; at the fit's last epoch, before checkpoints are written, ends the phase."""
+        super().on_train_epoch_end(trainer, pl_module)
         if _over(trainer) or _stops(trainer):
             self._end_phase(trainer, pl_module)
         elif self._phase(pl_module) is not None and self.should_partition(trainer):
@@ -193,6 +196,7 @@ class PartitionCallback(ContinualCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the phase where the fit stopped in another way than by its number of epochs."""
+        super().on_train_end(trainer, pl_module)
         if not self._ended:
             self._end_phase(trainer, pl_module)
 

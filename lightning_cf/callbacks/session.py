@@ -7,22 +7,24 @@ import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_cf.averaging import check_averaging
+from lightning_cf.callbacks.divergence import WatchingCallback
 from lightning_cf.claiming import PartitionWarning
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, DivergenceWarning
+from lightning_cf.finite import described, mend_free, not_finite
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.module import ContinualModule
 from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.tasks import Task
 
 
-class ContinualCallback(Callback):
+class ContinualCallback(WatchingCallback):
     """Base of the callbacks: they share one ledger, kept beside the module and in every checkpoint."""
 
     partitions = False
@@ -54,12 +56,14 @@ class ContinualCallback(Callback):
             )
             ledger.seal()
         ledger.begin(task.name, task.classes or [])
+        mend(pl_module, task)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the ledger into the checkpoint, and perturbed units back, which its weights share."""
         state = state_of(pl_module)
         if state is not None:
             state.undisturb()
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         ledger = ledger_of(pl_module)
         if ledger is not None:
             checkpoint[CHECKPOINT_KEY] = ledger.state_dict()
@@ -104,6 +108,26 @@ def reserve_outputs(module: LightningModule, task: Task) -> ContinualState:
         if task.name not in state.ledger.reserved:
             state.ledger.reserve(task.name, columns)
     return state
+
+
+def mend(module: LightningModule, task: Task) -> None:
+    """Before a task's first step, draws anew what is not finite in free units of a network that was loaded so.
+
+    Raises:
+        DivergenceError: if other numbers are not finite, which cannot be had again.
+    """
+    state = state_for(module, task)
+    tensors = state.watched(module)
+    names = not_finite(tensors)
+    if names:
+        found = described(names, tensors)
+        mend_free(module, state.structure, state.ledger, names, "not finite", task.name)
+        warnings.warn(
+            f"Task '{task.name}': free units are not finite before the first step, first in {found}; they were drawn"
+            " anew. What earlier tasks own is as it was.",
+            DivergenceWarning,
+            stacklevel=2,
+        )
 
 
 def check_strategy(trainer: Trainer) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_cf.callbacks.divergence import watch_of
 from lightning_cf.callbacks.heads import Heads
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.contexts import seeded
 from lightning_cf.errors import ContinualError, check_choice
 from lightning_cf.inferring import (
     choose_strategies,
+    finite_samples,
     inference_of,
     keep_inference,
     view_of,
@@ -86,7 +88,11 @@ class TaskInferenceCallback(ContinualCallback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Scales the heads' loss as the module's own is scaled."""
+        super().on_before_backward(trainer, pl_module, loss)
         if self._heads is not None:
+            watch = watch_of(trainer)
+            if watch is not None:
+                watch.see(self._heads.loss)
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._weigh(trainer, pl_module, 1.0 if scaler is None else float(scaler.get_scale()))
 
@@ -94,6 +100,7 @@ class TaskInferenceCallback(ContinualCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The heads take a step where the module took one."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._heads is not None:
             self._heads.end_batch()
             if trainer.global_step > self._heads.stepped:
@@ -107,6 +114,7 @@ class TaskInferenceCallback(ContinualCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the heads into the ledger, where the seal finds them."""
+        super().on_train_end(trainer, pl_module)
         self._keep(pl_module)
         idle = [] if self._heads is None else self._heads.idle()
         if idle:
@@ -119,10 +127,12 @@ class TaskInferenceCallback(ContinualCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets go."""
+        super().teardown(trainer, pl_module, stage)
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lets go; teardown does not run after an exception."""
+        super().on_exception(trainer, pl_module, exception)
         self._release()
 
     def settings(self) -> dict[str, Any]:
@@ -150,7 +160,7 @@ class TaskInferenceCallback(ContinualCallback):
             found = view_of(module, task, sites, task.train_dataloader(), 2000)
         if found is None:
             return
-        view, labels = found
+        view, labels = finite_samples(found, task, quiet=True)
         if not inference.unit and view.inputs is not None:
             inference.unit = float(view.inputs.var(dim=0).mean().nan_to_num(1.0).clamp_min(1e-12))
             if trainer.world_size > 1:

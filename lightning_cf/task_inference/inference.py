@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.finite import not_finite, rows_finite
 from lightning_cf.task_inference.combined import STRATEGIES
 from lightning_cf.task_inference.readout import Readout, View, read
 from lightning_cf.task_inference.sites import Sites
@@ -132,6 +133,13 @@ class TaskInference:
             known.fitted[name] = {key: value.detach().cpu() for key, value in fitted.items()}
             spread = score.std(correction=0).clamp_min(1e-6)
             known.calibration[name] = torch.stack([score.mean(), spread, score.quantile(REJECTED)]).cpu()
+            kept = {**known.fitted[name], "calibration": known.calibration[name]}
+            bad = not_finite(kept)
+            if bad:
+                raise ContinualError(
+                    f"task_inference={name}: what is kept of task '{known.name}' is not finite ({bad[0]}), found on"
+                    f" {len(labels)} samples of it. Give the task more data, or choose another strategy."
+                )
 
     def infer(self, readout: Readout, strategy: str | None = None) -> Inferred:
         """Scores every known task; in float32, in whatever precision the network ran.
@@ -167,26 +175,55 @@ class TaskInference:
         probabilities = chosen.probabilities(found, spread, threshold)
         return Inferred(found, probabilities, torch.stack(classes, dim=1), tuple(within))
 
-    def predict(self, readout: Readout, width: int, strategy: str | None = None) -> Prediction:
+    def predict(
+        self,
+        readout: Readout,
+        width: int,
+        strategy: str | None = None,
+        *,
+        none: Bool[Tensor, "batch"] | None = None,
+    ) -> Prediction:
         """Class, distribution, task and score of each sample.
+
+        A sample that is not finite, in the first layer's input or in the outputs of a task, is none of the known, with
+        the lowest score.
 
         Args:
             readout: of a batch.
             width: how many classes there are, seen or not.
             strategy: another one than the first.
+            none: samples that are none of the known, whatever they look like.
         """
-        inferred = self.infer(readout, strategy)
-        batch, none = len(inferred.scores), len(self.tasks)
+        inferred = self._without(self.infer(readout, strategy), readout, none)
+        batch, none_of = len(inferred.scores), len(self.tasks)
         best = inferred.probabilities.argmax(dim=1)
-        known = best.clamp_max(none - 1)
-        classes = inferred.classes.gather(1, known[:, None])[:, 0].masked_fill(best == none, -1)
+        known = best.clamp_max(none_of - 1)
+        classes = inferred.classes.gather(1, known[:, None])[:, 0].masked_fill(best == none_of, -1)
         probabilities = inferred.probabilities.new_zeros(batch, width + 1)
         probabilities[:, -1] = inferred.probabilities[:, -1]
         for number, (task, within) in enumerate(zip(self.tasks, inferred.within, strict=True)):
             columns = torch.tensor(task.classes, device=within.device)
             probabilities.index_add_(1, columns, inferred.probabilities[:, number : number + 1] * within)
-        tasks = best.masked_fill(best == none, -1)
+        tasks = best.masked_fill(best == none_of, -1)
         return Prediction(classes, probabilities, tasks, inferred.scores.amax(dim=1))
+
+    def _without(self, found: Inferred, readout: Readout, none: Tensor | None) -> Inferred:
+        """The same scores; what is not finite has a probability of one for none, and no other."""
+        own = torch.cat([task.sites.outputs for task in self.tasks]).to(readout.outputs.device)
+        parts = [readout.outputs[:, own], found.probabilities, *([] if readout.inputs is None else [readout.inputs])]
+        strange = ~rows_finite(parts)
+        strange = strange if none is None else strange | none.to(strange.device)
+        if not bool(strange.any()):
+            return found
+        certain = torch.zeros_like(found.probabilities[0])
+        certain[-1] = 1
+        here = strange[:, None]
+        return replace(
+            found,
+            scores=found.scores.masked_fill(here, -torch.inf),
+            probabilities=torch.where(here, certain, found.probabilities),
+            within=tuple(torch.where(here, 0, within) for within in found.within),
+        )
 
     def read(self, module: nn.Module, run: Callable[[Any], Any], batch: Any, strategy: str | None = None) -> Readout:
         """Runs the network on a batch, and on what else the strategies want of it, and reads what the tasks look at.

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.finite import rows_finite
 from lightning_cf.structure import eval_mode
 from lightning_cf.task_inference.sites import Sites
 
@@ -94,6 +95,14 @@ class View:
         others = {name: view.part(chosen) for name, view in self.others.items()}
         logits = self.logits[chosen]
         return replace(self, inputs=inputs, hidden=hidden, before=before, logits=logits, others=others)
+
+    def finite(self) -> Bool[Tensor, "batch"]:
+        """Of which samples everything in it is finite."""
+        parts = [self.logits, *self.hidden, *self.before, *([] if self.inputs is None else [self.inputs])]
+        fine = rows_finite(parts)
+        for view in self.others.values():
+            fine = fine & view.finite()
+        return fine
 
     @classmethod
     def joined(cls, views: Iterable[View]) -> View:

@@ -1,0 +1,316 @@
+"""Stops a fit that diverges before anything is claimed or stored, and puts back what was there before it.
+
+A loss that is not finite makes it look: where the weights and statistics after the step are finite all the same, the
+step was skipped (a gradient scaler does so) or somebody mended the gradients, and the fit goes on. Else it stops. On a
+CPU each loss is looked at; a GPU, or other processes, are asked every ``LOOK`` batches. Whatever the losses say, the
+weights are looked at when an epoch or the fit ends, and before a checkpoint is written.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_cf.errors import ContinualError, DivergenceError, DivergenceWarning
+from lightning_cf.finite import Snapshot, described, not_finite
+from lightning_cf.state import ContinualState, state_of
+
+LOOK = 25
+"""After how many batches a GPU, or other processes, are asked whether a loss was not finite."""
+
+LOST = 100
+"""How many losses in a row may be none while steps are skipped; a gradient scaler needs less than 20 to recover."""
+
+NONE = torch.iinfo(torch.int64).max
+
+
+class WatchingCallback(Callback):
+    """Base of our callbacks: the first of them in a Trainer's list watches the fit, for all of them."""
+
+    _watch: Watch | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins to watch."""
+        state = state_of(pl_module)
+        ours = (c for c in trainer.callbacks if isinstance(c, WatchingCallback))  # type: ignore[attr-defined]
+        if state is not None and next(ours) is self:
+            self._watch = Watch(trainer, pl_module, state)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Sees each loss, also where the optimisation is manual and the training step returns none."""
+        if self._watch is not None:
+            self._watch.see(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where a loss was not finite, looks how far the gradients are."""
+        if self._watch is not None:
+            self._watch.see_gradients()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stops a fit that diverged; before anything else of ours is done at a batch's end."""
+        if self._watch is not None:
+            self._watch.end_batch(outputs, batch)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at the weights."""
+        if self._watch is not None:
+            self._watch.look(everything=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at the weights, before a phase ends."""
+        if self._watch is not None:
+            self._watch.look(everything=True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at the weights that other callbacks, such as averages, left."""
+        if self._watch is not None:
+            self._watch.look(everything=True)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Looks at the weights: no checkpoint holds any that are not finite."""
+        if self._watch is not None:
+            self._watch.look(everything=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Where numbers are not finite, however the fit ended, puts back what the phase began with."""
+        if self._watch is not None:
+            watch, self._watch = self._watch, None
+            watch.put_back(exception)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Watches no more."""
+        if self._watch is not None:
+            self._watch.state.safe = None
+            self._watch = None
+
+
+def watch_of(trainer: Trainer) -> Watch | None:
+    """What watches a Trainer's fit now."""
+    ours = (c._watch for c in trainer.callbacks if isinstance(c, WatchingCallback))  # type: ignore[attr-defined]
+    return next((watch for watch in ours if watch is not None), None)
+
+
+@dataclass
+class Seen:
+    """A loss that is not finite.
+
+    Attributes:
+        total: number of its batch, counted over the fit.
+        step: optimiser steps before it.
+        epoch: number of its epoch.
+        batch: its number in the epoch.
+        loss: the loss, where it was seen at once.
+        late: what of the weights was not finite already.
+        gradients: what of the gradients is not finite; None where they were not looked at.
+        input: whether the batch itself holds such numbers.
+    """
+
+    total: int
+    step: int
+    epoch: int
+    batch: int
+    loss: float | None = None
+    late: str = ""
+    gradients: list[str] | None = None
+    input: bool = False
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return f"step {self.step + 1} (global_step {self.step}, epoch {self.epoch}, batch {self.batch})"
+
+
+class Watch:
+    """What is known of one fit's numbers.
+
+    Args:
+        trainer: the fit's.
+        module: the network.
+        state: what is kept beside it; its ``safe`` is what a fit that diverges goes back to.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, state: ContinualState) -> None:
+        self.trainer, self.module, self.state = trainer, module, state
+        self.on_device = module.device.type != "cpu"
+        self.at_once = trainer.world_size == 1 and not self.on_device
+        self.first: Seen | None = None
+        self.places: dict[int, Seen] = {}
+        self.lost: Tensor | int = 0
+        self.device_first: Tensor | None = None
+        state.safe = Snapshot.of(module)
+
+    def see(self, loss: Any) -> None:
+        """Takes note of a loss."""
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            return
+        bad = ~loss.detach().isfinite().all()
+        if not self.on_device:
+            self.lost = int(self.lost) + 1 if bad else 0
+            if bool(bad) and self.first is None:
+                self.first = self._now()
+                if self.at_once:
+                    self.first.loss = float(loss.detach()) if loss.numel() == 1 else None
+                    parameters = dict(self.module.named_parameters())
+                    self.first.late = self._described({n: p for n, p in self._tensors().items() if n in parameters})
+        else:
+            none = torch.full((), NONE, device=bad.device)
+            known = none if self.device_first is None else self.device_first
+            self.device_first = torch.where(bad & (known == NONE), self.trainer.fit_loop.total_batch_idx, known)
+            self.lost = torch.where(bad, self.lost + 1, 0)
+        if not self.at_once:
+            now = self._now()
+            self.places.setdefault(now.total, now)
+
+    def see_gradients(self) -> None:
+        """Takes note of the gradients of a loss that is not finite, before anybody mends them."""
+        if self.at_once and self.first is not None and self.first.gradients is None:
+            found = {n: p.grad for n, p in self._tensors().items() if p.grad is not None}
+            self.first.gradients = not_finite(found)
+
+    def end_batch(self, outputs: Any, batch: Any) -> None:
+        """Looks, where that is due.
+
+        Raises:
+            DivergenceError: if the fit diverged.
+            ContinualError: after the first batch, if masked outputs make the loss infinite.
+        """
+        total = self.trainer.fit_loop.total_batch_idx
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if total == 0 and self.state.shown is not None and isinstance(loss, Tensor) and bool(loss.isinf().any()):
+            raise ContinualError(
+                "masking: the loss of the first batch is infinite. While a task trains, the outputs of other tasks"
+                " hold the lowest number: label smoothing, squared errors, penalties on logits cannot take it."
+                " Use MaskedGradientCallback(mask_outputs=False), or a loss over the task's own outputs."
+            )
+        if not self.module.automatic_optimization:
+            self.see(loss)  # its backward pass may have been hidden from us
+        if self.first is not None and self.first.total == total and self.at_once:
+            leaves = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point()]
+            self.first.input = not all(bool(x.isfinite().all()) for x in leaves)
+        due = self.first is not None if self.at_once else (total + 1) % LOOK == 0
+        if due or self._stored_now():
+            self.look()
+
+    def look(self, *, everything: bool = False) -> None:
+        """Looks at the weights where a loss was not finite, or whatever the losses were; on every process alike.
+
+        Raises:
+            DivergenceError: if the fit diverged.
+        """
+        first = self._agreed_first()
+        if first is None and not everything:
+            return
+        names = not_finite(self._tensors())
+        if self._any(bool(names)):
+            raise DivergenceError(self._message(first, names))
+        if first is not None and self.trainer.global_step > first.step:
+            if first.gradients == [] and self.module.automatic_optimization and not self._scales():
+                raise DivergenceError(self._message(first, []))
+            self.first = self.device_first = None  # the step was skipped, or its gradients were mended
+            self.places = {}
+        if everything and not self._any(int(self.lost) < LOST):
+            raise DivergenceError(
+                f"{self._who()}: none of the last {int(self.lost)} losses is finite, and the steps were skipped."
+                f" {_WAY_OUT}"
+            )
+
+    def put_back(self, exception: BaseException) -> None:
+        """Makes the network what it was when the phase began, if some of its numbers are not finite."""
+        self.state.undisturb()
+        found = self._described(self._tensors())
+        if self.state.safe is not None and (found or isinstance(exception, DivergenceError)):
+            self.state.safe.put_back(self.module)
+            if not isinstance(exception, DivergenceError):
+                warnings.warn(
+                    f"{self._who()}: the fit ended by {type(exception).__name__} when the network was not finite, first"
+                    f" in {found}. It is again what it was when this phase began.",
+                    DivergenceWarning,
+                    stacklevel=2,
+                )
+        self.state.safe = None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return self.state.watched(self.module)
+
+    def _described(self, tensors: Mapping[str, Tensor]) -> str:
+        names = not_finite(tensors)
+        return described(names, tensors) if names else ""
+
+    def _now(self) -> Seen:
+        trainer, loop = self.trainer, self.trainer.fit_loop
+        return Seen(loop.total_batch_idx, trainer.global_step, trainer.current_epoch, loop.batch_idx)
+
+    def _stored_now(self) -> bool:
+        """Whether a checkpoint that asks no callback may be written at this batch's end."""
+        step = self.trainer.global_step
+        every = [getattr(c, "_every_n_train_steps", 0) for c in self.trainer.checkpoint_callbacks]
+        return not self.at_once and any(n and step % n == 0 for n in every)
+
+    def _scales(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def _agreed_first(self) -> Seen | None:
+        """The first loss that was not finite, on any process."""
+        total = NONE if self.first is None else self.first.total
+        if self.device_first is not None:
+            total = min(total, int(self.device_first))
+        if self.trainer.world_size > 1:
+            agreed = torch.tensor(total, device=self.module.device)
+            torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN)
+            total = int(agreed)
+        if total == NONE:
+            self.places = {}
+            return None
+        if self.first is None or self.first.total != total:
+            self.first = self.places.get(total) or self._now()
+        return self.first
+
+    def _any(self, flag: bool) -> bool:
+        if self.trainer.world_size == 1:
+            return flag
+        found: bool = self.trainer.strategy.reduce_boolean_decision(flag, all=False)
+        return found
+
+    def _who(self) -> str:
+        tasks, current = self.state.ledger.tasks, self.state.ledger.current
+        if current is None:
+            return "Training"
+        return f"Training of task '{tasks[-1].name}' ({current.phase})"
+
+    def _message(self, first: Seen | None, names: list[str]) -> str:
+        if first is None:
+            where = f"at or before step {self.trainer.global_step} (epoch {self.trainer.current_epoch})"
+        elif first.late:
+            where = f"at or before step {first.step}; the loss of {first.place} was the first that is not finite"
+        else:
+            where = f"at {first.place}"
+        what = []
+        if first is not None:
+            what.append("the loss is not finite" if first.loss is None else f"the loss is {first.loss}")
+            if first.input:
+                what.append("its batch holds numbers that are not finite")
+        if names:
+            what.append(f"the network is not finite, first in {described(names, self._tensors())}")
+        elif first is not None and first.gradients == []:
+            what.append("weights and gradients are finite, the loss alone is not")
+        else:
+            what.append("the network is not finite on another process")
+        return (
+            f"{self._who()} diverged {where}: {'; '.join(what)}. Nothing was claimed or stored since; the network is"
+            f" again what it was when this phase began. {_WAY_OUT}"
+        )
+
+
+_WAY_OUT = (
+    "Lower the learning rate, clip gradients (Trainer(gradient_clip_val=1.0)), or look at that batch and at the loss;"
+    " Trainer(detect_anomaly=True) names the operation."
+)

@@ -1,0 +1,150 @@
+"""Whether the numbers that a network holds are finite, where the first stand that are not, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_cf.errors import DivergenceError
+from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.reinitialise import reinitialise_free
+from lightning_cf.structure import Structure, layer_of, lookup, named_tensors
+
+_MULTIPLIED = {"weight", "scale", "statistic"}
+"""What a tensor is where a number that is not finite makes outputs that are none; masks may well hold -inf."""
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those that hold a number which is not finite, in their order; a device is asked once.
+
+    >>> not_finite({"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan]), "c": torch.tensor([3])})
+    ['b']
+    """
+    found: dict[str, bool] = {}
+    devices: dict[torch.device, list[str]] = {}
+    for name, x in tensors.items():
+        if (x.is_floating_point() or x.is_complex()) and not is_lazy(x):
+            devices.setdefault(x.device, []).append(name)
+    for names in devices.values():
+        values = [tensors[name].detach() for name in names]
+        flags = torch.stack([(x.coalesce().values() if x.is_sparse else x).isfinite().all() for x in values])
+        found |= dict(zip(names, flags.tolist(), strict=True))
+    return [name for name in tensors if not found.get(name, True)]
+
+
+def described(names: Collection[str], tensors: Mapping[str, Tensor]) -> str:
+    """The first of some tensors that are not finite, with its layer, and how many there are.
+
+    >>> described(["net.0.weight"], {"net.0.weight": torch.tensor([1.0, torch.nan])})
+    "layer 'net.0' ('net.0.weight': 1 of 2 numbers are nan)"
+    """
+    first = next(iter(names))
+    x = tensors[first].detach()
+    nan, bad = int(x.isnan().sum()), int((~x.isfinite()).sum())
+    kind = "inf" if nan == 0 else "nan" if nan == bad else "nan or inf"
+    others = f", and {len(names) - 1} tensors behind it" if len(names) > 1 else ""
+    return f"layer '{layer_of(first)}' ('{first}': {bad} of {x.numel()} numbers are {kind}){others}"
+
+
+def in_forward_order(structure: Structure, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, those first that the forward pass meets first."""
+    met = [name for name in structure.entries if name in tensors]
+    return {name: tensors[name] for name in [*met, *(n for n in tensors if n not in structure.entries)]}
+
+
+def infinite_on_purpose(structure: Structure, module: nn.Module) -> frozenset[str]:
+    """Names of tensors of an untrained network that hold infinite numbers and may: masks, bounds, what is unused."""
+    tensors = named_tensors(module)
+    found = set()
+    for name in not_finite(tensors):
+        roles = {use.role for use in structure.entries.get(name, ())}
+        learned = isinstance(tensors[name], nn.Parameter) and bool(tensors[name].isnan().any())
+        if not roles or not (learned or roles & _MULTIPLIED):
+            found.add(name)
+    return frozenset(found)
+
+
+def rows_finite(parts: Iterable[Shaped[Tensor, "rows ..."]]) -> Bool[Tensor, "rows"]:
+    """Which rows are finite in every one of some tensors.
+
+    >>> rows_finite([torch.tensor([[1.0], [torch.inf]]), torch.tensor([1.0, 2.0])]).tolist()
+    [True, False]
+    """
+    fine: Tensor | None = None
+    for x in parts:
+        rows = x.reshape(len(x), -1).isfinite().all(dim=1)
+        fine = rows if fine is None else fine & rows.to(fine.device)
+    assert fine is not None
+    return fine
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A network's numbers at one moment, in the CPU's memory.
+
+    Attributes:
+        values: parameters and buffers by name.
+    """
+
+    values: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Snapshot:
+        """The numbers of now."""
+        tensors = named_tensors(module).items()
+        return cls({name: x.detach().to("cpu", copy=True) for name, x in tensors if not is_lazy(x)})
+
+    @torch.no_grad()
+    def put_back(self, module: nn.Module) -> None:
+        """Makes them the network's again."""
+        for name, tensor in named_tensors(module).items():
+            kept = self.values.get(name)
+            if kept is not None and kept.shape == tensor.shape:
+                tensor.copy_(kept)
+
+
+@torch.no_grad()
+def mend_free(
+    module: nn.Module, structure: Structure, ledger: NeuronLedger, names: Collection[str], *key: int | str
+) -> None:
+    """Draws anew what is not finite and no task's own, as a seal does; zero where a layer has no such method.
+
+    Args:
+        module: the network, in place.
+        structure: its structure.
+        ledger: says what is free; the current task's outputs count while it learns.
+        names: the tensors that are not finite, in the order of the forward pass.
+        key: what is drawn depends on.
+
+    Raises:
+        DivergenceError: if some of these numbers belong to a task, or there is none that is worth the mending.
+    """
+    owner = ledger.owner_of_units(structure)
+    learning = ledger.current is not None and ledger.current.phase == "learn"
+    open_ = (owner == FREE) | (learning & (owner == len(ledger.tasks) - 1))
+    tensors = named_tensors(module)
+    for name in names:
+        mask = torch.zeros(tensors[name].shape, dtype=torch.bool)
+        uses = structure.entries.get(name, ())
+        if uses and len(ledger.tasks) > 1:
+            mask = torch.stack([lookup(use.target, open_, none=False).expand(mask.shape) for use in uses]).all(dim=0)
+        if bool((~tensors[name].isfinite().cpu() & ~mask).any()):
+            whose = "what its tasks own" if len(ledger.tasks) > 1 else "it"
+            raise DivergenceError(
+                f"{type(module).__name__} is not finite before the first step, in {whose}:"
+                f" {described([name], tensors)}. It was loaded so, or trained so before. Load weights from before that."
+            )
+    before = {name: x.detach().clone() for name, x in tensors.items()}
+    reinitialise_free(module, structure, ledger, *key)
+    for name, x in tensors.items():
+        if name in names:
+            last = torch.ones(()) if name.endswith("running_var") else torch.zeros(())
+            drawn = torch.where(x.isfinite(), x, last.to(x))
+            x.copy_(torch.where(before[name].isfinite(), before[name], drawn))
+        else:
+            x.copy_(before[name])
