@@ -134,7 +134,7 @@ class Copies(Callback):
         self.look("checkpoint", module)
 
 
-@pytest.mark.parametrize("strategy", ["reconstruction_logits", "neither"])
+@pytest.mark.parametrize("strategy", ["reconstruction_logits", pytest.param("neither", marks=pytest.mark.slow)])
 def test_copies_made_in_a_fit_compute_what_the_weights_compute(strategy, tmp_path):
     module, copies = Plain(network()), []
     for task in sequence():
@@ -273,6 +273,7 @@ def in_a_process(module):
     return plain(module)
 
 
+@pytest.mark.slow
 def test_modules_go_to_other_processes():
     module = Plain(network())
     fit(module, local(True)[0], [*three(), TaskInferenceCallback()], 1)
@@ -361,7 +362,7 @@ def wide():
 LARGE = 500  # entries: every weight, its averages in an optimiser, and no data of a task
 
 
-@pytest.mark.parametrize("method", ["partition", "finetune"])
+@pytest.mark.parametrize("method", [pytest.param("partition", marks=pytest.mark.slow), "finetune"])
 def test_a_run_holds_no_more_memory_after_eight_tasks_than_after_two(method, tmp_path):
     module, tasks, after = wide(), [small(number) for number in range(8)], {}
     runner = SequentialTaskRunner(
