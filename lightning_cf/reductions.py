@@ -72,8 +72,8 @@ class Reduction:
 
     def for_each(self, axis: int, among: Sequence[Int64[Tensor, "_"]], level: Int64[Tensor, "units"]) -> Any:
         """Its result for each unit along an axis, which keeps its size: over the units in ``among[level]`` of each."""
-        # With one more dim behind, so that it is not found, and taken by owners, in here again: compiled code of debugging
-        # backends runs it where the module's own forward pass is looked at.
+        # With one more dim behind, so that it is not found, and taken by owners, in here again: compiled code of
+        # debugging backends runs it where the module's own forward pass is looked at.
         behind = self._one_behind()
         found = [behind._statistic(axis - 1, units) for units in among]
         parts = zip(*found, strict=True) if isinstance(found[0], tuple) else [found]
