@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.freezing import FrozenEntries
+from lightning_cf.lightning_api import LightningModule, StochasticWeightAveraging, Trainer, WeightAveraging
 from lightning_cf.structure import named_tensors
 
 

@@ -6,13 +6,12 @@ import warnings
 from functools import partial
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError, ContinualWarning
 from lightning_cf.evaluation import predict
 from lightning_cf.inferring import Kept, bare_heads, positions_of, watch_task, why_no_labels
+from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.rehearsal import rehearse
 from lightning_cf.state import ContinualState
 from lightning_cf.structure import eval_mode

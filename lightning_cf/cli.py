@@ -19,9 +19,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +26,7 @@ from lightning_cf import stopping
 from lightning_cf.errors import ContinualError, RunWarning, check_choice, check_count, check_text, printable
 from lightning_cf.files import read_json, write_atomically, write_json
 from lightning_cf.identity import VARIABLE, differences
+from lightning_cf.lightning_api import MisconfigurationException, Trainer, isolate_rng
 from lightning_cf.preflight import check_root
 from lightning_cf.progress_bar import RunBar
 from lightning_cf.report import print_summary, write_pictures, write_unit_pictures

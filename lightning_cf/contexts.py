@@ -8,9 +8,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.randomness import derive_seed
 
 

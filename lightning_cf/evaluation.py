@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_cf.errors import ContinualError, DataWarning
+from lightning_cf.lightning_api import LightningModule
 from lightning_cf.structure import eval_mode, in_precision_of
 from lightning_cf.targets import (
     IGNORED,

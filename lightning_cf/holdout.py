@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.data import _is_dataloader_shuffled
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from lightning_cf.lightning_api import _is_dataloader_shuffled
 from lightning_cf.randomness import derive_seed, keyed_generator
 from lightning_cf.reading import resample
 

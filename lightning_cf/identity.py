@@ -11,15 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -28,6 +19,17 @@ from torchmetrics import Metric
 from lightning_cf.contexts import seeded
 from lightning_cf.describing import UNKNOWN, describe, is_library, made_from, sketch, without_address
 from lightning_cf.errors import ContinualError
+from lightning_cf.lightning_api import (
+    BaseFinetuning,
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LightningModule,
+    StochasticWeightAveraging,
+    Trainer,
+    WeightAveraging,
+    isolate_rng,
+)
 from lightning_cf.tasks import Task, supervised
 
 FIXED = ("method", "isolation", "order", "tasks", "parameters", "network")

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int64
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -20,6 +18,7 @@ from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarn
 from lightning_cf.evaluation import forward_context, on_device, predict
 from lightning_cf.finite import rows_finite
 from lightning_cf.ledger import NeuronLedger
+from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.state import ContinualState, ledger_of
 from lightning_cf.structure import call, in_precision_of
 from lightning_cf.targets import one_hot_labels

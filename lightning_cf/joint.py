@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.holdout import PartSampler
+from lightning_cf.lightning_api import LightningDataModule
 from lightning_cf.outputs import OutputView
 from lightning_cf.tasks import Task
 

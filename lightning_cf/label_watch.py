@@ -6,10 +6,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.loaders import pairs_in
 from lightning_cf.state import ledger_of
 from lightning_cf.targets import labels_of, left_out

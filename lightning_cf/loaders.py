@@ -8,16 +8,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.data import _replace_dunder_methods
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_cf.errors import ContinualError, DataWarning
 from lightning_cf.holdout import Split, split
+from lightning_cf.lightning_api import (
+    CombinedLoader,
+    LightningDataModule,
+    _replace_dunder_methods,
+    is_overridden,
+    isolate_rng,
+)
 from lightning_cf.reading import Limits, Reading, flat, several, side_by_side
 from lightning_cf.streams import reads_once
 from lightning_cf.targets import labels_of, left_out, strange

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
 from lightning_cf.errors import ContinualError, LedgerWarning, check_kind
 from lightning_cf.inferring import predict_any
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
+from lightning_cf.lightning_api import Callback, LightningModule, check_same_lightning
 from lightning_cf.state import keep_ledger, ledger_of, state_for
 from lightning_cf.task_inference import Prediction
 from lightning_cf.tasks import Task
@@ -49,6 +49,7 @@ class ContinualModule(LightningModule):
         if cls is not ContinualModule:
             return super().__new__(cls)
         module = args[0] if args else kwargs.get("module")
+        check_same_lightning("ContinualModule", module)
         if not isinstance(module, LightningModule):
             raise ContinualError(
                 f"ContinualModule wraps a LightningModule, got {type(module).__name__};"

@@ -9,12 +9,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.structure import in_precision_of
 
 

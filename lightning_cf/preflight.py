@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
-
 from lightning_cf.callbacks import (
     InvarianceCallback,
     MaskedGradientCallback,
@@ -19,6 +16,7 @@ from lightning_cf.callbacks import (
 from lightning_cf.errors import CapacityError, ContinualError, check_kind, check_list
 from lightning_cf.files import load_tensors
 from lightning_cf.ledger import CHECKPOINT_KEY
+from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.reading import Limits
 from lightning_cf.state import ContinualState
 from lightning_cf.task_inference import Strategy

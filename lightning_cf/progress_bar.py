@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
+from lightning_cf.lightning_api import Callback, LightningModule, Trainer
 from lightning_cf.stopping import check_stopped, take_signals
 
 

@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from lightning_cf.errors import DataWarning
+from lightning_cf.lightning_api import CombinedLoader, Trainer, sized_len
 
 WITHOUT_LENGTH = 50_000
 """How many samples of a loader that has no length, and for which the Trainer has no limit, are read at most."""

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Int64
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import forward_context, on_device, predict
 from lightning_cf.inferring import Kept, input_of, positions_of, view_of, watch_task, why_no_labels
 from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.state import ContinualState
 from lightning_cf.structure import call, eval_mode, same_state

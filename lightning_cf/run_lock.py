@@ -12,10 +12,10 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from filelock import SoftFileLease, Timeout
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from lightning_cf.errors import ContinualError, RunWarning
 from lightning_cf.files import read_json, write_json, writing
+from lightning_cf.lightning_api import SLURMEnvironment
 
 LEASE = 120.0
 """Seconds without a sign of life after which a run on another machine counts as dead."""

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_cf.errors import ContinualWarning, printable
+from lightning_cf.lightning_api import PossibleUserWarning
 from lightning_cf.progress_bar import RunBar
 
 LOG = "warnings.log"

@@ -11,9 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
-
 from lightning_cf.callbacks import (
     InvarianceCallback,
     MaskedGradientCallback,
@@ -40,6 +37,7 @@ from lightning_cf.identity import (
 from lightning_cf.inferring import highest_output, inference_of
 from lightning_cf.joint import JointTask
 from lightning_cf.ledger import ISOLATIONS, Isolation
+from lightning_cf.lightning_api import Callback, LightningModule, Trainer, isolate_rng
 from lightning_cf.module import ContinualModule
 from lightning_cf.noting import noting
 from lightning_cf.precision import check_inputs

@@ -7,15 +7,14 @@ import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_cf.errors import ContinualError, DataWarning
 from lightning_cf.evaluation import Scorer, judge
+from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.reading import samples_in
 from lightning_cf.structure import eval_mode
 from lightning_cf.targets import finite, labels_of, strange
-from lightning_cf.tasks import Task
+from lightning_cf.tasks import Task, supervised
 from lightning_cf.training_batches import settle
 
 SCANNED = 2048
@@ -93,10 +92,10 @@ def _cannot(scorer: Scorer, error: Exception) -> ContinualError:
             f"Task '{name}' cannot be scored: {error} That is what its metric says{shapes}. Give the task"
             " evaluate=lambda module, batch: (predictions, target) and metric=... that fit each other."
         )
-    return ContinualError(
-        f"Task '{name}' cannot be scored: its evaluate says: {error} Give the task"
-        " evaluate=lambda module, batch: (predictions, target)."
-    )
+    advice = "Give the task evaluate=lambda module, batch: (predictions, target)."
+    if scorer.task.evaluate is not supervised:
+        advice = "It must give predictions and target of a batch, whose shapes are those of its loaders."
+    return ContinualError(f"Task '{name}' cannot be scored: its evaluate says: {error} {advice}")
 
 
 def _to_be_looked_at(task: Task, batch: Any) -> bool:

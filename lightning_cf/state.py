@@ -13,9 +13,6 @@ from weakref import ReferenceType, ref
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,6 +23,7 @@ from lightning_cf.evaluation import on_device
 from lightning_cf.finite import Snapshot, described, in_forward_order, infinite_on_purpose, not_finite
 from lightning_cf.foreign_heads import check_foreign_heads
 from lightning_cf.ledger import Isolation, NeuronLedger
+from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.outcome import Outcome
 from lightning_cf.outputs import OutputView, head_of, heads_of

@@ -8,8 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_cf.claim_folding import cut_claimed
@@ -19,6 +17,7 @@ from lightning_cf.evaluation import judge, predict
 from lightning_cf.fingerprints import keep_fingerprints
 from lightning_cf.inferring import remember_task
 from lightning_cf.ledger import NeuronLedger
+from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.options import PartitionOptions
 from lightning_cf.probe import probe
 from lightning_cf.randomness import derive_seed

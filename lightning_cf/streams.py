@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_cf.lightning_api import isolate_rng
 from lightning_cf.reading import flat, several
 
 _ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_cf.errors import ContinualError, check_function, check_kind, check_list, check_share, check_text
+from lightning_cf.lightning_api import LightningDataModule, LightningModule, check_same_lightning, is_overridden
 from lightning_cf.loaders import STAGES, Loaders
 from lightning_cf.reading import Reading
 from lightning_cf.targets import labels_of, left_out, strange
@@ -90,6 +89,7 @@ class Task(LightningDataModule):
         if holdout == 1:
             raise ContinualError(f"Task '{name}': holdout=1 leaves nothing to train on; keep it below 1.")
         self.task_loaders = Loaders(self)
+        check_same_lightning(f"Task '{name}'", data)
         self.data = data if isinstance(data, LightningDataModule) else _Loaders(name, data)
         # Lightning asks of each hook whether it is overridden, so only those that the data overrides are passed on.
         for hook in _HOOKS:

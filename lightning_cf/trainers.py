@@ -7,12 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
 from lightning_cf.callbacks.session import ContinualCallback
 from lightning_cf.errors import ContinualError, check_list
+from lightning_cf.lightning_api import (
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    SIGTERMException,
+    Trainer,
+    _SubprocessScriptLauncher,
+    check_same_lightning,
+)
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -30,6 +35,7 @@ def make_trainer(factory: MakeTrainer, *, max_epochs: int, callbacks: Sequence[C
         raise
     except Exception as error:  # whatever Lightning says to its options, or a factory of the user's own
         raise ContinualError(f"runner: the trainer cannot be made: {error}") from error
+    check_same_lightning("runner", trainer)
     if not isinstance(trainer, Trainer):
         raise ContinualError(f"runner: trainer must make a Trainer from keywords, but made a {type(trainer).__name__}.")
     if trainer.fast_dev_run:  # type: ignore[attr-defined]

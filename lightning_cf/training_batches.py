@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import predict
+from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.loaders import pairs_in
 from lightning_cf.structure import eval_mode
 from lightning_cf.tasks import Task, supervised

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_cf.lightning_api import ModelCheckpoint, Trainer
 
 
 def discount_scores(trainer: Trainer) -> None:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError, DivergenceError, DivergenceWarning
 from lightning_cf.finite import Snapshot, described, not_finite
+from lightning_cf.lightning_api import Callback, LightningModule, Trainer
 from lightning_cf.state import ContinualState, state_of
 
 LOOK = 25

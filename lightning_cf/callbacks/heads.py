@@ -10,14 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_cf.hooks import Hook
 from lightning_cf.inferring import positions_of
+from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.outputs import column_axis
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.structure import eval_mode, layer_of

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_cf.callbacks.session import ContinualCallback
@@ -16,6 +14,7 @@ from lightning_cf.directions import DirectionLearner
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, check_count
 from lightning_cf.ledger import FREE
+from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.perturbation import Perturbation, Resample, check_perturbation
 from lightning_cf.randomness import keyed_generator
 from lightning_cf.state import ContinualState, state_of

@@ -6,13 +6,12 @@ import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError, LedgerWarning
 from lightning_cf.fingerprints import Difference, differences
 from lightning_cf.ledger import NeuronLedger
+from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.outputs import fit_head
 from lightning_cf.state import keep_ledger, ledger_of
 from lightning_cf.structure import Structure, named_tensors

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_cf.averaging import exact_averages
@@ -19,6 +17,7 @@ from lightning_cf.describing import describe
 from lightning_cf.errors import ContinualError, ContinualWarning, FrozenWarning, check_flag
 from lightning_cf.freezing import Freezer, FrozenEntries
 from lightning_cf.ledger import FREE
+from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
 from lightning_cf.projection import Projection
 from lightning_cf.state import ContinualState, ledger_of, state_for, state_of
 from lightning_cf.structure import UnitGroup, named_tensors

@@ -7,8 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any, Unpack
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_cf.averaging import restart_averages, take_averages
@@ -28,6 +26,7 @@ from lightning_cf.errors import (
 )
 from lightning_cf.exactness import check_exact
 from lightning_cf.ledger import ISOLATIONS, Isolation
+from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
 from lightning_cf.options import PartitionKeywords, PartitionOptions
 from lightning_cf.recording import TaskFolders
 from lightning_cf.scoring_check import check_scoring

@@ -7,12 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_cf.averaging import check_averaging
 from lightning_cf.callbacks.divergence import WatchingCallback
@@ -23,6 +17,17 @@ from lightning_cf.fingerprints import keep_fingerprints
 from lightning_cf.finite import described, mend_free, not_finite
 from lightning_cf.label_watch import watch_of
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
+from lightning_cf.lightning_api import (
+    DDPStrategy,
+    LightningModule,
+    ModelPruning,
+    SingleDeviceStrategy,
+    Trainer,
+    TrainerFn,
+    _MultiProcessingLauncher,
+    check_same_lightning,
+    is_overridden,
+)
 from lightning_cf.module import ContinualModule
 from lightning_cf.precision import check_inputs
 from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
@@ -46,6 +51,8 @@ class ContinualCallback(WatchingCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work, before anything runs; sets the task's outputs aside."""
+        for thing in (trainer, pl_module):
+            check_same_lightning(type(self).__name__, thing)
         if self._leads(trainer):
             take_up_ledgers(trainer, pl_module)
             known = ledger_of(pl_module)

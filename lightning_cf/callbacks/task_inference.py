@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_cf.callbacks.divergence import watch_of
@@ -19,6 +18,7 @@ from lightning_cf.contexts import seeded
 from lightning_cf.describing import describe
 from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_number
 from lightning_cf.inferring import finite_samples, inference_of, keep_inference, look, unseen
+from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.rehearsal import rehearse
 from lightning_cf.state import ContinualState, state_of
 from lightning_cf.task_inference import STRATEGIES, Strategy, TaskInference, register

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int64
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.lightning_api import LightningDataModule
 
 Batch = tuple[Tensor, Tensor]
 Transform = Callable[[Tensor], Tensor]
