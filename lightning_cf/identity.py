@@ -30,6 +30,7 @@ from lightning_cf.lightning_api import (
     WeightAveraging,
     isolate_rng,
 )
+from lightning_cf.loaders import STAGES
 from lightning_cf.tasks import Task, supervised
 
 FIXED = ("method", "isolation", "order", "tasks", "parameters", "network")
@@ -129,16 +130,9 @@ def data_identity(task: Task, *, test: bool) -> dict[str, Any]:
     What reads differently twice in a row, such as an augmentation with a generator of its own, is not known; of a
     random part of a data set the whole is looked at. A stream is not read.
     """
-    stages = {"train": task.data.train_dataloader}
-    if task.has_validation:
-        stages["val"] = task.data.val_dataloader
-    if test and "test_dataloader" in task.__dict__:
-        stages["test"] = task.test_dataloader
-    found = {}
-    for stage, make in stages.items():
-        with seeded("identity", task.name, stage):
-            found[stage] = _loaders(make())
-    return found
+    with seeded("identity", task.name):
+        given = task.task_loaders.given(*(stage for stage in STAGES if test or stage != "test"))
+        return {stage: _loaders(loader) for stage, loader in given.items()}
 
 
 def differences(found: Any, wanted: Any, path: str = "") -> list[tuple[str, Any, Any]]:

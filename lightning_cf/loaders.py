@@ -115,6 +115,10 @@ class Loaders:
         """Test data, if there are any."""
         return self._of_this_task("test") if self._given("test") else None
 
+    def given(self, *stages: str) -> dict[str, Any]:
+        """By stage the loaders as the data give them; what is open is not opened again."""
+        return {stage: self._open(stage).loader for stage in stages if self._given(stage)}
+
     def check(self) -> None:
         """Raises ContinualError for data that cannot be read again."""
         self._readable("train")
