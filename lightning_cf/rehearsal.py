@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import forward_context, on_device, predict
+from lightning_cf.finite import rows_finite
 from lightning_cf.inferring import Kept, input_of, positions_of, view_of, watch_task, why_no_labels
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.lightning_api import LightningModule, isolate_rng
@@ -60,7 +61,7 @@ def rehearse(module: LightningModule, state: ContinualState, task: Task, inferen
 
 def _rehearse(module: LightningModule, state: ContinualState, task: Task, inference: TaskInference) -> None:
     batch = task.check_data()
-    judging = next(iter(task.judging_batches()), batch)
+    batch, judging = _finite(batch), _finite(next(iter(task.judging_batches()), batch))
     for data in (batch, judging):
         predictions, target = predict(module, task, data)
         if positions_of(task.classes or [], target, len(predictions)) is None:
@@ -84,6 +85,17 @@ def _rehearse(module: LightningModule, state: ContinualState, task: Task, infere
         except Exception:  # what it takes is another part of the batch, which nobody can tell
             return
         _predict(kept, module, partial(call, module), x, ledger.width)
+
+
+def _finite(batch: Any) -> Any:
+    """A pair without the samples that are not finite, which the seal leaves out; another batch as it is."""
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
+        return batch
+    x, y = batch
+    if not x.ndim or x.shape[:1] != y.shape[:1] or not x.is_floating_point():
+        return batch
+    fine = rows_finite([x])
+    return batch if bool(fine.all()) or not bool(fine.any()) else (x[fine], y[fine.to(y.device)])
 
 
 def _claim(ledger: NeuronLedger, task: Task) -> None:

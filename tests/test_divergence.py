@@ -582,8 +582,8 @@ class Undefined(MulticlassAccuracy):
 
 
 @pytest.mark.parametrize("isolation", ["exact", "perturb"])
-@pytest.mark.parametrize(("allowed", "when"), [(0, "before its partition"), (1, "after the partition")])
-def test_no_claim_is_judged_by_a_score_that_is_none(allowed, when, isolation):
+@pytest.mark.parametrize("allowed", [1, 2], ids=["before the partition", "after it"])  # the first is before training
+def test_no_claim_is_judged_by_a_score_that_is_none(allowed, isolation):
     module = learned(callbacks=partial(three, isolation=isolation))
     known = task(*SECOND)
     known.metric, Undefined.times, Undefined.allowed = Undefined(), 0, allowed
@@ -594,7 +594,7 @@ def test_no_claim_is_judged_by_a_score_that_is_none(allowed, when, isolation):
         def on_train_epoch_end(self, trainer, pl_module):
             kept.append(copy(pl_module))
 
-    with pytest.raises(ContinualError, match=f"'two-three' scores nan {when}, by which no claim can be judged"):
+    with pytest.raises(ContinualError, match="'two-three': its Undefined is nan on the data that judges its partition"):
         fit(module, known, [Keep(), *three(isolation=isolation)])
     state = state_of(module)
     assert same(module, kept[-1])

@@ -64,7 +64,8 @@ CONFIGURED = [
 @pytest.mark.filterwarnings("ignore:")  # of jsonargparse about itself
 @pytest.mark.parametrize(("name", "options"), CONFIGURED)
 def test_a_parser_of_annotations_makes_the_callbacks(name, options):
-    jsonargparse = pytest.importorskip("jsonargparse")
+    import jsonargparse
+
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(getattr(lightning_cf, name), "callback")
     made = parser.instantiate_classes(parser.parse_object({"callback": options})).callback
