@@ -334,7 +334,6 @@ class SequentialTaskRunner:
                 given = self._host.precision_plugin.convert_input(batch)
                 with on_device(self.module, self._host.strategy.root_device), self.state.showing(self.module, [task]):
                     check_inputs(self._host, self.module, task.name, transferred(self.module, task, given))
-            self.state.check_finite(self.module, "runner: nothing is trained")
             self.take_up()
         except BaseException:
             self.lock.release()
@@ -425,6 +424,7 @@ class SequentialTaskRunner:
         self._initial = getattr(self, "_initial", None) or weights_sha256(self.module)
         self.module.installs_callbacks = False
         state = state_for(self.module, self.tasks[0])
+        state.check_finite(self.module, "runner: nothing is trained")
         if not state.ledger.tasks:
             warn_of_traces(self.module, state.structure)
         state.set_isolation(self.module, self.isolation)

@@ -31,8 +31,10 @@ from lightning_cf import (
     TaskInferenceCallback,
 )
 from lightning_cf.callbacks.divergence import Watch
+from lightning_cf.describing import content_sha256
 from lightning_cf.finite import not_finite
 from lightning_cf.inferring import inference_of
+from lightning_cf.progress import _CONTENT
 from lightning_cf.state import state_of
 from lightning_cf.structure import named_tensors
 
@@ -674,7 +676,8 @@ def test_a_run_stores_no_phase_that_diverged_and_goes_on_from_the_one_before(met
     assert not_finite({n: x for n, x in kept["module"].items() if isinstance(x, torch.Tensor)}) == []
     for path in (tmp_path / "run").rglob("*.ckpt"):
         assert not_finite(torch.load(path, weights_only=True)["state_dict"]) == []
-    result = runner(tmp_path / "run", Net(network="BatchNorm"), method=method).run()
+    healthy = Net(network="BatchNorm")
+    result = runner(tmp_path / "run", healthy, method=method, allow=["hyperparameters"]).run()
     assert result.weights_sha256 == expected.weights_sha256
 
 
@@ -683,7 +686,7 @@ def test_a_folder_that_holds_it_is_refused_by_name(tmp_path):
     path = tmp_path / "state.pt"
     kept = torch.load(path, weights_only=True)
     kept["module"]["net.2.running_var"][1] = NAN
-    torch.save(kept, path)
+    torch.save({**kept, "checksum": content_sha256({key: kept[key] for key in _CONTENT})}, path)
     with pytest.raises(
         ContinualError, match=r"state\.pt holds .* layer 'net\.2' .* diverged in phase 'score' or before"
     ):
