@@ -386,7 +386,7 @@ def test_the_runner_refuses_it_when_it_starts_and_leaves_the_folder_to_others(tm
     assert start("subspaces").state.ledger.tasks == []
     runner = start("auto")  # nothing was learned with the one before
     runner.phase("baseline", runner.score)
-    with pytest.raises(ContinualError, match="holds a run with task_inference="):
+    with pytest.raises(ContinualError, match="holds a run with task_inference"):
         start("subspaces")
 
 
