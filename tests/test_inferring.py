@@ -495,7 +495,7 @@ def test_another_strategy_is_another_run(tmp_path):
     first = sequence_runner(tmp_path, task_inference="energy")
     first.start()
     first.phase("baseline", first.score)
-    with pytest.raises(ContinualError, match="holds a run with task_inference="):
+    with pytest.raises(ContinualError, match="holds a run with task_inference"):
         sequence_runner(tmp_path, task_inference="plain").start()
 
 

@@ -142,7 +142,7 @@ class TaskInferenceCallback(ContinualCallback):
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
-        own = {} if self.strategy not in STRATEGIES else {"made from": describe(STRATEGIES[self.strategy])}
+        own = {} if self.strategy not in STRATEGIES else {"made_from": describe(STRATEGIES[self.strategy])}
         return {**{name: getattr(self, name) for name in ("strategy", "weight", "lr")}, **own}
 
     def _weigh(self, trainer: Trainer, module: LightningModule, scale: float) -> None:
