@@ -90,6 +90,17 @@ def check_tasks(tasks: Sequence[Any], limits: Limits) -> list[Any]:
     return batches
 
 
+def check_classes(state: ContinualState, task: Task) -> None:
+    """Raises ContinualError for classes beyond the head's columns: a run adds columns for classes that return only."""
+    beyond = [label for label in task.classes or [] if label >= state.ledger.width]
+    if beyond and task.outputs is None and task.name not in state.ledger.reserved:
+        raise ContinualError(
+            f"Task '{task.name}' needs output {beyond[0]}, but the output head has {state.ledger.width} columns (0 to"
+            f" {state.ledger.width - 1}). Widen the head, or correct the task's classes. If they are new ones, add them"
+            " before the run: ContinualModule(module).add_task(task)."
+        )
+
+
 def check_widths(state: ContinualState, names: Sequence[str]) -> None:
     """Raises CapacityError for a layer to be partitioned that has fewer units than tasks of these names run it."""
     ran = [group.name for name in names for group in state.structure.groups_on(state.structure.way_of(name))]

@@ -42,6 +42,7 @@ from lightning_cf.module import ContinualModule
 from lightning_cf.noting import noting
 from lightning_cf.precision import check_inputs
 from lightning_cf.preflight import (
+    check_classes,
     check_parts,
     check_root,
     check_tasks,
@@ -431,6 +432,7 @@ class SequentialTaskRunner:
         if self.masking is not None:
             state.set_mask_outputs(self.masking.mask_outputs)
         for task in self.tasks:
+            check_classes(state, task)
             self.module.add_task(task)
             with state.showing(self.module, [task]):
                 check_scoring(self.module, task)
