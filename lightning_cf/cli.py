@@ -109,9 +109,8 @@ def train(config: DictConfig, root: Path) -> dict[str, Any]:
     Returns:
         what ``result.json`` holds.
     """
-    resolved = _checked(config, root)
     with RunBar() as bar, logged_warnings(root, bar):
-        return _train(config, root, resolved, bar)
+        return _train(config, root, _checked(config, root), bar)
 
 
 def _train(config: DictConfig, root: Path, resolved: dict[str, Any], bar: RunBar) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lightning_cf.callbacks import (
     TaskInferenceCallback,
 )
 from lightning_cf.errors import CapacityError, ContinualError, check_kind, check_list
-from lightning_cf.files import load_tensors
+from lightning_cf.files import load_tensors, writing
 from lightning_cf.ledger import CHECKPOINT_KEY
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.reading import Limits
@@ -56,9 +56,13 @@ def listed_tasks(tasks: Any) -> list[Any]:
 
 def check_root(root: Path) -> None:
     """Raises ContinualError for a folder that cannot be made, since a file is in the way or nothing may be written."""
-    there = next(place for place in (root, *root.absolute().parents) if place.exists())
+    with writing(root):
+        there = next(place for place in (root, *root.absolute().parents) if place.exists())
     if not there.is_dir():
-        raise ContinualError(f"runner: root={str(root)!r} cannot be a folder: {there} is a file. Choose another.")
+        raise ContinualError(
+            f"runner: root={str(root)!r} cannot be a folder: {there} is a file, where a folder is needed. Choose"
+            " another."
+        )
     if not os.access(there, os.W_OK):
         raise ContinualError(f"runner: root={str(root)!r} cannot be written: {there} is read-only for this user.")
 

@@ -27,6 +27,7 @@ from lightning_cf.task_inference.inference import variants_of
 from lightning_cf.task_inference.trained import Trained, heads_of
 from lightning_cf.task_inference.variants import VARIANTS, differs, strange
 from lightning_cf.tasks import Task
+from lightning_cf.training_batches import first_batch
 
 FEW = 1024
 """How many samples a strategy gets that cannot be fitted on a batch: the batch again and again."""
@@ -60,7 +61,7 @@ def rehearse(module: LightningModule, state: ContinualState, task: Task, inferen
 
 
 def _rehearse(module: LightningModule, state: ContinualState, task: Task, inference: TaskInference) -> None:
-    batch = task.check_data()
+    batch = first_batch(module, task)
     batch, judging = _finite(batch), _finite(next(iter(task.judging_batches()), batch))
     for data in (batch, judging):
         predictions, target = predict(module, task, data)
@@ -99,7 +100,12 @@ def _finite(batch: Any) -> Any:
 
 
 def _claim(ledger: NeuronLedger, task: Task) -> None:
-    """Half of the free units, at random, of each group that is partitioned; all of the others."""
+    """Half of the free units, at random, of each group that is partitioned; all of the others.
+
+    A task that has its claim keeps it.
+    """
+    if ledger.current is not None and ledger.current.phase == "invariance":
+        return
     claimed = {}
     for name, owner in ledger.owners.items():
         free = (owner == FREE).nonzero().flatten()

@@ -315,7 +315,6 @@ class SequentialTaskRunner:
 
     def _start(self) -> None:
         check_root(self.store.root)
-        self.check_callbacks()
         self._host = self.new_trainer(max_epochs=self.epochs, callbacks=[], root=self.store.root)
         check_launch(self._host)
         check_trains(self._host)
@@ -343,15 +342,6 @@ class SequentialTaskRunner:
         self.progress.warnings = list(self.notes)
         if self.host.world_size > 1:
             self.host.strategy.barrier()
-
-    def check_callbacks(self) -> None:
-        """Raises ContinualError for a partition callback of the user's own that contradicts the runner."""
-        for callback in [*self.callbacks, *self.given_callbacks()]:
-            if isinstance(callback, PartitionCallback) and callback.isolation != self.isolation:
-                raise ContinualError(
-                    f"runner: isolation={self.isolation!r}, but a PartitionCallback among the callbacks has"
-                    f" isolation={callback.isolation!r}. Give it as partition=, which takes the runner's."
-                )
 
     def take_up(self) -> None:
         """Goes on from what the folder holds of this run, if it holds something."""

@@ -86,6 +86,7 @@ def partition_task(
         if folders is not None:
             folders.write(state.ledger, options, outcome)
     state.outcome = outcome
+    keep_fingerprints(module, state.structure, state.ledger)  # where nothing holds them, it cut what training connected
 
 
 def held_by_the_user(module: LightningModule, state: ContinualState) -> list[str]:

@@ -24,7 +24,7 @@ NEEDED = {
     ("invariance", "default"): ["invariance.perturbation={_target_:lightning_cf.Ablate}"],
     ("subspace", "given"): ["subspace.bases=bases.pt"],
 }
-DECIDED_ELSEWHERE = {"after", "isolation", "records", "seed", "options"}
+DECIDED_ELSEWHERE = {"after", "isolation", "ledger", "records", "seed", "options"}
 
 
 def composed(*overrides):

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from learning import fit, quiet_trainer, three
+from learning import fit, quiet_trainer, three, weights
 from learning import tasks as digit_tasks
 from lightning.pytorch import Callback
 from test_architectures import classifier as architecture_classifier
@@ -170,35 +170,26 @@ def test_every_strategy_that_a_network_allows_works_at_its_seal(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "words"),
     [
-        {"callbacks": [PartitionCallback()]},
-        {"callbacks": [PartitionCallback(after=0.5)], "epochs": 2},
-        {"trainer": partial(quiet_trainer, callbacks=[PartitionCallback()])},
+        ({"callbacks": [PartitionCallback()]}, "callbacks holds a PartitionCallback"),
+        ({"callbacks": [PartitionCallback(after=0.5)]}, "callbacks holds a PartitionCallback"),
+        ({"trainer": partial(quiet_trainer, callbacks=[PartitionCallback()])}, "callbacks holds a PartitionCallback"),
+        ({"trainer": partial(quiet_trainer, max_steps=0)}, "max_steps=0, so that nothing would train"),
+        ({"trainer": partial(quiet_trainer, limit_train_batches=0)}, "limit_train_batches=0, so that nothing would"),
     ],
 )
-def test_a_partition_callback_of_the_user_s_own_seals_once(options, tmp_path):
+def test_what_would_fail_at_the_seal_is_refused_before_training(options, words, tmp_path):
     module = Net()
-    result = run(module, pair(), tmp_path, **options)
-    assert [known.name for known in inference_of(module.ledger).tasks] == ["a", "b"]
-    assert [task.phase for task in module.ledger.tasks] == ["sealed", "sealed"]
-    assert result.strategies.keys() == {"reconstruction_logits"}
+    before = weights(module)
+    with pytest.raises(ContinualError, match=words):
+        run(module, pair(), tmp_path, **options)
+    assert all(torch.equal(before[name], value) for name, value in weights(module).items())
 
 
-def test_a_partition_callback_that_contradicts_the_runner_is_refused_when_it_starts(tmp_path):
-    with pytest.raises(ContinualError, match=r"isolation='perturb', but a PartitionCallback among the callbacks has"):
-        run(Net(), pair(), tmp_path, isolation="perturb", callbacks=[PartitionCallback()])
-
-
-@pytest.mark.parametrize("limit", [{"max_steps": 0}, {"limit_train_batches": 0}])
-@pytest.mark.filterwarnings("ignore:`Trainer.fit` stopped")
-def test_a_head_that_no_step_trains_is_kept_as_it_begins_with_a_warning(limit, tmp_path):
-    module = Net()
-    with pytest.warns(UserWarning, match="the head of reconstruction was never trained on task '[ab]'"):
-        run(module, pair(), tmp_path, trainer=partial(quiet_trainer, **limit))
-    known = inference_of(module.ledger).tasks
-    assert [task.name for task in known] == ["a", "b"]
-    assert all(not bool(task.fitted["reconstruction_logits"]["code"].any()) for task in known)
+class Never(Callback):
+    def on_train_start(self, trainer, pl_module):
+        raise AssertionError("trained before the error")
 
 
 def other_validation(name, classes, strange):
@@ -207,23 +198,10 @@ def other_validation(name, classes, strange):
     return Task(name, {**right, "val": wrong["val"]}, classes=classes)
 
 
-def test_validation_labels_of_another_task_are_told_before_training_and_leave_it_out(tmp_path):
-    module, told = Net(), []
-
-    class Tells(Callback):
-        def on_train_start(self, trainer, module):
-            told.append([str(warning.message) for warning in caught])
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        sequence = [other_validation("a", [0, 1], [7, 3]), clouds("b", [7, 3]), other_validation("c", [4, 5], [0, 1])]
-        SequentialTaskRunner(
-            module, sequence, trainer=quiet_trainer, epochs=2, invariance_epochs=1, callbacks=[Tells()], root=tmp_path
-        ).run()
-    assert any("task 'a' has classes [0, 1], but its data holds label" in message for message in told[0])
-    assert any("Task 'c' will not be inferred: task 'c' has classes [4, 5]" in m for m in told[-1])
-    assert [known.name for known in inference_of(module.ledger).tasks] == ["b"]
-    assert inference_of(module.ledger).training == {}
+@pytest.mark.parametrize("sequence", [[("a", [0, 1], [7, 3])], [("b", [7, 3], [7, 3]), ("a", [4, 5], [0, 1])]])
+def test_validation_labels_of_another_task_are_told_before_training(sequence, tmp_path):
+    with pytest.raises(ContinualError, match=r"Task 'a' declares classes .* of its judging data holds label"):
+        run(Net(), [other_validation(*of) for of in sequence], tmp_path, callbacks=[Never()])
 
 
 def test_a_later_task_whose_targets_are_no_labels_is_told_before_it_trains_and_not_inferred(tmp_path):

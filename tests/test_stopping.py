@@ -106,7 +106,7 @@ def test_a_run_that_is_stopped_goes_on_and_ends_bitwise_the_same(moment, number,
         patch.setattr(owner, name, interrupted)
         status, _, errors = here(patch, capsys, f"run={folder}", *SMALL)
     assert status == 128 + number
-    told = [line for line in errors.splitlines() if line.startswith("lightning-cf:")]
+    told = [line for line in errors.splitlines() if line.startswith("lightning-cf: stopped")]
     assert len(told) == 1, errors
     assert f"stopped by {signal.Signals(number).name}; lightning-cf run={folder} epochs=1" in told[0]
     assert "goes on after the last finished phase" in told[0]

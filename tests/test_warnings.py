@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from test_cli import here
 from torch import nn
 
@@ -58,6 +59,7 @@ def test_a_run_that_is_taken_up_keeps_what_was_warned_of_before(tmp_path, monkey
     from test_wrong_inputs import X, net, over, quiet
 
     def runner():
+        torch.manual_seed(0)
         return SequentialTaskRunner(net(), [over(X)], trainer=quiet, epochs=1, invariance_epochs=1, root=tmp_path)
 
     original = SequentialTaskRunner.partition

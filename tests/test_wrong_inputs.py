@@ -34,7 +34,11 @@ from lightning_cf.cli import main
 from lightning_cf.models import CNN, MLP, ResNet
 from lightning_cf.options import PartitionOptions
 
-pytestmark = pytest.mark.usefixtures("unchecked", "somewhere")
+pytestmark = [
+    pytest.mark.usefixtures("unchecked", "somewhere"),
+    pytest.mark.filterwarnings("ignore:.*no claim within the budget"),
+    pytest.mark.filterwarnings("ignore:.*none of its training data can be held out"),
+]
 
 X, Y = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2
 STEPS, NUMBERS = [], count()
