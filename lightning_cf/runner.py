@@ -412,9 +412,9 @@ class SequentialTaskRunner:
         """Sets outputs aside for every task; raises if the network cannot be traced or is too narrow."""
         if not isinstance(self.pretrained, bool):
             load_pretrained(self.module, self.pretrained)
-        self._initial = getattr(self, "_initial", None) or weights_sha256(self.module)
         self.module.installs_callbacks = False
-        state = state_for(self.module, self.tasks[0])
+        state = state_for(self.module, self.tasks[0])  # which gives lazy layers their shapes
+        self._initial = getattr(self, "_initial", None) or weights_sha256(self.module)
         state.check_finite(self.module, "runner: nothing is trained")
         if not state.ledger.tasks:
             warn_of_traces(self.module, state.structure)

