@@ -15,6 +15,7 @@ from lightning_cf.claiming import Claimer, warn_of_cost
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import judge, predict
 from lightning_cf.fingerprints import keep_fingerprints
+from lightning_cf.freezing import FrozenEntries
 from lightning_cf.inferring import remember_task
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
@@ -78,7 +79,9 @@ def partition_task(
             earlier=state.outcome if again else None,
         )
         with claimer.all_or_nothing():
+            held = _sealed_entries(module, state)
             outcome = claimer.claim()
+            _hold(module, state, held)
             state.check_finite(module, f"The partition of task '{task.name}'")
     with claimer.all_or_nothing():
         if state.ledger.isolation == "exact":
@@ -87,6 +90,24 @@ def partition_task(
             folders.write(state.ledger, options, outcome)
     state.outcome = outcome
     keep_fingerprints(module, state.structure, state.ledger)  # where nothing holds them, it cut what training connected
+
+
+def _sealed_entries(module: LightningModule, state: ContinualState) -> list[FrozenEntries]:
+    """What sealed tasks own, as it is now."""
+    tensors = {name: x for name, x in named_tensors(module).items() if x.is_floating_point()}
+    sealed = state.ledger.sealed(state.structure, tensors)
+    held = [FrozenEntries(tensors[name], mask) for name, mask in sealed.items() if bool(mask.any())]
+    for entries in held:
+        entries.save()
+    return held
+
+
+def _hold(module: LightningModule, state: ContinualState, held: list[FrozenEntries]) -> None:
+    """Gives what sealed tasks own the last word, as in a step of training; what is cut stays cut."""
+    for entries in held:
+        entries.restore()
+    if state.ledger.isolation == "exact":
+        cut_claimed(module, state.structure, state.ledger)
 
 
 def held_by_the_user(module: LightningModule, state: ContinualState) -> list[str]:
@@ -149,11 +170,13 @@ def seal_task(
         state.ledger.tasks[-1].phase = phase  # nothing is sealed whose statistics could not be kept
         state.ledger.revision += 1
         raise
-    keep_fingerprints(module, state.structure, state.ledger, [task.name])
     state.start = state.outcome = None
     partitioned = any(record["task"] == task.name for record in state.ledger.records)
     if state.ledger.isolation == "exact" and partitioned and (options is None or options.reinitialise):
+        held = _sealed_entries(module, state)
         reinitialise_free(module, state.structure, state.ledger, seed, task.name)
+        _hold(module, state, held)
+    keep_fingerprints(module, state.structure, state.ledger, [task.name])
 
 
 def _lower_is_better(task: Task) -> bool:
