@@ -89,7 +89,8 @@ def partition_task(
         if folders is not None:
             folders.write(state.ledger, options, outcome)
     state.outcome = outcome
-    keep_fingerprints(module, state.structure, state.ledger)  # where nothing holds them, it cut what training connected
+    known = [name for name in state.ledger.fingerprints if name != task.name]
+    keep_fingerprints(module, state.structure, state.ledger, known)  # where nothing held them, connections were cut
 
 
 def _sealed_entries(module: LightningModule, state: ContinualState) -> list[FrozenEntries]:
