@@ -1,11 +1,7 @@
 """Checks the package's annotations, shapes included, while the tests run."""
 
 import os
-import sys
 from functools import partial
-from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 
 import jaxtyping
 import pytest
@@ -32,12 +28,6 @@ def pytest_addoption(parser):
     parser.addoption("--write-tables", action="store_true", help="write the tables in docs/ that tests check")
     parser.addoption("--threads", type=int, default=1, help="threads of a test process, which rounding depends on")
     parser.addoption(
-        "--lightning",
-        choices=("lightning.pytorch", "pytorch_lightning"),
-        default="lightning.pytorch",
-        help="which Lightning the tests import, whatever name they give it",
-    )
-    parser.addoption(
         "--rounding", type=int, default=0, help="as on a machine of that number, which rounds initial weights otherwise"
     )
 
@@ -46,29 +36,8 @@ def pytest_configure(config):
     threads = config.getoption("--threads")
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of notebooks and commands, too
-    if config.getoption("--lightning") == "pytorch_lightning":
-        import pytorch_lightning  # noqa: F401
-
-        import lightning_cf.lightning_api  # noqa: F401
-
-        sys.meta_path.insert(0, OtherLightning())
     if config.getoption("--rounding"):
         round_otherwise(config.getoption("--rounding"))
-
-
-class OtherLightning(MetaPathFinder, Loader):
-    """Finds ``pytorch_lightning`` where ``lightning.pytorch`` is imported, module by module."""
-
-    def find_spec(self, name, path=None, target=None):
-        parts = name.split(".")
-        return ModuleSpec(name, self) if parts[:2] in (["lightning", "pytorch"], ["lightning", "fabric"]) else None
-
-    def create_module(self, spec):
-        name = spec.name.replace("lightning.pytorch", "pytorch_lightning")
-        return import_module(name.replace("lightning.fabric", "lightning_fabric"))
-
-    def exec_module(self, module):
-        pass
 
 
 def round_otherwise(machine):
