@@ -96,7 +96,7 @@ def test_the_wrapper_alone_knows_every_task_that_was_fitted():
     first = inference_of(module.ledger).tasks[0].fitted["subspaces"]
     fit(module, sequence[1], [], 8)
     assert [known.name for known in inference_of(module.ledger).tasks] == ["a", "b"]
-    assert right(module, [7, 3]) > 0.8  # 0.98 on six machines; 32 units had 0.43 to 0.76
+    assert right(module, [7, 3]) > 0.8  # 0.98 with --rounding 0 to 3; 32 units had 0.43 to 0.69
     again = inference_of(module.ledger).tasks[0].fitted["subspaces"]
     assert all(torch.equal(again[key], value) for key, value in first.items())
     before = inference_of(module.ledger).tasks[1].fitted
