@@ -1,7 +1,10 @@
 """Gives free units a fresh start before the next task."""
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.randomness import derive_seed
@@ -13,8 +16,8 @@ def reinitialise_free(module: nn.Module, structure: Structure, ledger: NeuronLed
 
     Where tasks run the network in ways of their own, only what the last task's way uses: nobody trained the rest yet.
 
-    Entries of owned units and outputs keep their values; layers without that method are left alone. The global
-    generator is left as it was.
+    Entries of owned units and outputs keep their values, also where that method of a layer resets its children or
+    makes its parameters anew; layers without it are left alone. The global generator is left as it was.
 
     Args:
         module: the network, in place.
@@ -42,10 +45,33 @@ def reinitialise_free(module: nn.Module, structure: Structure, ledger: NeuronLed
                 ).all(dim=0)
         if not callable(reset) or not any(bool(mask.any()) for mask in masks.values()):
             continue
-        before = {name: tensor.detach().clone() for name, tensor in own.items()}
+        kept = _Kept(layer)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(derive_seed(*key, path))
             reset()
-            for name, tensor in own.items():
-                mask = masks.get(name, torch.zeros((), dtype=torch.bool)).to(tensor.device)
-                tensor.copy_(torch.where(mask, tensor, before[name]))
+            drawn = {
+                name: tensor.detach().clone() for name in masks if isinstance(tensor := getattr(layer, name), Tensor)
+            }
+            kept.put_back()
+            for name, fresh in drawn.items():
+                if fresh.shape == own[name].shape:
+                    own[name].copy_(torch.where(masks[name].to(own[name].device), fresh.to(own[name]), own[name]))
+
+
+class _Kept:
+    """What a layer and its children hold: their ``reset_parameters`` may reset all of it, or make it anew."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.held: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (held, dict(held)) for part in layer.modules() for held in (part._parameters, part._buffers, part._modules)
+        ]
+        tensors = [tensor for tensor in (*layer.parameters(), *layer.buffers()) if not is_lazy(tensor)]
+        self.values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    def put_back(self) -> None:
+        """The same tensors with the same values; those that were drawn in their place are nobody's then."""
+        for held, entries in self.held:
+            held.clear()
+            held.update(entries)
+        for tensor, before in self.values:
+            tensor.copy_(before)

@@ -15,7 +15,6 @@ from lightning_cf.claiming import Claimer, warn_of_cost
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import judge, predict
 from lightning_cf.fingerprints import keep_fingerprints
-from lightning_cf.freezing import FrozenEntries
 from lightning_cf.inferring import remember_task
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
@@ -79,9 +78,7 @@ def partition_task(
             earlier=state.outcome if again else None,
         )
         with claimer.all_or_nothing():
-            held = _sealed_entries(module, state)
             outcome = claimer.claim()
-            _hold(module, state, held)
             state.check_finite(module, f"The partition of task '{task.name}'")
     with claimer.all_or_nothing():
         if state.ledger.isolation == "exact":
@@ -91,24 +88,6 @@ def partition_task(
     state.outcome = outcome
     known = [name for name in state.ledger.fingerprints if name != task.name]
     keep_fingerprints(module, state.structure, state.ledger, known)  # where nothing held them, connections were cut
-
-
-def _sealed_entries(module: LightningModule, state: ContinualState) -> list[FrozenEntries]:
-    """What sealed tasks own, as it is now."""
-    tensors = {name: x for name, x in named_tensors(module).items() if x.is_floating_point()}
-    sealed = state.ledger.sealed(state.structure, tensors)
-    held = [FrozenEntries(tensors[name], mask) for name, mask in sealed.items() if bool(mask.any())]
-    for entries in held:
-        entries.save()
-    return held
-
-
-def _hold(module: LightningModule, state: ContinualState, held: list[FrozenEntries]) -> None:
-    """Gives what sealed tasks own the last word, as in a step of training; what is cut stays cut."""
-    for entries in held:
-        entries.restore()
-    if state.ledger.isolation == "exact":
-        cut_claimed(module, state.structure, state.ledger)
 
 
 def held_by_the_user(module: LightningModule, state: ContinualState) -> list[str]:
@@ -174,9 +153,7 @@ def seal_task(
     state.start = state.outcome = None
     partitioned = any(record["task"] == task.name for record in state.ledger.records)
     if state.ledger.isolation == "exact" and partitioned and (options is None or options.reinitialise):
-        held = _sealed_entries(module, state)
         reinitialise_free(module, state.structure, state.ledger, seed, task.name)
-        _hold(module, state, held)
     keep_fingerprints(module, state.structure, state.ledger, [task.name])
 
 

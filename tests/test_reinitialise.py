@@ -103,3 +103,77 @@ def test_modes_and_gradients_are_left_as_they_were():
     reinitialise_free(network, structure, ledger, 0)
     assert all(a is b and a.requires_grad for a, b in zip(network.parameters(), parameters, strict=True))
     assert all(module.training for module in network.modules())
+
+
+class Resets(nn.Module):
+    """Two layers, and a method as published models have it: it starts all of them afresh."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.scale = nn.Parameter(torch.randn(8))
+        self.how = how
+
+    def forward(self, x):
+        return self.second((self.first(x) * self.scale).relu())
+
+    def reset_parameters(self):
+        getattr(self, self.how)()
+
+    def in_place(self):
+        for layer in (self.first, self.second):
+            layer.reset_parameters()
+            nn.init.constant_(layer.bias, 0.0)
+        nn.init.constant_(self.scale, 3.0)
+
+    def anew(self):
+        self.scale = nn.Parameter(torch.full((8,), 3.0))
+        self.first.weight = nn.Parameter(torch.zeros(8, 6))
+        self.second = nn.Linear(8, 4)
+
+
+@pytest.mark.parametrize("how", ["in_place", "anew"])
+def test_a_layer_that_resets_its_children_leaves_what_tasks_own(how):
+    torch.manual_seed(0)
+    network = Resets(how)
+    structure = trace(network, torch.ones(1, 6))
+    ledger = NeuronLedger.for_structure(structure)
+    for owner in ledger.owners.values():
+        owner[::2] = 0
+    ledger.outputs[0] = 0
+    before, parameters = deepcopy(network.state_dict()), list(network.parameters())
+    reinitialise_free(network, structure, ledger, 0, "a")
+    assert all(a is b for a, b in zip(network.parameters(), parameters, strict=True))
+    for name, free in free_entries(network, structure, ledger).items():
+        assert torch.equal(network.state_dict()[name][~free], before[name][~free]), name
+    assert network.scale[1::2].tolist() == [3.0] * 4
+    assert not torch.equal(network.first.weight[1::2], before["first.weight"][1::2])
+    assert network.first.bias[1::2].abs().min() > 0  # as the layer itself draws it, not as the one around it
+
+
+def test_attention_that_other_code_gave_the_method_keeps_what_tasks_own(monkeypatch):
+    """Lightning's own demos do, and so does code for sharded training."""
+    attention = nn.MultiheadAttention
+    monkeypatch.setattr(attention, "reset_parameters", attention._reset_parameters, raising=False)
+
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.c = attention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.c(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+    torch.manual_seed(0)
+    network = Attends()
+    nn.init.normal_(network.attention.out_proj.bias)
+    structure = trace(network, torch.randn(2, 3, 8))
+    ledger = NeuronLedger.for_structure(structure)
+    for owner in ledger.owners.values():
+        owner[::2] = 0
+    before = deepcopy(network.state_dict())
+    reinitialise_free(network, structure, ledger, 0, "a")
+    changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {"attention.in_proj_weight", "attention.out_proj.bias"} <= changed
+    for name, free in free_entries(network, structure, ledger).items():
+        assert torch.equal(network.state_dict()[name][~free], before[name][~free]), name
