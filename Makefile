@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: demo test transformers machines lock
+.PHONY: demo test transformers machines other-name lock
 
 demo: $(VENV)/installed
 	$(VENV)/bin/lightning-cf $(ARGS)
@@ -41,6 +41,17 @@ $(VENV)/transformers: requirements-transformers.lock $(VENV)/installed
 	rm -rf $@
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@ --requirement $<
 	touch $@
+
+# Part of the suite in a project that imports pytorch_lightning, the other name of the same library.
+OTHER_NAME = test_callbacks test_checkpoints test_freezing test_heads test_holdout test_kinds test_module test_reading \
+	test_schedule test_scores test_settings test_stopping
+other-name: $(VENV)/installed
+	rm -rf $(VENV)/other-name && mkdir $(VENV)/other-name && cp -r tests conf pyproject.toml $(VENV)/other-name
+	cd $(VENV)/other-name && sed -i -e 's/lightning[.]pytorch/pytorch_lightning/g' -e 's/lightning[.]fabric/lightning_fabric/g' \
+		-e 's/module="lightning"/module="(pytorch_)?lightning"/' -e 's/UserWarning:lightning/UserWarning:pytorch_lightning/' \
+		tests/*.py pyproject.toml
+	cd $(VENV)/other-name && sed -i '1a import pytorch_lightning' tests/conftest.py
+	cd $(VENV)/other-name && $(abspath $(VENV))/bin/pytest --numprocesses 2 $(OTHER_NAME:%=tests/%.py)
 
 # Writes requirements.lock anew from the floors in pyproject.toml.
 lock:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError, ContinualWarning
+from lightning_cf.errors import ContinualError, ContinualWarning, warn
 from lightning_cf.evaluation import predict
 from lightning_cf.inferring import Kept, bare_heads, positions_of, watch_task, why_no_labels
 from lightning_cf.lightning_api import LightningModule, isolate_rng
@@ -62,11 +61,10 @@ def choose_strategies(module: LightningModule, state: ContinualState, task: Task
                     break
             else:
                 reason = f"{name} does not work: {failure}"
-                warnings.warn(
+                warn(
                     f"task_inference={wanted}: {name} is left out, since it does not work for"
                     f" {type(module).__name__} with task '{task.name}': {failure}",
                     ContinualWarning,
-                    stacklevel=2,
                 )
         if not chosen and several:
             raise ContinualError(f"task_inference={wanted}: {reason} Leave it out: task_inference=null.")

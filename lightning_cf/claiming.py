@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_cf.activations import unit_outputs
 from lightning_cf.claim_folding import Passes, consumer_moments, cut_claimed, fold_claimed
-from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning
+from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning, warn
 from lightning_cf.folding import Moments, Sample
 from lightning_cf.freezing import FrozenEntries
 from lightning_cf.ledger import FREE, NeuronLedger, Phase
@@ -50,14 +49,13 @@ def warn_of_cost(
     before, right_after = record["accuracy"], record["ablation_accuracy"]
     if now is not None and (now - before if lower_is_better else before - now) <= tolerance:
         return
-    warnings.warn(
+    warn(
         f"Task '{name}': no claim within the budget keeps the metric within tolerance={tolerance}, so it has the whole"
         f" budget: {before:.4f} before the partition, {right_after:.4f} right after it,"
         + (f" {now:.4f} when its claim is sealed." if now is not None else " and no INVARIANCE followed.")
         + " Raise max_claim or lower reserve_tasks, so that it may claim more; train longer after the partition; or"
         " raise tolerance, if that is good enough.",
         PartitionWarning,
-        stacklevel=3,
     )
 
 
@@ -192,7 +190,7 @@ class Claimer:
                     raise ContinualError(
                         f"{text}, so nothing can be folded on them. Look at the data, or use fold=False."
                     )
-                warnings.warn(f"{text}; the partition leaves them out.", DivergenceWarning, stacklevel=3)
+                warn(f"{text}; the partition leaves them out.", DivergenceWarning)
                 return
 
     # What may be claimed, and how alike it is
@@ -302,14 +300,13 @@ class Claimer:
                     f" (similarities: median {median:.2f}, 90% {ninety:.2f}, 99% {ninety_nine:.2f}, largest {most:.2f})"
                 )
         if capped:
-            warnings.warn(
+            warn(
                 f"Task '{self.ledger.tasks[-1].name}': threshold={threshold} finds too little redundancy with"
                 f" measure='{self.options.measure_name}'; max_claim caps the claim, the units of highest magnitude"
                 " stay. "
                 + "; ".join(capped)
                 + ". Choose a threshold below the largest similarity, or threshold='auto'.",
                 PartitionWarning,
-                stacklevel=2,
             )
         return partitions
 

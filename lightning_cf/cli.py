@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_cf import stopping
-from lightning_cf.errors import ContinualError, RunWarning, check_choice, check_count, check_text, printable
+from lightning_cf.errors import ContinualError, RunWarning, check_choice, check_count, check_text, printable, warn
 from lightning_cf.files import read_json, write_atomically, write_json
 from lightning_cf.identity import VARIABLE, differences
 from lightning_cf.lightning_api import MisconfigurationException, Trainer, isolate_rng
@@ -232,7 +231,7 @@ def _checked(config: DictConfig, root: Path) -> dict[str, Any]:
             found = read_json(kept)
         except ContinualError:
             text = f"{kept} is damaged; what the methods' states hold is compared instead."
-            warnings.warn(text, RunWarning, stacklevel=2)
+            warn(text, RunWarning)
             return dict(resolved)
         compared = {key: value for key, value in resolved.items() if key in found and key not in ("run", "allow")}
         for name, was, now in differences({key: found[key] for key in compared}, compared):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import sys
 import unicodedata
+import warnings
 from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import Path
@@ -58,6 +60,35 @@ class DivergenceWarning(ContinualWarning):
 
 class LeakError(ContinualError):
     """A claimed output still depends on something that may move."""
+
+
+BETWEEN = (
+    "lightning_cf",
+    "lightning",
+    "pytorch_lightning",
+    "lightning_fabric",
+    "torch",
+    "hydra",
+    "contextlib",
+    "jaxtyping",
+)
+"""Packages that may stand between us and the user's own code when something is to be warned of."""
+
+
+def warn(text: str, category: type[ContinualWarning]) -> None:
+    """Warns of the line of the user's code that led here: filters of Lightning's own warnings leave ours alone.
+
+    >>> with warnings.catch_warnings(record=True) as heard:
+    ...     warnings.simplefilter("always")
+    ...     warn("the claim is odd", ContinualWarning)
+    >>> heard[0].category.__name__, str(heard[0].message)
+    ('ContinualWarning', 'the claim is odd')
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in BETWEEN:
+        frame = frame.f_back
+    module, registry = frame.f_globals.get("__name__", ""), frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, category, frame.f_code.co_filename, frame.f_lineno, module, registry)
 
 
 def check_share(owner: str, name: str, value: float, *, above_zero: bool = False) -> float:

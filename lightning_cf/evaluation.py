@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_cf.errors import ContinualError, DataWarning
+from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.structure import eval_mode, in_precision_of
 from lightning_cf.targets import (
@@ -146,12 +145,11 @@ class Scorer:
             found = strange(target.flatten(), self.task.classes or [], self._left_out)
             self._told = bool(found)
             if found:
-                warnings.warn(
+                warn(
                     f"Task '{self.task.name}' declares classes {self.task.classes}, but {where} holds label {found[0]},"
                     " which counts as wrong. If it stands for nothing, give the task"
                     f" metric=MulticlassAccuracy(..., ignore_index={found[0]}).",
                     DataWarning,
-                    stacklevel=4,
                 )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.errors import StructureError, StructureWarning
+from lightning_cf.errors import StructureError, StructureWarning, warn
 from lightning_cf.ledger import FREE, NeuronLedger, TaskEntry
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.probe import Leak, first_leak, replaced
@@ -128,7 +128,7 @@ def _say(message: str, said: set[str]) -> None:
     """Warns, unless that was said before."""
     if message not in said:
         said.add(message)
-        warnings.warn(message, StructureWarning, stacklevel=3)
+        warn(message, StructureWarning)
 
 
 def _check_branches(module: nn.Module, structure: Structure, example: Any, forward: Forward) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -14,7 +13,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning
+from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning, warn
 from lightning_cf.evaluation import forward_context, on_device, predict
 from lightning_cf.finite import rows_finite
 from lightning_cf.ledger import NeuronLedger
@@ -75,10 +74,9 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState, *,
             if sites is not None and training is not None:
                 held_out = view_of(module, task, sites, task.judging_batches(), SAMPLES, variants)
         if sites is None or training is None or held_out is None:
-            warnings.warn(
+            warn(
                 f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.",
                 ContinualWarning,
-                stacklevel=2,
             )
         else:
             known = Known(task.name, list(task.classes), sites)
@@ -100,12 +98,11 @@ def _begin_untrained(inference: TaskInference, known: Known, training: tuple[Vie
             inference.measure(training[0])
             inference.training[head.head] = inference.begin(head, known.name, *training, len(known.classes))
             inference.training_sites, inference.training_task = known.sites, known.name
-            warnings.warn(
+            warn(
                 f"task_inference: the head of {head.head} was never trained on task '{known.name}', since its fits took"
                 " no training step with a TaskInferenceCallback. Use a strategy that is not trained, such as"
                 " subspaces, or train.",
                 ContinualWarning,
-                stacklevel=2,
             )
 
 
@@ -204,11 +201,10 @@ def finite_samples(found: Samples, task: Task, *, quiet: bool = False) -> tuple[
             " the task by. Look at its data, or leave task inference out."
         )
     if not quiet:
-        warnings.warn(
+        warn(
             f"Task '{task.name}': {bad} of {count} samples are not finite in what the network shows of them; what"
             " infers the task is found on the others.",
             DivergenceWarning,
-            stacklevel=3,
         )
     return view.part(fine), labels[fine.to(labels.device)]
 

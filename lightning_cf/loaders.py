@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
-from lightning_cf.errors import ContinualError, DataWarning
+from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.holdout import Split, split
 from lightning_cf.lightning_api import (
     CombinedLoader,
@@ -217,12 +216,11 @@ class Loaders:
             )
         if len(fit) < len(found) and all(at in other for at in found):
             return fit
-        warnings.warn(
+        warn(
             f"Task '{task.name}' has {len(found)} {stage} loaders, and no labels tell which of them is its own: it"
             f" is scored on loader {fit[0]}. Give it a loader of its own data:"
             f" Task(..., {{'train': ..., '{stage}': ...}}).",
             DataWarning,
-            stacklevel=2,
         )
         return fit[:1]
 

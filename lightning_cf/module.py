@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from torch import nn
 
-from lightning_cf.errors import ContinualError, LedgerWarning, check_kind
+from lightning_cf.errors import ContinualError, LedgerWarning, check_kind, warn
 from lightning_cf.inferring import predict_any
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.lightning_api import Callback, LightningModule, check_same_lightning
@@ -209,11 +208,10 @@ class ContinualModule(LightningModule):
         lost = known.undone_by(NeuronLedger.from_state_dict(found))
         guarded = any(hasattr(callback, "partitions") for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if lost and not guarded:
-            warnings.warn(
+            warn(
                 f"ckpt_path={str(trainer.ckpt_path)!r} is older than what the module has learned: it takes back"
                 f" {' and '.join(map(repr, lost))}, weights and ledger. Load the last checkpoint again before you fit.",
                 LedgerWarning,
-                stacklevel=2,
             )
 
 

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cf.describing import content_sha256
-from lightning_cf.errors import ContinualError, RunWarning
+from lightning_cf.errors import ContinualError, RunWarning, warn
 from lightning_cf.files import (
     file_sha256,
     load_tensors,
@@ -241,7 +240,7 @@ class RunStore:
                 path.unlink()
 
     def _warn(self, text: str) -> None:
-        warnings.warn(text, RunWarning, stacklevel=4)
+        warn(text, RunWarning)
 
     def _read(self, path: Path, wanted: Mapping[str, Any], allow: Sequence[str]) -> FoundState:
         """A state of the wanted run."""

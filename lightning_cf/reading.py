@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from lightning_cf.errors import DataWarning
+from lightning_cf.errors import DataWarning, warn
 from lightning_cf.lightning_api import CombinedLoader, Trainer, sized_len
 
 WITHOUT_LENGTH = 50_000
@@ -121,11 +120,10 @@ class Reading:
     def _stopped(self, seen: int) -> None:
         """Says that more may come."""
         stage = self.stages[0] if self.stages else "val"
-        warnings.warn(
+        warn(
             f"{self.what} has no length and may have no end: read up to {seen} samples. Give the Trainer"
             f" limit_{stage}_batches=N, or the loader's data set a length.",
             DataWarning,
-            stacklevel=3,
         )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from lightning_cf.errors import ContinualError, RunWarning
+from lightning_cf.errors import ContinualError, RunWarning, warn
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.options import PartitionOptions
 from lightning_cf.outcome import Outcome
@@ -82,4 +81,4 @@ class TaskFolders:
             }
             complete_record(folder, after)
         except ContinualError as error:
-            warnings.warn(f"{error} The run goes on without it.", RunWarning, stacklevel=2)
+            warn(f"{error} The run goes on without it.", RunWarning)

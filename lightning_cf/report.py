@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lightning_cf.errors import ContinualError, RunWarning
+from lightning_cf.errors import ContinualError, RunWarning, warn
 from lightning_cf.records import PartitionRecord
 from lightning_cf.result import Result
 from lightning_cf.unit_pictures import similarity_picture, units_picture
@@ -89,7 +88,7 @@ def write_unit_pictures(tasks: Path) -> None:
         try:
             record = PartitionRecord.load(manifest.parent)
         except ContinualError as error:
-            warnings.warn(f"{error} Its pictures are left out.", RunWarning, stacklevel=2)
+            warn(f"{error} Its pictures are left out.", RunWarning)
             continue
         units_picture(record).savefig(manifest.parent / "units.png", dpi=150)
         similarity_picture(record).savefig(manifest.parent / "similarity.png", dpi=150)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ from uuid import uuid4
 
 from torch import nn
 
-from lightning_cf.errors import ContinualError, RunWarning
+from lightning_cf.errors import ContinualError, RunWarning, warn
 from lightning_cf.files import load_tensors, make_folder, readable_size, write_bytes
 from lightning_cf.progress import RunProgress, RunStore
 from lightning_cf.run_lock import RunLock
@@ -77,15 +76,12 @@ def tell_differences(root: Path, progress: RunProgress, allowed: Sequence[str], 
     new = [each for each in allowed if each not in progress.allowed]
     if new:
         progress.allowed.extend(new)
-        warnings.warn(
-            f"The run in {root} goes on with what allow= lets differ: {'; '.join(new)}.", RunWarning, stacklevel=4
-        )
+        warn(f"The run in {root} goes on with what allow= lets differ: {'; '.join(new)}.", RunWarning)
     if progress.initial_weights and progress.initial_weights != initial_weights:
-        warnings.warn(
+        warn(
             f"The module came with other weights than the run in {root} began with; the run's own are used. Choose"
             " another folder where a run from these weights was meant.",
             RunWarning,
-            stacklevel=4,
         )
 
 
@@ -93,9 +89,8 @@ def tell_damage(root: Path, damaged: Mapping[str, str]) -> None:
     """Warns of files that finished phases left and the rest of the run does not need."""
     if damaged:
         files = "; ".join(f"{name} {problem}" for name, problem in damaged.items())
-        warnings.warn(
+        warn(
             f"In {root} files of finished tasks are not as the run left them: {files}. The run does not need them, but"
             " nobody should use them.",
             RunWarning,
-            stacklevel=4,
         )

@@ -6,14 +6,13 @@ import os
 import socket
 import sys
 import time
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 from filelock import SoftFileLease, Timeout
 
-from lightning_cf.errors import ContinualError, RunWarning
+from lightning_cf.errors import ContinualError, RunWarning, warn
 from lightning_cf.files import read_json, write_json, writing
 from lightning_cf.lightning_api import SLURMEnvironment
 
@@ -71,11 +70,10 @@ class RunLock:
                 if owner is not None and not elsewhere:
                     raise self._taken(owner.pid) from None
                 if owner is not None:
-                    warnings.warn(
+                    warn(
                         f"{self.path} is held by process {owner.pid} on {owner.hostname}; waiting up to"
                         f" {LEASE:.0f} seconds for a sign that it still runs.",
                         RunWarning,
-                        stacklevel=3,
                     )
                 try:  # what is no lock heals by itself, and what nobody touches is taken over
                     lease.acquire(timeout=LEASE + PATIENCE, poll_interval=min(0.5, LEASE / 10))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 
-from lightning_cf.errors import ContinualError, DataWarning
+from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.evaluation import Scorer, judge
 from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.reading import samples_in
@@ -31,19 +30,17 @@ def check_scoring(module: LightningModule, task: Task) -> None:
     settle(module, task)
     why = task.task_loaders.whole()
     if why:
-        warnings.warn(
+        warn(
             f"Task '{task.name}' has no validation data, and none of its training data can be held out: {why}. Its"
             " partition is judged on the data that it trains on. Give it a validation loader.",
             DataWarning,
-            stacklevel=2,
         )
     metric = task.metric
     if metric is not None and metric.higher_is_better is None:
-        warnings.warn(
+        warn(
             f"Task '{task.name}': {type(metric).__name__} does not say whether higher is better; it is taken to be. Set"
             " higher_is_better in its class.",
             DataWarning,
-            stacklevel=2,
         )
     scorer, seen = Scorer(module, task, "its judging data"), 0
     with eval_mode(module), isolate_rng():

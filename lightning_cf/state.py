@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.disturbance import Disturbance
-from lightning_cf.errors import ContinualError, DivergenceError, StructureError, StructureWarning, check_kind
+from lightning_cf.errors import ContinualError, DivergenceError, StructureError, StructureWarning, check_kind, warn
 from lightning_cf.evaluation import on_device
 from lightning_cf.finite import Snapshot, described, in_forward_order, infinite_on_purpose, not_finite
 from lightning_cf.foreign_heads import check_foreign_heads
@@ -194,7 +193,7 @@ class ContinualState:
         """Says once what a user should know of the network."""
         if warning not in self.said:
             self.said.add(warning)
-            warnings.warn(warning, StructureWarning, stacklevel=3)
+            warn(warning, StructureWarning)
 
     def check_met(self) -> None:
         """Raises ContinualError where an earlier task may run the network in a way that this process does not know."""

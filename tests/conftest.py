@@ -2,13 +2,23 @@
 
 import os
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-jaxtyping.install_import_hook("lightning_cf", "typechecking.checked")  # before anything imports the package
+PACKAGE = Path(str(find_spec("lightning_cf").origin)).parent
+SHAPED = [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if "from jaxtyping import" in path.read_text(encoding="utf-8")
+]
+"""Modules that say shapes, which nothing else checks; mypy checks the others."""
+
+jaxtyping.install_import_hook(SHAPED, "typechecking.checked")  # before anything imports the package
 # How long an example takes says something about the machine and what else runs on it, nothing about the code.
 settings.register_profile(
     "tests", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]

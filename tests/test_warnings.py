@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from learning import classifier, quiet_trainer, tasks
 from test_cli import here
 from torch import nn
 
 import lightning_cf
-from lightning_cf import SequentialTaskRunner, StructureWarning
+from lightning_cf import MaskedGradientCallback, SequentialTaskRunner, StructureWarning
 from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualWarning, FrozenWarning
 from lightning_cf.noting import noting
@@ -99,10 +100,27 @@ def test_none_of_ours_is_silenced_with_lightnings(category, tmp_path, capsys):
 def test_every_warning_of_the_package_is_one_of_ours():
     for path in Path(lightning_cf.__path__[0]).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert called != "warnings.warn", f"{path}: {ast.unparse(node)} speaks of our own line, or of Lightning's"
+            if called == "warn":
                 category = ast.unparse(node.args[1]) if len(node.args) > 1 else "none"
                 assert category.endswith("Warning") and category != "UserWarning", f"{path}: {ast.unparse(node)}"
     assert all(issubclass(kind, ContinualWarning) for kind in (StructureWarning, FrozenWarning, PartitionWarning))
+
+
+def test_a_warning_speaks_of_the_users_line_and_filters_of_lightnings_own_leave_it(tmp_path):
+    module, (task, *_) = classifier(), tasks()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        warnings.filterwarnings("ignore", module="lightning_cf")
+        for each in (task, tasks()[1]):
+            quiet_trainer(max_epochs=1, limit_train_batches=1, callbacks=[MaskedGradientCallback()]).fit(
+                module, datamodule=each
+            )
+    (ours,) = [w for w in heard if issubclass(w.category, ContinualWarning)]
+    assert "was never partitioned" in str(ours.message)
+    assert ours.filename == __file__
 
 
 def test_noting_leaves_other_warnings_and_the_users_filters_alone():

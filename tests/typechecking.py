@@ -2,4 +2,9 @@
 
 from beartype import BeartypeConf, beartype
 
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def checked(function):
+    """Functions within functions are left alone: they would be compiled anew with every call of the outer one."""
+    return function if "<locals>" in getattr(function, "__qualname__", "") else _checked(function)

@@ -8,7 +8,6 @@ weights are looked at when an epoch or the fit ends, and before a checkpoint is 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.errors import ContinualError, DivergenceError, DivergenceWarning
+from lightning_cf.errors import ContinualError, DivergenceError, DivergenceWarning, warn
 from lightning_cf.finite import Snapshot, described, not_finite
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer
 from lightning_cf.state import ContinualState, state_of
@@ -230,11 +229,10 @@ class Watch:
         if self.state.safe is not None and (found or isinstance(exception, DivergenceError)):
             self.state.safe.put_back(self.module)
             if not isinstance(exception, DivergenceError):
-                warnings.warn(
+                warn(
                     f"{self._who()}: the fit ended by {type(exception).__name__} when the network was not finite, first"
                     f" in {found}. It is again what it was when this phase began.",
                     DivergenceWarning,
-                    stacklevel=2,
                 )
         self.state.safe = None
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError, LedgerWarning
+from lightning_cf.errors import ContinualError, LedgerWarning, warn
 from lightning_cf.fingerprints import Difference, differences
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.lightning_api import LightningModule, isolate_rng
@@ -113,13 +112,12 @@ def end_evaluation(guard: LoadGuard, path: object) -> None:
     what = guard.undone()
     if what:
         guard.put_back()
-        warnings.warn(
+        warn(
             f"ckpt_path={str(path)!r} holds {what}. It was evaluated; the module then got back the weights and the"
             " ledger that it had before, so that later tasks start from all that was learned. To go on from the"
             " checkpoint, load"
             " it into a module of its own.",
             LedgerWarning,
-            stacklevel=2,
         )
 
 
@@ -144,13 +142,12 @@ def check_weights(module: LightningModule, ledger: NeuronLedger, guard: LoadGuar
             f"{where} those that the ledger{source} was made for: {names} differ from what task '{worst.task}' left."
             " Weights and ledger belong together: load both from the same checkpoint, the last one of the task before."
         )
-    warnings.warn(
+    warn(
         f"Since the last fit something changed weights that task '{worst.task}' owns, by {worst.distance:.1%} of their"
         f" size: {names}. What was learned before may have changed with them; look for what writes weights outside a"
         " fit, or for a"
         " checkpoint that is not the one of the ledger.",
         LedgerWarning,
-        stacklevel=2,
     )
 
 
@@ -163,11 +160,10 @@ def warn_of_traces(module: LightningModule, structure: Structure) -> None:
     found = rows_cut_off(structure, named_tensors(module))
     if found:
         name, rows = found
-        warnings.warn(
+        warn(
             f"Tasks seem to have been learned here before: {rows} rows of '{name}' are cut off from units that its"
             f" other rows read. But {type(module).__name__} has no ledger, so nothing protects them. Give it the one"
             " that its checkpoint holds: PartitionCallback(ledger=PATH), or keep_ledger(module,"
             " NeuronLedger.from_checkpoint(PATH)).",
             LedgerWarning,
-            stacklevel=2,
         )

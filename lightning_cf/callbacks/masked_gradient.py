@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import ExitStack, nullcontext
 from itertools import zip_longest
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from lightning_cf.averaging import exact_averages
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.describing import describe
-from lightning_cf.errors import ContinualError, ContinualWarning, FrozenWarning, check_flag
+from lightning_cf.errors import ContinualError, ContinualWarning, FrozenWarning, check_flag, warn
 from lightning_cf.freezing import Freezer, FrozenEntries
 from lightning_cf.ledger import FREE
 from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
@@ -190,9 +189,7 @@ class MaskedGradientCallback(ContinualCallback):
             with torch.inference_mode(False):
                 state = state_for(module, task)
         except ContinualError as error:
-            warnings.warn(
-                f"All outputs are shown, not those of task '{task.name}' alone: {error}", ContinualWarning, stacklevel=2
-            )
+            warn(f"All outputs are shown, not those of task '{task.name}' alone: {error}", ContinualWarning)
         else:
             self._show(module, state, trainer)
 
@@ -252,18 +249,16 @@ class MaskedGradientCallback(ContinualCallback):
         for name, by in state.structure.written.items():
             if name in moved:
                 moved.remove(name)
-                warnings.warn(
+                warn(
                     f"{by} writes '{name}' in the forward pass, which belongs to earlier tasks: it was put back.",
                     FrozenWarning,
-                    stacklevel=2,
                 )
         if moved:
-            warnings.warn(
+            warn(
                 f"Something else than an optimiser's step changed entries of {', '.join(map(repr, moved))} that belong"
                 " to earlier tasks, or are zero for good: they were put back. Look for a callback or hook that writes"
                 " weights at the end of a fit (Lightning's WeightAveraging and its kin are known and taken care of).",
                 FrozenWarning,
-                stacklevel=2,
             )
 
     def _let_go(self) -> None:

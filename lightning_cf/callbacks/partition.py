@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -23,6 +22,7 @@ from lightning_cf.errors import (
     check_path,
     check_share,
     check_text,
+    warn,
 )
 from lightning_cf.exactness import check_exact
 from lightning_cf.ledger import ISOLATIONS, Isolation
@@ -350,11 +350,10 @@ class PartitionCallback(ContinualCallback):
             self.partition_task(trainer, module, task)
             decide_together(trainer, module, lambda: remember_claim(module, task))
         else:
-            warnings.warn(
+            warn(
                 f"Task '{state.ledger.tasks[-1].name}': the fit ended before its partition was due"
                 f" ({self._due}); the next task is refused until this one is partitioned. Fit it again.",
                 PartitionWarning,
-                stacklevel=2,
             )
 
     def _due_at_end(self, trainer: Trainer) -> bool:

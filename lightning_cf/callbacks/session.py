@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from lightning_cf.averaging import check_averaging
 from lightning_cf.callbacks.divergence import WatchingCallback
 from lightning_cf.callbacks.loading import LoadGuard, check_resumed, check_weights, end_evaluation, warn_of_traces
 from lightning_cf.claiming import PartitionWarning
-from lightning_cf.errors import ContinualError, DivergenceWarning
+from lightning_cf.errors import ContinualError, DivergenceWarning, warn
 from lightning_cf.fingerprints import keep_fingerprints
 from lightning_cf.finite import described, mend_free, not_finite
 from lightning_cf.label_watch import watch_of
@@ -79,11 +78,10 @@ class ContinualCallback(WatchingCallback):
         ledger = state.ledger
         before = ledger.current
         if before is not None and before.name != task.name and before.phase == "learn" and not _partitions(trainer):
-            warnings.warn(
+            warn(
                 f"Task '{before.name}' was never partitioned, so nothing protects it from task '{task.name}'; add a"
                 " PartitionCallback where it should be.",
                 PartitionWarning,
-                stacklevel=2,
             )
             ledger.seal()
         ledger.begin(task.name, task.classes or [], state.structure)
@@ -232,11 +230,10 @@ def mend(module: LightningModule, task: Task) -> None:
     if names:
         found = described(names, tensors)
         mend_free(module, state.structure, state.ledger, names, "not finite", task.name)
-        warnings.warn(
+        warn(
             f"Task '{task.name}': free units are not finite before the first step, first in {found}; they were drawn"
             " anew. What earlier tasks own is as it was.",
             DivergenceWarning,
-            stacklevel=2,
         )
 
 

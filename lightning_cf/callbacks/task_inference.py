@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.choosing import choose_strategies
 from lightning_cf.contexts import seeded
 from lightning_cf.describing import describe
-from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_number
+from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_number, warn
 from lightning_cf.inferring import finite_samples, inference_of, keep_inference, look, unseen
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.rehearsal import rehearse
@@ -122,11 +121,10 @@ class TaskInferenceCallback(ContinualCallback):
         self._keep(pl_module)
         idle = [] if self._heads is None else self._heads.idle()
         if idle:
-            warnings.warn(
+            warn(
                 f"task_inference: the head of {' and '.join(idle)} was never trained: no batch of (input, label) pairs"
                 " met a forward pass over as many samples. Use a strategy that is not trained, such as subspaces.",
                 ContinualWarning,
-                stacklevel=2,
             )
         self._release()
 
@@ -226,4 +224,4 @@ def prepare(module: LightningModule, state: ContinualState, task: Task, wanted: 
         if failure:
             known.left_out.append(task.name)
             keep_inference(state.ledger, known)
-            warnings.warn(f"Task '{task.name}' will not be inferred: {failure}", ContinualWarning, stacklevel=2)
+            warn(f"Task '{task.name}' will not be inferred: {failure}", ContinualWarning)
