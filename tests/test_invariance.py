@@ -297,12 +297,12 @@ def test_later_tasks_move_free_units_in_the_sub_space_only(network, optimizer, i
     module, (first, second, _) = classifier(network, optimizer), tasks()
     subspace = RandomSubspace(dimensions=0.25)
     masking = partial(MaskedGradientCallback, subspace=subspace)
-    fit(module, first, three(masking=masking(), isolation=isolation), epochs=4)
+    fit(module, first, three(masking=masking(), isolation=isolation), epochs=2)
     state = state_of(module)
     before = {g.name: g.weights(named_tensors(module)).clone() for g in state.structure.groups}
     shifts = {g.name: g.biases(named_tensors(module)).clone() for g in state.structure.groups}
     free = {name: owner == FREE for name, owner in state.ledger.owners.items()}
-    fit(module, second, three(masking=masking(), isolation=isolation, after=1.0, fold=False), epochs=3)
+    fit(module, second, three(masking=masking(), isolation=isolation, after=1.0, fold=False), epochs=1)
     for group in state.structure.groups:
         vectors = group.weights(named_tensors(module))
         units = free[group.name]
@@ -458,7 +458,7 @@ def test_learned_sub_spaces_travel_in_checkpoints_and_no_hook_stays(tmp_path):
 # What it is for: a smaller sub-space keeps more, and lets less be learned
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_tiny_sub_space_keeps_the_first_task_and_slows_the_second(seed):
     kept, learned = {}, {}
     for name, subspace in (("tiny", RandomSubspace(dimensions=1)), ("all", None)):
@@ -489,7 +489,7 @@ def cost_of_resampling(module, task, draws=8):
 
 
 @pytest.mark.parametrize("perturbation", [None, Mixture([Ablate(), Resample()])], ids=["default", "mixture"])
-@pytest.mark.parametrize("which", [0, 3])
+@pytest.mark.parametrize("which", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_resampling_redundant_units_costs_at_most_the_tolerance_after_invariance(perturbation, which):
     torch.manual_seed(0)
     network = MLP(shape=(1, 8, 8), classes=10, hidden=(200, 200))

@@ -81,6 +81,7 @@ print(runner.run().weights_sha256)
 """
 
 
+@pytest.mark.slow
 def test_a_project_gives_the_same_weights_under_either_name(tmp_path):
     found = []
     for name in ("lightning.pytorch", "pytorch_lightning"):

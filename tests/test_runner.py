@@ -37,13 +37,17 @@ from lightning_cf.steps import synchronise, weights_sha256
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
 
 
+SHORT = {"epochs": 1, "invariance_epochs": 1}
+
+
 def runner(root, *, module=None, sequence=None, **options):
-    options = {"trainer": quiet_trainer, "epochs": 5, "invariance_epochs": 3, **options}
+    """Tasks are not inferred unless a test says so: the heads would take most of the time."""
+    options = {"trainer": quiet_trainer, "epochs": 5, "invariance_epochs": 3, "task_inference": None, **options}
     return SequentialTaskRunner(module or classifier(), sequence or tasks(), root=root, **options)
 
 
 def test_exact_isolation_forgets_nothing_and_learns_everything(tmp_path):
-    result = runner(tmp_path).run()
+    result = runner(tmp_path, task_inference="auto").run()
     assert result.accuracy.forgetting == 0.0
     assert result.accuracy.average > 0.95
     assert result.accuracy.matrix.shape == (3, 3)
@@ -67,7 +71,7 @@ def test_classes_that_return_keep_every_bit_of_their_logits(tmp_path):
             after.append({task.name: own_logits(pl_module, task) for task in done})
 
     module = classifier()
-    result = runner(tmp_path, module=module, sequence=sequence, callbacks=[Keep()]).run()
+    result = runner(tmp_path, module=module, sequence=sequence, callbacks=[Keep()], **SHORT).run()
     assert result.accuracy.forgetting == 0.0
     assert module.network[-1].out_features == 30
     assert after[-1].keys() == {"permutation-0", "permutation-1"}
@@ -113,7 +117,7 @@ def test_options_are_chosen_on_validation_data(tmp_path):
             task.data.__class__ = Strange
         return [Task(task.name, task.data, classes=task.classes) for task in found]
 
-    options = {"epochs": 1, "invariance_epochs": 1, "score_on": "validation"}
+    options = {**SHORT, "score_on": "validation", "task_inference": "auto"}
     run = runner(tmp_path, sequence=sequence(), **options)
     result = run.run()
     for task, score in zip(run.tasks, result.accuracy.matrix[-1].tolist(), strict=True):
@@ -126,7 +130,7 @@ def test_options_are_chosen_on_validation_data(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"isolation": "exact"},
+        {"isolation": "exact", "task_inference": "auto"},
         {"isolation": "perturb"},
         {"isolation": "perturb", "invariance": InvarianceCallback(subspace=LearnedSubspace(dimensions=4, steps=7))},
         {"partition": PartitionCallback(measure="update", representative="random")},
@@ -139,7 +143,7 @@ def test_a_run_that_was_interrupted_ends_with_the_weights_of_one_that_was_not(tm
             if trainer.datamodule.name == "2-3" and pl_module.ledger.tasks[-1].phase == "invariance":
                 raise RuntimeError("power cut")
 
-    make = partial(runner, **options)
+    make = partial(runner, epochs=2, invariance_epochs=2, **options)
     whole = make(tmp_path / "whole").run()
     with pytest.raises(RuntimeError, match="power cut"):
         make(tmp_path / "cut", callbacks=[PowerCut()]).run()
@@ -162,9 +166,9 @@ def test_a_run_that_was_interrupted_ends_with_the_weights_of_one_that_was_not(tm
 
 
 def test_a_folder_holds_one_run(tmp_path):
-    runner(tmp_path, sequence=tasks(1)).run()
-    with pytest.raises(ContinualError, match="holds a run with epochs=5, not 6"):
-        runner(tmp_path, sequence=tasks(1), epochs=6).run()
+    runner(tmp_path, sequence=tasks(1), **SHORT).run()
+    with pytest.raises(ContinualError, match="holds a run with epochs=1, not 2"):
+        runner(tmp_path, sequence=tasks(1), **{**SHORT, "epochs": 2}).run()
 
 
 def test_the_seed_decides_everything_and_the_global_generator_stays(tmp_path):
@@ -173,11 +177,12 @@ def test_the_seed_decides_everything_and_the_global_generator_stays(tmp_path):
     torch.manual_seed(11)
     module = classifier()
     torch.manual_seed(11)
-    first = runner(tmp_path / "a", module=module, sequence=tasks(2)).run()
+    make = partial(runner, sequence=tasks(2), task_inference="auto", **SHORT)
+    first = make(tmp_path / "a", module=module).run()
     assert torch.equal(torch.rand(3), expected)
     torch.rand(100)
-    assert runner(tmp_path / "b", sequence=tasks(2)).run().weights_sha256 == first.weights_sha256
-    assert runner(tmp_path / "c", sequence=tasks(2), seed=1).run().weights_sha256 != first.weights_sha256
+    assert make(tmp_path / "b").run().weights_sha256 == first.weights_sha256
+    assert make(tmp_path / "c", seed=1).run().weights_sha256 != first.weights_sha256
 
 
 def test_the_users_callbacks_are_copied_for_every_phase(tmp_path):
@@ -196,7 +201,7 @@ def test_the_users_callbacks_are_copied_for_every_phase(tmp_path):
 
 @pytest.mark.parametrize("left_out", ["partition", "invariance", "masking", "task_inference"])
 def test_each_step_can_be_left_out(tmp_path, left_out):
-    result = runner(tmp_path, sequence=tasks(2), **{left_out: None}).run()
+    result = runner(tmp_path, sequence=tasks(2), **{"task_inference": "auto", left_out: None}).run()
     assert result.accuracy.matrix.shape == (2, 2)
     assert bool(result.partition) == (left_out != "partition")
     assert float(result.accuracy.matrix.diagonal().min()) > 0.85
@@ -206,7 +211,7 @@ def test_each_step_can_be_left_out(tmp_path, left_out):
 
 
 def test_the_stages_of_each_task_are_scored(tmp_path):
-    result = runner(tmp_path, sequence=tasks(2)).run()
+    result = runner(tmp_path, sequence=tasks(2), **SHORT).run()
     assert {task: list(stages) for task, stages in result.stages.items()} == {
         "0-1": ["learned", "partitioned", "retrained"],
         "2-3": ["learned", "partitioned", "retrained"],
@@ -215,7 +220,7 @@ def test_the_stages_of_each_task_are_scored(tmp_path):
 
 
 def test_results_are_json_with_every_key(tmp_path):
-    result = runner(tmp_path, sequence=tasks(2)).run()
+    result = runner(tmp_path, sequence=tasks(2), task_inference="auto", **SHORT).run()
     document = json.loads(json.dumps(result.as_dict(compare={"other": result}, seed=0, config={"a": 1})))
     assert {
         *("tasks", "accuracy_matrix", "average_accuracy", "forgetting", "backward_transfer", "forward_transfer"),
@@ -345,7 +350,7 @@ def test_capacity_is_kept_for_the_tasks_to_come(tmp_path):
 
 
 def test_a_run_killed_before_a_partition_still_knows_the_weights_at_the_tasks_start(tmp_path, monkeypatch):
-    make = partial(runner, sequence=tasks(2), partition=PartitionCallback(measure="update"))
+    make = partial(runner, sequence=tasks(2), partition=PartitionCallback(measure="update"), **SHORT)
     whole = make(tmp_path / "whole").run()
     step = PartitionCallback.partition_task
 
@@ -362,7 +367,8 @@ def test_a_run_killed_before_a_partition_still_knows_the_weights_at_the_tasks_st
 
 
 def test_a_second_call_after_an_error_ends_with_the_weights_of_an_undisturbed_run(tmp_path):
-    whole = runner(tmp_path / "whole", sequence=tasks(2)).run()
+    make = partial(runner, sequence=tasks(2), task_inference="auto", **SHORT)
+    whole = make(tmp_path / "whole").run()
 
     class Once(Callback):
         failed = False
@@ -372,7 +378,7 @@ def test_a_second_call_after_an_error_ends_with_the_weights_of_an_undisturbed_ru
                 Once.failed = True
                 raise RuntimeError("interrupted")
 
-    again = runner(tmp_path / "again", sequence=tasks(2), callbacks=[Once()])
+    again = make(tmp_path / "again", callbacks=[Once()])
     with pytest.raises(RuntimeError, match="interrupted"):
         again.run()
     assert again.run().weights_sha256 == whole.weights_sha256
@@ -387,7 +393,7 @@ class Silent:
 
 def test_a_run_with_a_perturbation_of_ones_own_is_taken_up_again(tmp_path):
     for _ in range(2):
-        runner(tmp_path, sequence=tasks(1), invariance=InvarianceCallback(perturbation=Silent())).run()
+        runner(tmp_path, sequence=tasks(1), invariance=InvarianceCallback(perturbation=Silent()), **SHORT).run()
 
 
 @pytest.mark.parametrize(
@@ -487,7 +493,7 @@ def test_a_share_of_the_fit_is_the_runners_business():
 @pytest.mark.parametrize("isolation", ["exact", "perturb"])
 def test_each_task_leaves_a_checkpoint_and_a_record_of_its_partition(tmp_path, isolation):
     module, sequence = classifier(), tasks(2)
-    result = runner(tmp_path, module=module, sequence=sequence, isolation=isolation).run()
+    result = runner(tmp_path, module=module, sequence=sequence, isolation=isolation, **SHORT).run()
     for position, task in enumerate(sequence):
         folder = tmp_path / "tasks" / f"{position:02d}-{task.name}"
         ledger = NeuronLedger.from_checkpoint(folder / "checkpoint.ckpt")
@@ -516,7 +522,7 @@ def test_each_task_leaves_a_checkpoint_and_a_record_of_its_partition(tmp_path, i
 
 
 def test_similarities_are_recorded_on_request(tmp_path):
-    runner(tmp_path, sequence=tasks(2), partition=PartitionCallback(similarity_matrix=True)).run()
+    runner(tmp_path, sequence=tasks(2), partition=PartitionCallback(similarity_matrix=True), **SHORT).run()
     for folder in ("00-0-1", "01-2-3"):
         for layer in PartitionRecord.load(tmp_path / "tasks" / folder).layers:
             assert layer.similarity is not None
