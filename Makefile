@@ -18,8 +18,8 @@ test: $(VENV)/installed $(VENV)/zoo
 machines: $(VENV)/installed $(VENV)/zoo
 	for capability in default avx2 avx512; do for threads in 1 2; do \
 		echo "$$capability, $$threads threads"; \
-		ATEN_CPU_CAPABILITY=$$capability $(VENV)/bin/pytest --numprocesses 2 --threads $$threads -m "slow or not slow" \
-		|| exit 1; done; done
+		ATEN_CPU_CAPABILITY=$$capability $(VENV)/bin/pytest --numprocesses $$((3 - threads)) --threads $$threads \
+			-m "slow or not slow" || exit 1; done; done
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
