@@ -69,12 +69,6 @@ class TaskInferenceCallback(ContinualCallback):
         state, task = state_of(pl_module), task_of(trainer, type(self).__name__)
         assert state is not None
         prepare(pl_module, state, task, self.strategy)
-        inference, alone = inference_of(state.ledger), unseen(state, task)
-        if inference is not None and inference.strategies and task.classes is not None and alone is not None:
-            state.tell(
-                f"Task '{task.name}' cannot be inferred: '{alone}' runs for it as it does not for earlier tasks, so no"
-                " forward pass shows all of them. Name this task where it is predicted."
-            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Makes the heads, anew after a partition, and tells them the batch's labels."""
@@ -219,6 +213,11 @@ def prepare(module: LightningModule, state: ContinualState, task: Task, wanted: 
     if known is None or not known.strategies:  # a first task without classes chooses none
         names = choose_strategies(module, state, task, wanted)
         keep_inference(state.ledger, TaskInference(names))
+    elif task.classes is not None and (alone := unseen(state, task)) is not None:
+        state.tell(
+            f"Task '{task.name}' cannot be inferred: '{alone}' runs for it as it does not for earlier tasks, so no"
+            " forward pass shows all of them. Name this task where it is predicted."
+        )
     elif task.classes is not None and current is not None and current.phase == "learn":
         failure = "" if task.name in known.left_out else rehearse(module, state, task, known)
         if failure:
