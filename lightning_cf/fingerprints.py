@@ -35,7 +35,8 @@ def keep_fingerprints(
     owner = ledger.owner_of_units(structure)
     for number, task in enumerate(ledger.tasks):
         if task.phase != "learn" and (tasks is None or task.name in tasks):
-            found = {name: _places(name, tensor, structure, owner, number) for name, tensor in tensors.items()}
+            way = structure.way_of(task.name)  # what others feed into its units is not its own
+            found = {name: _places(name, tensor, structure, owner, number, way) for name, tensor in tensors.items()}
             ledger.fingerprints[task.name] = {
                 name: {
                     "shape": list(tensors[name].shape),
@@ -56,14 +57,14 @@ def _known(ledger: NeuronLedger) -> tuple[dict[str, int], int]:
 
 
 def _places(
-    name: str, tensor: Tensor, structure: Structure, owner: Int64[Tensor, "units"], task: int
+    name: str, tensor: Tensor, structure: Structure, owner: Int64[Tensor, "units"], task: int, way: int
 ) -> Int64[Tensor, "some"]:
     """Some entries of a tensor that a task owns, by their place among all; none of what a forward pass writes."""
     nothing = torch.empty(0, dtype=torch.int64)
     if name not in structure.entries or name in structure.written or not tensor.is_floating_point():
         return nothing
     mask = torch.zeros((1,) * tensor.ndim, dtype=torch.bool)
-    for use in structure.entries[name]:
+    for use in structure.uses_on(name, way):
         mask = mask | (lookup(use.target, owner, none=FREE) == task)
     if not bool(mask.any()):
         return nothing

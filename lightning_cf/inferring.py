@@ -17,7 +17,7 @@ from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarn
 from lightning_cf.evaluation import forward_context, on_device, predict
 from lightning_cf.finite import rows_finite
 from lightning_cf.ledger import NeuronLedger
-from lightning_cf.lightning_api import LightningModule, isolate_rng
+from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
 from lightning_cf.state import ContinualState, ledger_of
 from lightning_cf.structure import call, in_precision_of
 from lightning_cf.targets import one_hot_labels
@@ -275,6 +275,11 @@ def predict_any(module: LightningModule, x: Any, strategy: str | None = None) ->
         raise ContinualError(
             f"{type(module).__name__} knows no task that it could infer: seal one first, with a TaskInferenceCallback"
             " in the fit (a ContinualModule brings it), on tasks with classes."
+        )
+    if not is_overridden("forward", module, parent=LightningModule):
+        raise ContinualError(
+            f"Predictions without a task's name run the forward pass, but {type(module).__name__} has none. Define"
+            " forward(self, x): it takes a batch of inputs and computes the outputs of all tasks."
         )
     x = in_precision_of(module, x)
 

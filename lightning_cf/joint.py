@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.holdout import PartSampler
-from lightning_cf.lightning_api import LightningDataModule
+from lightning_cf.lightning_api import LightningDataModule, LightningModule
 from lightning_cf.outputs import OutputView
 from lightning_cf.tasks import Task
 
@@ -63,6 +65,29 @@ class JointTask(LightningDataModule):
         if self.view is not None:
             self.view.view_of_sample = tasks
         return samples
+
+
+@contextmanager
+def blaming_joint_batches(module: LightningModule) -> Iterator[None]:
+    """Says of a training step that fails before anything trained what is different when all tasks train together.
+
+    Raises:
+        ContinualError: in its place.
+    """
+    try:
+        yield
+    except ContinualError:
+        raise
+    except Exception as error:  # whatever a user's training step raises
+        inside = any(frame.name == "training_step" for frame in traceback.extract_tb(error.__traceback__))
+        if not inside or module.trainer.global_step > 0:
+            raise
+        raise ContinualError(
+            f"method='joint' trains on samples of all tasks in one batch, and trainer.datamodule is none of them then"
+            f" (its name is '{JointTask.name}'). The training step of {type(module).__name__} cannot take the first of"
+            f" these batches: {type(error).__name__}: {error}. Leave joint training out, or let the training step run"
+            " each sample as its label says, without asking which task it is."
+        ) from error
 
 
 def _drawn(loader: DataLoader[Any]) -> Dataset[Any]:

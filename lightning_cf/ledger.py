@@ -104,26 +104,42 @@ class NeuronLedger:
         self.owners, self.norms = fresh.owners, fresh.norms
         self.revision += 1
 
-    def extend_to(self, structure: Structure) -> None:
+    def extend_to(self, structure: Structure, task: str) -> None:
         """Takes over units that a further task's way through the network met: layers and outputs of its own, free.
+
+        Args:
+            structure: of all ways, the further one too.
+            task: whose way it is, for messages.
 
         Raises:
             ContinualError: if units that are known are others now.
         """
         fresh = NeuronLedger.for_structure(structure)
-        known = {name: len(owner) for name, owner in self.owners.items()}
         found = {name: len(owner) for name, owner in fresh.owners.items()}
+        same = {name for name, owner in self.owners.items() if found.get(name) == len(owner)}
+        owners = {n: owner for n, owner in self.owners.items() if n in same or bool((owner != FREE).any())}
+        known = {name: len(owner) for name, owner in owners.items()}
+        lost = known.keys() - same
+        joined = next((group.layers for group in structure.groups if not lost.isdisjoint(group.layers)), ())
         if not bool((torch.cat([*self.owners.values(), self.outputs]) >= 0).any()):
             self.owners, self.outputs = fresh.owners, fresh.outputs
+        elif joined:
+            layers = ", ".join(f"'{layer}'" for layer in joined)
+            raise ContinualError(
+                f"Task '{task}' runs the network in a way that joins units which earlier tasks own one by one: those of"
+                f" {layers} would share one fate, since it adds, concatenates or normalises them together. Make all"
+                " tasks known before the first one is learned, ContinualModule(module).add_task(task) for each, as the"
+                " runner does; or give this task a layer of its own there."
+            )
         elif found.items() >= known.items() and len(fresh.outputs) >= len(self.outputs):
-            self.owners = {name: self.owners.get(name, owner) for name, owner in fresh.owners.items()}
+            self.owners = {name: owners.get(name, owner) for name, owner in fresh.owners.items()}
             self.outputs = torch.cat([self.outputs, fresh.outputs[len(self.outputs) :]])
         elif found.items() <= known.items() and len(fresh.outputs) <= len(self.outputs):
             return  # read from a checkpoint, and not all of its tasks are met again yet
         else:
             raise ContinualError(
-                f"A task uses the network in a way that joins units which earlier tasks keep apart: {known} units were"
-                f" known, {found} are found. Give all tasks one way through the layers that they share."
+                f"Task '{task}' brings layers of its own to a network whose ledger knows others that no task has run"
+                " yet in this process. Make the earlier tasks known first: ContinualModule(module).add_task(task)."
             )
         self.width, self.norms = structure.head.size, fresh.norms
         self.revision += 1

@@ -35,7 +35,7 @@ from lightning_cf.identity import (
     trainer_identity,
 )
 from lightning_cf.inferring import highest_output, inference_of
-from lightning_cf.joint import JointTask
+from lightning_cf.joint import JointTask, blaming_joint_batches
 from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer, isolate_rng
 from lightning_cf.module import ContinualModule
@@ -277,7 +277,7 @@ class SequentialTaskRunner:
 
     def learn_jointly(self) -> None:
         """Trains all tasks together, each sample scored on its own task's outputs."""
-        with self.state.showing(self.module, self.tasks) as view:
+        with self.state.showing(self.module, self.tasks) as view, blaming_joint_batches(self.module):
             self.fit(JointTask(self.tasks, view), self.epochs + self.invariance_epochs, [])
 
     def score(self) -> None:

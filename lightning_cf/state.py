@@ -251,7 +251,7 @@ class ContinualState:
         if same == number:
             if not self.ledger.knows(task.name):
                 self._check_met()
-            self.ledger.extend_to(structure)
+            self.ledger.extend_to(structure, task.name)
             self.structure = replace(structure, rides=self.structure.rides)
             self.example, self.forward = examples, forward
         self._ride(task, same)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from learning import images, quiet_trainer
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
@@ -291,6 +291,26 @@ def test_a_loop_that_shows_no_loss_stops_at_the_end_of_the_epoch():
     assert same(module, before)
 
 
+class Bare(Hidden):
+    """Steps the bare optimiser, so that Lightning counts no steps; shows no loss."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.loss(batch).backward()
+        optimizer.step()
+
+
+def test_a_loop_whose_steps_nobody_counts_is_told_by_its_batch_and_sealed_by_its_fit():
+    module = learned(Bare, fault="nan pixel", at=3)
+    before = copy(module)
+    with pytest.raises(DivergenceError, match=r"at or before batch 5 \(epoch 0\)"):
+        fit(module, task(*SECOND), three())
+    assert same(module, before)
+    fit(module, task(*SECOND), three())  # INVARIANCE trained, though no step was counted since the partition
+    assert [entry.phase for entry in state_of(module).ledger.tasks] == ["sealed", "sealed"]
+
+
 @pytest.mark.parametrize(
     "callback",
     [PartitionCallback, InvarianceCallback, MaskedGradientCallback, partial(TaskInferenceCallback, "energy")],
@@ -550,6 +570,21 @@ def test_free_units_that_were_loaded_so_are_drawn_anew():
     for name, x in named_tensors(module).items():
         assert torch.equal(x[before[name].isfinite()], before[name][before[name].isfinite()])
         assert bool(x.isfinite().all())
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_validation_end", "on_train_start"])
+def test_what_breaks_between_the_fits_start_and_its_first_step_is_drawn_anew(hook):
+    """Else it would be taken for what the phase began with."""
+
+    def spoil(trainer, module):
+        if not trainer.global_step:
+            module.net[1].weight.data[free] = NAN
+
+    module = learned()
+    owned, free = logits(module), (state_of(module).ledger.owners["net.1"] == -1).nonzero().flatten()[0]
+    with pytest.warns(DivergenceWarning, match=r"free units are not finite.*layer 'net\.1'.*drawn anew"):
+        fit(module, task(*SECOND), [LambdaCallback(**{hook: spoil}), *three()], epochs=1)
+    assert torch.equal(logits(module), owned)
 
 
 def test_what_a_task_owns_and_was_loaded_so_is_refused():

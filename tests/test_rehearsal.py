@@ -114,6 +114,23 @@ def test_what_the_projections_read_is_what_they_are_given(first):
     torch.testing.assert_close(recorder.found[names[1]].reshape(mixed.shape), mixed)
 
 
+@pytest.mark.parametrize(("wanted", "strategy"), [("auto", "energy"), ("input_gaussian", "input_gaussian")])
+def test_a_network_that_is_its_output_layer_alone_is_inferred(wanted, strategy, tmp_path):
+    class Single(Net):
+        def __init__(self):
+            super().__init__()
+            self.b = self.c = None
+            self.a = nn.Linear(12, 10)
+
+        def forward(self, x):
+            return self.a(x)
+
+    module = Single()
+    result = run(module, pair(), tmp_path, task_inference=wanted)
+    assert strategy in result.strategies
+    assert [known.name for known in inference_of(module.ledger).tasks] == ["a", "b"]
+
+
 def test_a_layer_that_reads_no_samples_is_not_looked_at(tmp_path):
     """A network of a table, beside the samples: as long as a batch now and then."""
 

@@ -17,6 +17,7 @@ from lightning_cf import (
     Classifier,
     ContinualError,
     ContinualModule,
+    ContinualWarning,
     InvarianceCallback,
     LearnedSubspace,
     MaskedGradientCallback,
@@ -430,6 +431,12 @@ def test_the_runner_with_task_inference_of_its_choice(isolation, tmp_path):
     assert result.class_incremental is None
 
 
+def test_joint_training_is_refused_where_a_training_step_asks_for_its_task(tmp_path):
+    runner = SequentialTaskRunner(stems(), sequence(), trainer=quiet_trainer, method="joint", epochs=1, root=tmp_path)
+    with pytest.raises(ContinualError, match=r"method='joint' trains on .* of ContinualWired cannot take .*: KeyError"):
+        runner.run()
+
+
 def test_a_strategy_that_cannot_see_every_way_is_refused_before_training(tmp_path):
     runner = SequentialTaskRunner(
         stems(), sequence(), trainer=quiet_trainer, task_inference="subspaces", epochs=1, root=tmp_path
@@ -447,8 +454,10 @@ def test_a_later_task_with_a_way_of_its_own_is_not_inferred():
     torch.manual_seed(0)
     module, tasks = stems(), sequence()[:2]
     learn(module, tasks[:1], epochs=1, callbacks=[TaskInferenceCallback("statistics")])
-    with pytest.warns(StructureWarning, match="Task 'b' cannot be inferred: 'body.weight' runs for it"):
+    with pytest.warns(ContinualWarning) as told:
         learn(module, tasks[1:], epochs=1, callbacks=[TaskInferenceCallback("statistics")])
+    (said,) = [str(found.message) for found in told if "inferred" in str(found.message)]
+    assert said.startswith("Task 'b' cannot be inferred: 'body.weight' runs for it as it does not for earlier tasks")
     inference = state_of(module).ledger.inference
     assert [known["name"] for known in inference["tasks"]] == ["a"]
 
@@ -510,6 +519,46 @@ def test_a_learned_sub_space_is_one_of_what_the_tasks_way_reads():
         quiet_trainer(max_epochs=4, callbacks=callbacks).fit(module, datamodule=task)
         logits.append(predictions(module, task))
     check(module, tasks, logits)
+
+
+def joining():
+    """Two layers of tasks of their own, which a third task's way adds up."""
+
+    def wire(m, name, x):
+        x = x.flatten(1)
+        return m.head(torch.relu({"a": m.first, "b": m.second, "c": lambda x: m.first(x) + m.second(x)}[name](x)))
+
+    return Wired(wire, first=nn.Linear(64, 32), second=nn.Linear(64, 32), head=nn.Linear(32, 10))
+
+
+def test_a_way_that_joins_what_tasks_own_is_refused_by_name_with_a_way_out_that_works():
+    torch.manual_seed(0)
+    module, tasks = joining(), sequence()
+    learn(module, tasks[:2], epochs=1)
+    with pytest.raises(ContinualError, match=r"Task 'c' .* joins units .* 'first', 'second' .*add_task\(task\)"):
+        learn(module, tasks[2:], epochs=1)
+    module = ContinualModule(joining())
+    for task in tasks:
+        module.add_task(task)
+    check(module, tasks, learn(module, tasks, epochs=8))
+
+
+def test_ways_that_were_known_together_are_met_again_one_by_one(tmp_path):
+    torch.manual_seed(0)
+    module, keep, tasks = ContinualModule(joining()), ModelCheckpoint(dirpath=tmp_path, filename="last"), sequence()
+    for task in tasks:
+        module.add_task(task)
+    for task in tasks[:2]:
+        quiet_trainer(max_epochs=2, callbacks=[*three(), keep], enable_checkpointing=True).fit(module, datamodule=task)
+    before = [predictions(module, task) for task in tasks[:2]]
+    other = joining()
+    other.load_state_dict(torch.load(keep.best_model_path, weights_only=True)["state_dict"])
+    keep_ledger(other, NeuronLedger.from_checkpoint(keep.best_model_path))
+    other = ContinualModule(other)
+    for task in tasks:
+        other.add_task(task)
+    learn(other, tasks[2:], epochs=1)
+    assert all(torch.equal(predictions(other, t), outputs) for t, outputs in zip(tasks, before, strict=False))
 
 
 def test_a_stem_that_the_user_holds_is_left_whole_to_its_task():

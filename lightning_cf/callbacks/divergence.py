@@ -286,7 +286,9 @@ class Watch:
 
     def _message(self, first: Seen | None, names: list[str]) -> str:
         if first is None:
-            where = f"at or before step {self.trainer.global_step} (epoch {self.trainer.current_epoch})"
+            loop, steps = self.trainer.fit_loop, self.trainer.global_step
+            seen = f"step {steps}" if steps else f"batch {loop.batch_idx}"  # a loop may step behind Lightning's back
+            where = f"at or before {seen} (epoch {self.trainer.current_epoch})"
         elif first.late:
             where = f"at or before step {first.step}; the loss of {first.place} was the first that is not finite"
         else:

@@ -130,7 +130,7 @@ class PartitionCallback(ContinualCallback):
         self.ledger = None if ledger is None else check_path("partition", "ledger", ledger)
         self._step = 0
         self._stale_scores = False
-        self._partitioned_at: int | None = None
+        self._partitioned_at: tuple[int, int] | None = None
         self._ended = False
         self._start: dict[str, Tensor] | None = None
 
@@ -268,7 +268,7 @@ class PartitionCallback(ContinualCallback):
 
     def partition_task(self, trainer: Trainer, module: LightningModule, task: Task) -> None:
         """Partitions now: on the first process, which tells the others."""
-        self._partitioned_at = trainer.global_step
+        self._partitioned_at = _trained(trainer)
         take_averages(trainer, module)
         decide_together(
             trainer,
@@ -334,7 +334,7 @@ class PartitionCallback(ContinualCallback):
         if state is None or phase is None:
             return
         task = task_of(trainer, type(self).__name__)
-        if phase == "invariance" and self._partitioned_at == trainer.global_step:
+        if phase == "invariance" and self._partitioned_at == _trained(trainer):
             # The fit was stopped right after the partition: a second fit is its INVARIANCE, if one comes.
             decide_together(trainer, module, lambda: remember_claim(module, task))
             return
@@ -363,6 +363,12 @@ class PartitionCallback(ContinualCallback):
         if self.every_n_steps is not None:
             return self._due_by_steps(trainer) and self._is_below(trainer, trainer.current_epoch + 1)
         return self.should_partition(trainer) and self._is_below(trainer, trainer.current_epoch + 1)
+
+
+def _trained(trainer: Trainer) -> tuple[int, int]:
+    """How far the fit is: its optimiser steps, or its batches where a loop steps behind Lightning's back."""
+    steps = trainer.global_step
+    return steps, 0 if steps else trainer.fit_loop.total_batch_idx
 
 
 def _counts_steps(trainer: Trainer) -> bool:

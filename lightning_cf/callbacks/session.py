@@ -87,6 +87,12 @@ class ContinualCallback(WatchingCallback):
         ledger.begin(task.name, task.classes or [], state.structure)
         mend(pl_module, task)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mends what the validation before training, or a callback since the fit's start, left; begins to watch."""
+        if self._leads(trainer):
+            mend(pl_module, task_of(trainer, type(self).__name__))
+        super().on_train_start(trainer, pl_module)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Refuses inputs that the first training step would not take, and labels that are none of the task's."""
         task = task_of(trainer, type(self).__name__)

@@ -18,6 +18,7 @@ from lightning_cf.describing import describe
 from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_number, warn
 from lightning_cf.inferring import finite_samples, inference_of, keep_inference, look, unseen
 from lightning_cf.lightning_api import LightningModule, Trainer
+from lightning_cf.nameless import forward_is_told
 from lightning_cf.rehearsal import rehearse
 from lightning_cf.state import ContinualState, state_of
 from lightning_cf.task_inference import STRATEGIES, Strategy, TaskInference, register
@@ -69,12 +70,6 @@ class TaskInferenceCallback(ContinualCallback):
         state, task = state_of(pl_module), task_of(trainer, type(self).__name__)
         assert state is not None
         prepare(pl_module, state, task, self.strategy)
-        inference, alone = inference_of(state.ledger), unseen(state, task)
-        if inference is not None and inference.strategies and task.classes is not None and alone is not None:
-            state.tell(
-                f"Task '{task.name}' cannot be inferred: '{alone}' runs for it as it does not for earlier tasks, so no"
-                " forward pass shows all of them. Name this task where it is predicted."
-            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Makes the heads, anew after a partition, and tells them the batch's labels."""
@@ -218,10 +213,31 @@ def prepare(module: LightningModule, state: ContinualState, task: Task, wanted: 
     known, current = inference_of(state.ledger), state.ledger.current
     if known is None or not known.strategies:  # a first task without classes chooses none
         names = choose_strategies(module, state, task, wanted)
-        keep_inference(state.ledger, TaskInference(names))
+        known = TaskInference(names)
+        if names and forward_is_told(module, state, task):
+            leave_out(state, known, task, _TOLD)
+        keep_inference(state.ledger, known)
+    elif task.classes is not None and (alone := unseen(state, task)) is not None:
+        state.tell(
+            f"Task '{task.name}' cannot be inferred: '{alone}' runs for it as it does not for earlier tasks, so no"
+            " forward pass shows all of them. Name this task where it is predicted."
+        )
     elif task.classes is not None and current is not None and current.phase == "learn":
-        failure = "" if task.name in known.left_out else rehearse(module, state, task, known)
+        done = task.name in known.left_out
+        told = not done and forward_is_told(module, state, task)
+        failure = "" if done else _TOLD if told else rehearse(module, state, task, known)
         if failure:
-            known.left_out.append(task.name)
-            keep_inference(state.ledger, known)
-            warn(f"Task '{task.name}' will not be inferred: {failure}", ContinualWarning)
+            leave_out(state, known, task, failure)
+
+
+def leave_out(state: ContinualState, inference: TaskInference, task: Task, reason: str) -> None:
+    """Notes that a task is not inferred, and says why."""
+    inference.left_out.append(task.name)
+    keep_inference(state.ledger, inference)
+    warn(f"Task '{task.name}' will not be inferred: {reason}", ContinualWarning)
+
+
+_TOLD = (
+    "its evaluate= tells the forward pass more than the input, such as which task it is, and without that its outputs"
+    " are others. Name this task where it is predicted."
+)

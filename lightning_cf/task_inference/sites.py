@@ -227,7 +227,7 @@ def _chain(
     links: list[Link] = []
     rows_before: Tensor | None = None
     names = [] if first is None else [first, *(name for name, _ in consumers(module, structure))]
-    for name in names:
+    for name in names if structure.groups else ():  # a network may be its output layer alone
         use = structure.entries[name][0]
         target, source = use.target.flatten(), use.source.flatten()
         plain = isinstance(layers.get(layer_of(name)), nn.Linear) and len(structure.entries[name]) == 1
