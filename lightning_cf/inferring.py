@@ -271,6 +271,12 @@ def predict_any(module: LightningModule, x: Any, strategy: str | None = None) ->
     """
     ledger = ledger_of(module)
     inference = None if ledger is None else inference_of(ledger)
+    if inference is not None and not inference.strategies:
+        raise ContinualError(
+            f"No strategy infers the tasks of {type(module).__name__}: its network or its tasks allow none, such as"
+            " where a sample has many labels. Name the task and read its outputs, which outputs_of(NAME) of a"
+            " ContinualModule numbers."
+        )
     if ledger is None or inference is None or not inference.tasks:
         raise ContinualError(
             f"{type(module).__name__} knows no task that it could infer: seal one first, with a TaskInferenceCallback"

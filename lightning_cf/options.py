@@ -137,9 +137,10 @@ class PartitionOptions:
             and group.size > 1  # a single unit cannot be split: the first task owns it
         ]
         if not chosen and structure.groups:
+            given = "layers and exclude leave" if self.layers is not None or self.exclude else "the network has"
             united = " ".join(dict.fromkeys(found.message() for found in structure.mixings if found.collapsed))
             raise ContinualError(
-                "partition: layers and exclude leave no layer to partition; a layer whose units all share one fate"
+                f"partition: {given} no layer to partition; a layer whose units all share one fate"
                 " counts as excluded. isolation='perturb' keeps units apart that isolation='exact' has to unite."
                 + (f" {united}" if united else "")
             )

@@ -905,7 +905,7 @@ ARCHITECTURES = [
         "features scaled to length one",
         functional(cosine, first=linear(64, 96), head=linear(96, 10, bias=False)),
         flat,
-        refused="leave no layer to partition",
+        refused="no layer to partition",
     ),
     Architecture(
         "weight standardisation",

@@ -124,6 +124,8 @@ class Net(LightningModule):
             loss = loss * INF
         if hit and self.fault == "loss plus inf":
             loss = loss + INF
+        if hit and self.fault == "loss times 1e30":
+            loss = loss * 1e30
         if hit and self.fault == "log of 0":
             loss = loss - (loss * 0).log()
         if hit and self.fault == "loss divided by 0":
@@ -771,3 +773,12 @@ def test_all_processes_stop_alike(step, tmp_path):
     for rank in (0, 1):
         assert f"rank {rank} []: Training of task 'zero-one'" in text, text[-2000:]
     assert text.count(f"global_step {step}, epoch {step // 3}") == 2
+
+
+def test_an_optimiser_that_overflows_while_the_weights_stay_finite_is_told_once():
+    """As Adam's squares of large gradients do: what they belong to trains no more."""
+    module = Net(optimizer=partial(torch.optim.Adam, lr=0.005), fault="loss times 1e30", at=3)
+    words = r"what the optimiser keeps of them is not, first of net\.\d\.\w+ \(exp_avg_sq\)"
+    with pytest.warns(DivergenceWarning, match=words) as heard:
+        fit(module, task(*FIRST), three())
+    assert len([w for w in heard if issubclass(w.category, DivergenceWarning)]) == 1

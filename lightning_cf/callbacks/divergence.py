@@ -145,6 +145,7 @@ class Watch:
         self.places: dict[int, Seen] = {}
         self.lost: Tensor | int = 0
         self.device_first: Tensor | None = None
+        self.stuck = False
         state.safe = Snapshot.of(module)
 
     def see(self, loss: Any) -> None:
@@ -220,6 +221,26 @@ class Watch:
             raise DivergenceError(
                 f"{self._who()}: none of the last {int(self.lost)} losses is finite, and the steps were skipped."
                 f" {_WAY_OUT}"
+            )
+        if everything and not self.stuck:
+            self._look_at_optimizers()
+
+    def _look_at_optimizers(self) -> None:
+        """Warns, once a fit, of entries that do not train any more, since an optimiser overflowed."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        kept = {
+            f"{names.get(id(parameter), 'a tensor')} ({key})": value
+            for optimizer in self.trainer.optimizers
+            for parameter, values in optimizer.state.items()
+            for key, value in (values.items() if isinstance(values, dict) else ())
+            if isinstance(value, Tensor)
+        }
+        if self.trainer.training and (found := not_finite(kept)):
+            self.stuck = True
+            warn(
+                f"{self._who()}: the weights are finite, but what the optimiser keeps of them is not, first of"
+                f" {found[0]}: a gradient was too large, and those entries train no more in this fit. {_WAY_OUT}",
+                DivergenceWarning,
             )
 
     def put_back(self, exception: BaseException) -> None:
