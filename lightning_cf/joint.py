@@ -13,8 +13,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.holdout import PartSampler
-from lightning_cf.lightning_api import LightningDataModule
+from lightning_cf.lightning_api import LightningDataModule, LightningModule
 from lightning_cf.outputs import OutputView
+from lightning_cf.targets import left_out, strange
 from lightning_cf.tasks import Task
 
 
@@ -30,7 +31,7 @@ class JointTask(LightningDataModule):
 
     def __init__(self, tasks: Sequence[Task], view: OutputView | None) -> None:
         super().__init__()
-        self.view = view
+        self.tasks, self.view = list(tasks), view
         self.loaders = [task.train_dataloader() for task in tasks]
         for task, loader in zip(tasks, self.loaders, strict=True):
             data = loader.dataset if isinstance(loader, DataLoader) else None
@@ -58,11 +59,32 @@ class JointTask(LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: tuple[Any, torch.Tensor], dataloader_idx: int) -> Any:
-        """Takes the task numbers off the batch and hands them to the view."""
+        """Takes the task numbers off the batch and hands them to the view.
+
+        Raises:
+            ContinualError: for labels that are no classes of the task that they come from.
+        """
         samples, tasks = batch
+        self._check_labels(samples, tasks)
         if self.view is not None:
             self.view.view_of_sample = tasks
         return samples
+
+    def _check_labels(self, samples: Any, tasks: torch.Tensor) -> None:
+        for number, task in enumerate(self.tasks):
+            labels = task.task_loaders.labels_of(samples)
+            if task.classes is None or labels is None or len(labels) != len(tasks):
+                continue
+            found = strange(labels[tasks == number], task.classes, left_out(task, self._module))
+            if found:
+                raise ContinualError(
+                    f"Task '{task.name}' declares classes {task.classes}, but its training data holds label {found[0]};"
+                    " correct classes=[...] or the data."
+                )
+
+    @property
+    def _module(self) -> LightningModule | None:
+        return None if self.trainer is None else self.trainer.lightning_module
 
 
 def _drawn(loader: DataLoader[Any]) -> Dataset[Any]:

@@ -42,7 +42,7 @@ class LabelWatch:
         if self.task.classes is None or count == self.seen:
             return
         self.seen = count
-        whole = labels_of(batch, self.columns)
+        whole = self.task.task_loaders.labels_of(batch, self.columns)
         for labels in [whole] if whole is not None else [labels_of(pair, self.columns) for pair in pairs_in(batch)]:
             if labels is None or labels.numel() == 0:
                 continue
@@ -82,8 +82,11 @@ class LabelWatch:
 _WATCHES: WeakKeyDictionary[Trainer, LabelWatch] = WeakKeyDictionary()
 
 
-def watch_of(trainer: Trainer, module: LightningModule, task: Task) -> LabelWatch:
-    """The one watch of a fit, whichever of the callbacks are there."""
+def watch_of(trainer: Trainer, module: LightningModule) -> LabelWatch | None:
+    """The one watch of a fit, whichever of the callbacks are there; None where what it fits is no single Task."""
+    task = getattr(trainer, "datamodule", None)
+    if not isinstance(task, Task):
+        return None
     watch = _WATCHES.get(trainer)
     if watch is None or watch.task is not task:
         watch = _WATCHES[trainer] = LabelWatch(module, task)

@@ -14,7 +14,7 @@ from lightning_cf.errors import ContinualError, check_function, check_kind, chec
 from lightning_cf.lightning_api import LightningDataModule, LightningModule, check_same_lightning, is_overridden
 from lightning_cf.loaders import STAGES, Loaders
 from lightning_cf.reading import Reading
-from lightning_cf.targets import labels_of, left_out, strange
+from lightning_cf.targets import left_out, strange
 
 Batches = Iterable[Any]
 
@@ -151,7 +151,7 @@ class Task(LightningDataModule):
         )
 
     def _check_labels(self, batch: Any) -> None:
-        labels = labels_of(batch)
+        labels = self.task_loaders.labels_of(batch)
         found = [] if self.classes is None or labels is None else strange(labels, self.classes, left_out(self))
         if found:
             raise ContinualError(
