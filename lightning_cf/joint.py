@@ -9,14 +9,26 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.holdout import PartSampler
 from lightning_cf.lightning_api import LightningDataModule, LightningModule
 from lightning_cf.outputs import OutputView
 from lightning_cf.targets import left_out, strange
 from lightning_cf.tasks import Task
+
+_KNOWN = (PartSampler, RandomSampler, SequentialSampler, SubsetRandomSampler)
+"""Samplers that draw each of their samples once a pass, in some order."""
 
 
 class JointTask(LightningDataModule):
@@ -44,6 +56,12 @@ class JointTask(LightningDataModule):
                 raise ContinualError(
                     f"method='joint' draws batches over all tasks itself, but the DataLoader of task '{task.name}' has"
                     " a batch_sampler or no batches. Give it a batch_size."
+                )
+            if not isinstance(loader.sampler, _KNOWN):
+                warn(
+                    f"method='joint' draws each sample of all tasks once an epoch itself, so the"
+                    f" {type(loader.sampler).__name__} of task '{task.name}' decides nothing there.",
+                    DataWarning,
                 )
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -88,9 +106,11 @@ class JointTask(LightningDataModule):
 
 
 def _drawn(loader: DataLoader[Any]) -> Dataset[Any]:
-    """A loader's data set, less what its sampler holds out."""
+    """A loader's data set, less what its sampler leaves out."""
     sampler = loader.sampler
-    return Subset(loader.dataset, sampler.indices) if isinstance(sampler, PartSampler) else loader.dataset
+    if isinstance(sampler, (PartSampler, SubsetRandomSampler)):
+        return Subset(loader.dataset, list(sampler.indices))
+    return loader.dataset
 
 
 class _Numbered(Dataset[Any]):

@@ -156,11 +156,13 @@ class Loaders:
 
     def _open(self, stage: str, *, requested: bool = False) -> Opened:
         if stage not in self.opened:
+            self.task.set_up(stage)
             with ExitStack() as recording:
                 if not requested:  # what a Trainer asks for is recorded by it: it may make the loader anew
                     recording.enter_context(_replace_dunder_methods(DataLoader, "dataset"))
                     recording.enter_context(_replace_dunder_methods(BatchSampler))
                 loader = getattr(self.task.data, f"{stage}_dataloader")()
+            self._check_there(stage, loader)
             parts = Split(loader, loader)
             if stage == "train" and self.task.holdout > 0 and not self.validates(requested=requested):
                 if several(loader):
@@ -170,8 +172,20 @@ class Loaders:
                 else:
                     name, processes = self.task.name, self.limits.processes
                     parts = split(loader, self.task.holdout, name=name, processes=processes)
+                    if not parts.why and self.limits.suffice(len(loader)) and not self.limits.suffice(len(parts.train)):
+                        why = "limit_train_batches or val_check_interval counts on all of its batches"
+                        parts = Split(loader, loader, why)
             self.opened[stage] = Opened(loader, parts)
         return self.opened[stage]
+
+    def _check_there(self, stage: str, loader: Any) -> None:
+        """Raises ContinualError where there is None in place of training data, or of one of several loaders."""
+        if (loader is None and stage == "train") or (several(loader) and any(each is None for each in flat(loader))):
+            what = "None" if loader is None else "several loaders, one of which is None"
+            raise ContinualError(
+                f"Task '{self.task.name}': its {stage}_dataloader() gives {what}; let it give a DataLoader, or leave"
+                " out what is not there."
+            )
 
     def _readable(self, stage: str) -> Opened:
         opened = self._open(stage)
