@@ -22,13 +22,13 @@ from lightning_cf.callbacks.loading import warn_of_traces
 from lightning_cf.callbacks.session import check_launch, check_strategy
 from lightning_cf.class_incremental import score_strategies
 from lightning_cf.contexts import on_device, seeded
+from lightning_cf.data_identity import data_identity
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_path
 from lightning_cf.evaluation import constant_predictor, evaluate, transferred
 from lightning_cf.files import make_folder, writing
 from lightning_cf.identity import (
     callbacks_identity,
     check_allow,
-    data_identity,
     network_identity,
     optimizer_identity,
     task_identity,
