@@ -25,6 +25,7 @@ from lightning_cf.targets import (
     left_out,
     one_hot_labels,
     place_of,
+    strange,
     unreachable,
 )
 from lightning_cf.tasks import Batches, Task, supervised
@@ -101,6 +102,7 @@ class Scorer:
         # A metric or an evaluate= of the user's own may make labels into anything.
         self._known = task.metric is None or type(task.metric).__module__.startswith("torchmetrics.")
         self._told, self.one_hot = False, False
+        self.counted = False
 
     def add(self, batch: Any, number: int) -> None:
         """Counts a batch."""
@@ -113,6 +115,7 @@ class Scorer:
         check_finite(task, batch, predictions, target, where)
         if self._known and not target.is_floating_point():
             self._check_labels(batch, predictions, target, where)
+        self.counted = self.counted or target.is_floating_point() or bool(strange(target.flatten(), [], self._left_out))
         self.shapes = f" of predictions {list(predictions.shape)} and targets {list(target.shape)}"
         self.metric = self.metric or metric_for(task, predictions)
         self.metric.update(predictions, target)
@@ -126,6 +129,12 @@ class Scorer:
         task = self.task
         if self.metric is None:
             raise ContinualError(f"Task '{task.name}' has no data to score it on; give it a test or validation loader.")
+        if not self.counted:
+            ignored = ", ".join(map(str, sorted(self._left_out)))
+            raise ContinualError(
+                f"Task '{task.name}': all labels of {self.what} are left out ({ignored}), so that no score means"
+                " anything. Give it data with labels."
+            )
         value = self.metric.compute()
         if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
             return float(value)
@@ -151,7 +160,7 @@ class Scorer:
         """A label for which the predictions have no output, or one of another task's, is never right."""
         task = self.task
         found = (
-            unreachable(predictions, target, self._left_out)
+            unreachable(predictions, target, task.classes or [], self._left_out)
             if predictions.numel() and predictions.is_floating_point()
             else []
         )

@@ -74,8 +74,8 @@ class LabelWatch:
     def _refuse(self, label: int, batch_idx: int) -> None:
         raise ContinualError(
             f"Task '{self.task.name}' declares classes {self.task.classes}, but batch {batch_idx} of its training data"
-            f" holds label {label}; correct classes=[...] or the data. What is to be left out has the loss's"
-            " ignore_index, -100."
+            f" holds label {label}; correct classes=[...] or the data. What is to be left out is -100, or the"
+            f" ignore_index of a loss that is a module, nn.CrossEntropyLoss(ignore_index={label}), or of metric=."
         )
 
 

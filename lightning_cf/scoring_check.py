@@ -69,7 +69,7 @@ def _find_targets(module: LightningModule, task: Task) -> None:
 def _try_score(scorer: Scorer) -> None:
     """Raises ContinualError if no score comes of the first batch, nor of all batches."""
     try:
-        if math.isfinite(scorer.score()):
+        if scorer.counted and math.isfinite(scorer.score()):
             return
     except ContinualError:
         raise

@@ -96,23 +96,26 @@ def _at(batch: Any, place: Place | None) -> Any:
     return batch
 
 
-def unreachable(predictions: Tensor, target: Tensor, besides: Collection[int]) -> list[int]:
+def unreachable(predictions: Tensor, target: Tensor, classes: Collection[int], besides: Collection[int]) -> list[int]:
     """Labels that predictions can never name: they have no column for them, or one that is masked throughout.
 
     >>> shown = torch.tensor([[0.5, 1.0, torch.finfo().min]])
-    >>> unreachable(shown, torch.tensor([1, 2, 3]), []), unreachable(shown.softmax(1), torch.tensor([1, 2]), [])
+    >>> labels = torch.tensor([1, 2, 3])
+    >>> unreachable(shown, labels, [0, 1], []), unreachable(shown.sigmoid(), labels[:2], [0, 1], [])
     ([2, 3], [2])
 
     Args:
         predictions: a column a class, as numbers or as probabilities.
         target: labels.
+        classes: of the task; a column of these may be zero throughout without being masked.
         besides: labels that count for nothing.
     """
     columns = predictions.detach().movedim(1, 0).flatten(1)
     lowest, highest = columns.amin(dim=1), columns.amax(dim=1)
     masked = (highest == lowest) & (highest <= _MASK) | (highest == -torch.inf)
-    if bool((lowest >= 0).all()) and bool((columns.sum(dim=0) - 1).abs().max() < 1e-3):
-        masked |= highest == 0
+    if bool((lowest >= 0).all()):
+        zero = (highest == 0).nonzero().flatten().tolist()
+        masked[[column for column in zero if column not in classes]] = True
     return strange(target.flatten(), (~masked).nonzero().flatten().tolist(), besides)
 
 

@@ -1,12 +1,14 @@
 """No partition is judged by a number that means nothing."""
 
+from functools import partial
+
 import pytest
 import torch
 from learning import quiet_trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric, MeanSquaredError, Metric
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
 from toys import Net, fit, loader, numbers
@@ -212,8 +214,12 @@ class RowsNet(Net):
         pass
 
 
-def score_rows(module, batch):
-    return module(batch["x"]), batch["labels"]
+def score_rows(module, batch, change=lambda logits, dim: logits):
+    return change(module(batch["x"]), 1), batch["labels"]
+
+
+def sigmoid_of(logits, dim):
+    return logits.sigmoid()
 
 
 def other(y):
@@ -229,7 +235,11 @@ def other(y):
     ],
     ids=["validation", "training", "all of training"],
 )
-@pytest.mark.parametrize("score", [score_rows, lambda m, b: (m(b["x"]).softmax(1), b["labels"])], ids=["", "softmax"])
+@pytest.mark.parametrize(
+    "score",
+    [score_rows, *(partial(score_rows, change=change) for change in (torch.softmax, torch.log_softmax, sigmoid_of))],
+    ids=["numbers", "softmax", "log_softmax", "sigmoid"],
+)
 def test_labels_of_other_tasks_are_named_in_batches_that_are_no_pairs_too(train, val, message, score):
     net = RowsNet()
     with pytest.raises(ContinualError, match=message):
@@ -263,6 +273,16 @@ def test_labels_in_a_column_are_labels(stage):
     fit(net, Task("a", given, classes=[0, 1]))
     with pytest.raises(ContinualError, match=r"batch 2 of its (training|judging) data holds label 3; correct classes"):
         fit(net, Task("b", given | {stage: targets(lambda y: other(y)[:, None])}, classes=[0, 1], outputs=[2, 3]))
+
+
+@pytest.mark.parametrize("score", [None, lambda net, batch: (net(batch[0]), batch[1])], ids=["default", "own"])
+def test_data_of_which_no_label_counts_are_refused(score):
+    nothing, net = targets(lambda y: y * 0 - 100), Net()
+    with pytest.raises(ContinualError, match=r"all labels of .* are left out \(-100\)"):
+        fit(net, Task("a", {"train": loader(), "val": nothing}, classes=[0, 1], evaluate=score))
+    assert net.steps == 0
+    later = DataLoader(ConcatDataset([nothing.dataset, loader().dataset]), 16)
+    assert fit(net, Task("a", {"train": loader(), "val": later}, classes=[0, 1], evaluate=score)).steps == 4
 
 
 def test_an_evaluate_whose_labels_have_no_column_is_refused():
