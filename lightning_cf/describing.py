@@ -238,6 +238,17 @@ def made_from(value: Any) -> dict[str, Any]:
     return found
 
 
+def constructor_names(value: object) -> set[str]:
+    """Names of what a user's class is made from, or the nearest class of a library that it derives from."""
+    names: set[str] = set()
+    for base in type(value).__mro__:
+        init = vars(base).get("__init__")
+        if isinstance(init, types.FunctionType) and not (is_library(base.__module__) and names):
+            code = init.__code__
+            names |= set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
+    return names
+
+
 def _short(described: Any) -> Any:
     return described if len(described) <= 64 else {"items": len(described), "sha256": content_sha256(described)[:12]}
 

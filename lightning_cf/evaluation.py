@@ -14,17 +14,19 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.lightning_api import LightningModule
+from lightning_cf.reading import samples_in
 from lightning_cf.structure import eval_mode, in_precision_of
 from lightning_cf.targets import (
     IGNORED,
     check_finite,
     check_for_accuracy,
     check_labels,
-    check_pair,
-    labels_of,
+    checked_pair,
     left_out,
     one_hot_labels,
+    place_of,
     strange,
+    unreachable,
 )
 from lightning_cf.tasks import Batches, Task, supervised
 
@@ -63,8 +65,10 @@ def predict(module: LightningModule, task: Task, batch: Any) -> tuple[Tensor, Te
     Where the default metric counts right classes, targets that are one-hot rows become labels.
     """
     with forward_context(module):
-        predictions, target = task.evaluate(module, on_device(module, task, batch))
-    check_pair(task, predictions, target)
+        given = on_device(module, task, batch)
+        predictions, target = checked_pair(task, task.evaluate(module, given))
+    if task.task_loaders.place_of_targets is None and task.evaluate is not supervised:
+        task.task_loaders.place_of_targets = place_of(target, given)
     if task.metric is None and predictions.shape == target.shape:
         labels = one_hot_labels(target)
         target = target if labels is None else labels
@@ -96,9 +100,9 @@ class Scorer:
         self.shapes = ""
         self._left_out = left_out(task, module)
         # A metric or an evaluate= of the user's own may make labels into anything.
-        known = task.metric is None or type(task.metric).__module__.startswith("torchmetrics.")
-        self._by_class = task.classes is not None and task.evaluate is supervised and known
+        self._known = task.metric is None or type(task.metric).__module__.startswith("torchmetrics.")
         self._told, self.one_hot = False, False
+        self.counted = False
 
     def add(self, batch: Any, number: int) -> None:
         """Counts a batch."""
@@ -108,9 +112,10 @@ class Scorer:
         if task.metric is None:
             check_for_accuracy(task, predictions, target)
         self.one_hot = isinstance(batch, (tuple, list)) and len(batch) == 2 and predictions.shape == _shape(batch[1])
-        if self._by_class and not target.is_floating_point():
-            self._check_labels(batch, target, where)
         check_finite(task, batch, predictions, target, where)
+        if self._known and not target.is_floating_point():
+            self._check_labels(batch, predictions, target, where)
+        self.counted = self.counted or target.is_floating_point() or bool(strange(target.flatten(), [], self._left_out))
         self.shapes = f" of predictions {list(predictions.shape)} and targets {list(target.shape)}"
         self.metric = self.metric or metric_for(task, predictions)
         self.metric.update(predictions, target)
@@ -124,6 +129,12 @@ class Scorer:
         task = self.task
         if self.metric is None:
             raise ContinualError(f"Task '{task.name}' has no data to score it on; give it a test or validation loader.")
+        if not self.counted:
+            ignored = ", ".join(map(str, sorted(self._left_out)))
+            raise ContinualError(
+                f"Task '{task.name}': all labels of {self.what} are left out ({ignored}), so that no score means"
+                " anything. Give it data with labels."
+            )
         value = self.metric.compute()
         if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
             return float(value)
@@ -135,22 +146,42 @@ class Scorer:
             " one number. Use a metric that averages, such as average='macro', or one of those in a collection."
         )
 
-    def _check_labels(self, batch: Any, target: Tensor, where: str) -> None:
+    def _check_labels(self, batch: Any, predictions: Tensor, target: Tensor, where: str) -> None:
         """Labels of samples are the task's classes; of pixels and tokens some may be void, which is said."""
-        labels = target if self.one_hot else labels_of(batch)
-        if labels is not None and labels.numel() == target.numel():
-            check_labels(self.task, target, self._left_out, where)
+        task = self.task
+        labels = target if self.one_hot else task.task_loaders.labels_of(batch)
+        one_each = labels is not None and labels.numel() == target.numel()
+        if one_each and task.classes is not None and task.evaluate is supervised:
+            check_labels(task, target, self._left_out, where)
+        elif predictions.ndim > 1 and predictions.shape[:1] + predictions.shape[2:] == target.shape:
+            self._check_reachable(predictions, target, where, void=not one_each and target.numel() > samples_in(batch))
+
+    def _check_reachable(self, predictions: Tensor, target: Tensor, where: str, *, void: bool) -> None:
+        """A label for which the predictions have no output, or one of another task's, is never right."""
+        task = self.task
+        found = (
+            unreachable(predictions, target, task.classes or [], self._left_out)
+            if predictions.numel() and predictions.is_floating_point()
+            else []
+        )
+        if not found or self._told:
             return
-        if not self._told and self.task.metric is None and isinstance(batch, (tuple, list)) and len(batch) == 2:
-            found = strange(target.flatten(), self.task.classes or [], self._left_out)
-            self._told = bool(found)
-            if found:
-                warn(
-                    f"Task '{self.task.name}' declares classes {self.task.classes}, but {where} holds label {found[0]},"
-                    " which counts as wrong. If it stands for nothing, give the task"
-                    f" metric=MulticlassAccuracy(..., ignore_index={found[0]}).",
-                    DataWarning,
-                )
+        foreign = task.classes is not None and found[0] not in task.classes
+        told = f"Task '{task.name}' declares classes {task.classes}, but" if foreign else f"Task '{task.name}':"
+        told += f" {where} holds label {found[0]}"
+        if not void:
+            way = "correct classes=[...] or the data" if foreign else "let evaluate= number labels as its columns are"
+            raise ContinualError(
+                f"{told}, for which its predictions of {predictions.shape[1]} columns hold no output of the task's;"
+                f" {way}. A label that counts for nothing is one of the metric's:"
+                " metric=MulticlassAccuracy(..., ignore_index=LABEL)."
+            )
+        self._told = True
+        warn(
+            f"{told}, which counts as wrong. If it stands for nothing, give the task"
+            f" metric=MulticlassAccuracy(..., ignore_index={found[0]}).",
+            DataWarning,
+        )
 
 
 def _shape(value: Any) -> torch.Size | None:

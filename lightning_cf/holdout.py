@@ -23,6 +23,7 @@ class PartSampler(Sampler[int]):
 
     Args:
         indices: which samples.
+        data_source: the whole data set, as samplers of torch keep it.
         shuffled: whether in another order in each pass.
         generator: what the order is drawn from; as for a ``RandomSampler``.
         seed: what the order depends on, with the epoch, where it must be the same on all processes.
@@ -32,10 +33,12 @@ class PartSampler(Sampler[int]):
         self,
         indices: list[int],
         *,
+        data_source: Any = None,
         shuffled: bool = False,
         generator: torch.Generator | None = None,
         seed: int | None = None,
     ) -> None:
+        self.data_source = data_source
         self.indices, self.shuffled, self.generator, self.seed, self.epoch = indices, shuffled, generator, seed, 0
 
     def __len__(self) -> int:
@@ -92,14 +95,14 @@ def split(loader: Any, share: float, *, name: str, processes: int = 1) -> Split:
     train, judge = copy.copy(loader), copy.copy(loader)
     shuffled = isinstance(loader.sampler, RandomSampler)
     generator = getattr(loader.sampler, "generator", None)
-    sampler = PartSampler(kept, shuffled=shuffled, generator=generator)
+    sampler = PartSampler(kept, data_source=loader.dataset, shuffled=shuffled, generator=generator)
     resample(train, sampler)
     if processes > 1 and shuffled:
         if _is_dataloader_shuffled(train):
             sampler.shuffled = False  # Lightning's sampler, which comes around it, shuffles
         else:
             sampler.seed = derive_seed("holdout", name)
-    resample(judge, PartSampler(held), drop_last=False)
+    resample(judge, PartSampler(held, data_source=loader.dataset), drop_last=False)
     judge.__dict__["generator"] = None
     for twin in (train, judge):
         twin.__dict__["_iterator"] = None

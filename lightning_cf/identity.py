@@ -6,18 +6,15 @@ import hashlib
 import math
 import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, IterableDataset, Subset
 from torchmetrics import Metric
 
-from lightning_cf.contexts import seeded
-from lightning_cf.describing import UNKNOWN, describe, is_library, made_from, sketch, without_address
+from lightning_cf.describing import UNKNOWN, constructor_names, describe, is_library, made_from, without_address
 from lightning_cf.errors import ContinualError
 from lightning_cf.lightning_api import (
     BaseFinetuning,
@@ -30,7 +27,6 @@ from lightning_cf.lightning_api import (
     WeightAveraging,
     isolate_rng,
 )
-from lightning_cf.loaders import STAGES
 from lightning_cf.tasks import Task, supervised
 
 FIXED = ("method", "isolation", "order", "tasks", "parameters", "network")
@@ -45,6 +41,19 @@ VARIABLE = (
 
 _WHOLE = ("architecture", "parameters", "network", "tasks", "data", "invariance", "masking")
 """Where a name that only one of two runs has is a difference; elsewhere another version may know of more options."""
+
+_NEWER = ("sampler", "batch", "labels")
+"""What earlier versions did not know of: a name that only one of two runs has is no difference there."""
+
+_COUNTS = tuple(f"trainer.{name}_batches" for name in ("limit_train", "limit_val", "limit_test", "overfit"))
+"""Where 1 is a batch and 1.0 is all of them."""
+
+_HOOKS = (
+    *("on_train_batch_start", "on_before_backward", "backward", "on_after_backward", "on_before_zero_grad"),
+    *("on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad"),
+    *("lr_scheduler_step", "on_before_batch_transfer", "on_after_batch_transfer"),
+)
+"""Hooks of a module that may change what a step does."""
 
 _CHANGING = (BaseFinetuning, EarlyStopping, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging)
 """Callbacks of Lightning's that change what is trained: one more or less is a difference."""
@@ -65,7 +74,7 @@ def task_identity(task: Task, outputs: Sequence[int]) -> dict[str, Any]:
 def network_identity(module: LightningModule) -> dict[str, Any]:
     """What a network is: shapes of its weights, its layers as they print themselves, its code and options."""
     layers = {
-        path or "module": f"{_plain_name(child)}({without_address(child.extra_repr())})"
+        path or "module": f"{_plain_name(child)}({without_address(child.extra_repr())}){_held(child)}"
         for path, child in module.named_modules()
         if not isinstance(child, Metric)
     }
@@ -99,6 +108,7 @@ def trainer_identity(trainer: Trainer) -> dict[str, Any]:
         "accumulate_grad_batches",
         "limit_train_batches",
         "limit_val_batches",
+        "limit_test_batches",
         "overfit_batches",
         "max_steps",
     )
@@ -114,7 +124,7 @@ def callbacks_identity(callbacks: Iterable[Callback]) -> dict[str, Any]:
         changing = isinstance(callback, _CHANGING)
         if is_library(type(callback).__module__) and not changing:
             continue
-        named = _constructor_names(callback)
+        named = constructor_names(callback)
         given = {
             k: v for k, v in made_from(callback).items() if k in named and isinstance(v, constant) and not _is_place(v)
         }
@@ -122,17 +132,6 @@ def callbacks_identity(callbacks: Iterable[Callback]) -> dict[str, Any]:
             name += "'"
         found[name] = describe(given)
     return found
-
-
-def data_identity(task: Task, *, test: bool) -> dict[str, Any]:
-    """Of each loader of a task the batch size, the number of samples and a few of them.
-
-    What reads differently twice in a row, such as an augmentation with a generator of its own, is not known; of a
-    random part of a data set the whole is looked at. A stream is not read.
-    """
-    with seeded("identity", task.name):
-        given = task.task_loaders.given(*(stage for stage in STAGES if test or stage != "test"))
-        return {stage: _loaders(loader) for stage, loader in given.items()}
 
 
 def differences(found: Any, wanted: Any, path: str = "") -> list[tuple[str, Any, Any]]:
@@ -147,7 +146,7 @@ def differences(found: Any, wanted: Any, path: str = "") -> list[tuple[str, Any,
             name = f"{path}.{key}" if path else str(key)
             if key in found and key in wanted:
                 result += differences(found[key], wanted[key], name)
-            elif not optional:
+            elif not optional and key not in _NEWER:
                 result.append((name, found.get(key, "nothing"), wanted.get(key, "nothing")))
         return result
     lists = isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted)
@@ -207,6 +206,8 @@ def check_allow(allow: Sequence[str]) -> list[str]:
 
 
 def _same(found: Any, wanted: Any, path: str) -> bool:
+    if path in _COUNTS and type(found) is not type(wanted):
+        return False  # a batch is not all of them
     approximate = path.startswith("data.") and isinstance(found, float) and isinstance(wanted, float)
     return math.isclose(found, wanted, rel_tol=1e-4, abs_tol=1e-4) if approximate else bool(found == wanted)
 
@@ -226,23 +227,41 @@ def _plain_name(child: nn.Module) -> str:
     return str(kind.__name__).removeprefix("Continual")
 
 
+def _held(child: nn.Module) -> str:
+    """Which of a layer's own weights do not train, in words; empty if all do."""
+    names = [name for name, p in child.named_parameters(recurse=False) if not p.requires_grad]
+    return f" holds {', '.join(names)}" if names else ""
+
+
 def _code(module: LightningModule) -> dict[str, Any]:
-    """What the user's own classes compute and how they train, by class and method."""
-    found = {}
+    """What the user's own classes compute and how they train, by class and method, with the methods that these call."""
+    found: dict[str, Any] = {f"{_plain_name(module)}.{hook}": None for hook in _HOOKS}
     for kind in {type(child): None for child in module.modules()}:
+        reached = _reached(kind)
         for base in kind.__mro__:
-            if is_library(base.__module__):
-                continue
-            for method in ("forward", "training_step", "configure_optimizers"):
-                function = vars(base).get(method)
-                if isinstance(function, types.FunctionType):
-                    found[f"{base.__qualname__}.{method}"] = describe(function)
+            if not is_library(base.__module__):
+                found |= {
+                    f"{base.__qualname__}.{name}": describe(vars(base)[name]) for name in reached & vars(base).keys()
+                }
     return found
+
+
+def _reached(kind: type) -> set[str]:
+    """The names of a class' methods that its forward pass and its training call."""
+    waiting, reached = ["forward", "training_step", "configure_optimizers", *_HOOKS], set[str]()
+    while waiting:
+        name = waiting.pop()
+        for base in kind.__mro__ if name not in reached else ():
+            function = vars(base).get(name)
+            if isinstance(function, types.FunctionType) and not is_library(base.__module__):
+                reached.add(name)
+                waiting += function.__code__.co_names
+    return reached
 
 
 def _options(module: LightningModule) -> dict[str, Any]:
     """Plain constructor arguments that the module keeps under their name, and functions that it keeps."""
-    named = _constructor_names(module)
+    named = constructor_names(module)
     constant = (partial, types.FunctionType, type)
     return {
         name.lstrip("_"): describe(value)
@@ -255,16 +274,6 @@ def _options(module: LightningModule) -> dict[str, Any]:
 def _hyperparameters(module: LightningModule) -> dict[str, Any]:
     given = getattr(module, "_hparams", None) or {}
     return {str(name): describe(value) for name, value in dict(given).items() if not isinstance(value, nn.Module)}
-
-
-def _constructor_names(value: object) -> set[str]:
-    names: set[str] = set()
-    for base in type(value).__mro__:
-        init = vars(base).get("__init__")
-        if isinstance(init, types.FunctionType) and not (is_library(base.__module__) and names):
-            code = init.__code__
-            names |= set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
-    return names
 
 
 def _is_place(value: Any) -> bool:
@@ -282,59 +291,3 @@ def _stepping(found: Any) -> dict[str, Any]:
     same = plain[0] if len(plain) == 1 else None
     described: dict[str, Any] = describe(same) if same is not None else {"groups": describe(plain)}
     return {"class": type(found).__qualname__, **described}
-
-
-def _loaders(loaders: Any) -> Any:
-    if isinstance(loaders, Mapping):
-        return {str(name): _loaders(loader) for name, loader in loaders.items()}
-    if isinstance(loaders, DataLoader):
-        dataset: Any = loaders.dataset
-        found: dict[str, Any] = {"batch_size": loaders.batch_size, "drop_last": loaders.drop_last}
-        if not isinstance(dataset, IterableDataset):
-            found |= _samples(dataset)
-        return found
-    if isinstance(loaders, (list, tuple)):
-        if loaders and all(isinstance(loader, DataLoader) for loader in loaders):
-            return {str(i): _loaders(loader) for i, loader in enumerate(loaders)}
-        return _samples(loaders)
-    return UNKNOWN
-
-
-def _samples(dataset: Any) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = {"samples": len(dataset)}
-    except Exception:  # a data set without a length
-        return {"samples": UNKNOWN}
-    while isinstance(dataset, Subset) and list(dataset.indices) != sorted(dataset.indices):
-        dataset = dataset.dataset  # a random part may be another one at each start
-    try:
-        places = sorted({0, len(dataset) // 2, len(dataset) - 1} - {-1})
-        found["items"] = {str(i): _known(partial(dataset.__getitem__, i), i) for i in places}
-    except Exception:  # whatever reading a sample here leads to
-        found["items"] = UNKNOWN
-    return found
-
-
-def _known(read: Callable[[], Any], place: int) -> Any:
-    """A sample, less what is another one when it is read again."""
-    found = []
-    for _ in range(2):
-        with seeded("identity", place):
-            found.append(_leaves(read()))
-    first, second = found
-    return {name: value if second.get(name) == value else UNKNOWN for name, value in first.items()}
-
-
-def _leaves(sample: Any, name: str = "") -> dict[str, Any]:
-    if isinstance(sample, Mapping):
-        return {k: v for key, item in sample.items() for k, v in _leaves(item, f"{name}{key}.").items()}
-    if isinstance(sample, (list, tuple)) and len(sample) <= 32:
-        return {k: v for i, item in enumerate(sample) for k, v in _leaves(item, f"{name}{i}.").items()}
-    if hasattr(sample, "__array_interface__") and not hasattr(sample, "dtype"):  # an image of PIL
-        sample = np.asarray(sample)
-    if isinstance(sample, (list, tuple)):
-        numbers = all(isinstance(each, (bool, int, float)) for each in sample)
-        sample = np.asarray(sample) if numbers else sample
-    plain = isinstance(sample, (bool, int, float, str)) or hasattr(sample, "dtype")
-    value = (sketch(sample) if hasattr(sample, "shape") else describe(sample)) if plain else type(sample).__qualname__
-    return {name.rstrip(".") or "value": value}

@@ -75,7 +75,7 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState, *,
                 held_out = view_of(module, task, sites, task.judging_batches(), SAMPLES, variants)
         if sites is None or training is None or held_out is None:
             warn(
-                f"Task '{task.name}' cannot be inferred: its targets are no labels, one a sample.",
+                f"Task '{task.name}' cannot be inferred: its targets are not one of its classes for each sample.",
                 ContinualWarning,
             )
         else:

@@ -11,13 +11,26 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.holdout import PartSampler
 from lightning_cf.lightning_api import LightningDataModule, LightningModule
 from lightning_cf.outputs import OutputView
+from lightning_cf.targets import left_out, strange
 from lightning_cf.tasks import Task
+
+_KNOWN = (PartSampler, RandomSampler, SequentialSampler, SubsetRandomSampler)
+"""Samplers that draw each of their samples once a pass, in some order."""
 
 
 class JointTask(LightningDataModule):
@@ -32,7 +45,7 @@ class JointTask(LightningDataModule):
 
     def __init__(self, tasks: Sequence[Task], view: OutputView | None) -> None:
         super().__init__()
-        self.view = view
+        self.tasks, self.view = list(tasks), view
         self.loaders = [task.train_dataloader() for task in tasks]
         for task, loader in zip(tasks, self.loaders, strict=True):
             data = loader.dataset if isinstance(loader, DataLoader) else None
@@ -45,6 +58,12 @@ class JointTask(LightningDataModule):
                 raise ContinualError(
                     f"method='joint' draws batches over all tasks itself, but the DataLoader of task '{task.name}' has"
                     " a batch_sampler or no batches. Give it a batch_size."
+                )
+            if not isinstance(loader.sampler, _KNOWN):
+                warn(
+                    f"method='joint' draws each sample of all tasks once an epoch itself, so the"
+                    f" {type(loader.sampler).__name__} of task '{task.name}' decides nothing there.",
+                    DataWarning,
                 )
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -60,11 +79,32 @@ class JointTask(LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: tuple[Any, torch.Tensor], dataloader_idx: int) -> Any:
-        """Takes the task numbers off the batch and hands them to the view."""
+        """Takes the task numbers off the batch and hands them to the view.
+
+        Raises:
+            ContinualError: for labels that are no classes of the task that they come from.
+        """
         samples, tasks = batch
+        self._check_labels(samples, tasks)
         if self.view is not None:
             self.view.view_of_sample = tasks
         return samples
+
+    def _check_labels(self, samples: Any, tasks: torch.Tensor) -> None:
+        for number, task in enumerate(self.tasks):
+            labels = task.task_loaders.labels_of(samples)
+            if task.classes is None or labels is None or len(labels) != len(tasks):
+                continue
+            found = strange(labels[tasks == number], task.classes, left_out(task, self._module))
+            if found:
+                raise ContinualError(
+                    f"Task '{task.name}' declares classes {task.classes}, but its training data holds label {found[0]};"
+                    " correct classes=[...] or the data."
+                )
+
+    @property
+    def _module(self) -> LightningModule | None:
+        return None if self.trainer is None else self.trainer.lightning_module
 
 
 @contextmanager
@@ -91,9 +131,11 @@ def blaming_joint_batches(module: LightningModule) -> Iterator[None]:
 
 
 def _drawn(loader: DataLoader[Any]) -> Dataset[Any]:
-    """A loader's data set, less what its sampler holds out."""
+    """A loader's data set, less what its sampler leaves out."""
     sampler = loader.sampler
-    return Subset(loader.dataset, sampler.indices) if isinstance(sampler, PartSampler) else loader.dataset
+    if isinstance(sampler, (PartSampler, SubsetRandomSampler)):
+        return Subset(loader.dataset, list(sampler.indices))
+    return loader.dataset
 
 
 class _Numbered(Dataset[Any]):

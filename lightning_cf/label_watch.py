@@ -42,7 +42,7 @@ class LabelWatch:
         if self.task.classes is None or count == self.seen:
             return
         self.seen = count
-        whole = labels_of(batch, self.columns)
+        whole = self.task.task_loaders.labels_of(batch, self.columns)
         for labels in [whole] if whole is not None else [labels_of(pair, self.columns) for pair in pairs_in(batch)]:
             if labels is None or labels.numel() == 0:
                 continue
@@ -74,16 +74,19 @@ class LabelWatch:
     def _refuse(self, label: int, batch_idx: int) -> None:
         raise ContinualError(
             f"Task '{self.task.name}' declares classes {self.task.classes}, but batch {batch_idx} of its training data"
-            f" holds label {label}; correct classes=[...] or the data. What is to be left out has the loss's"
-            " ignore_index, -100."
+            f" holds label {label}; correct classes=[...] or the data. What is to be left out is -100, or the"
+            f" ignore_index of a loss that is a module, nn.CrossEntropyLoss(ignore_index={label}), or of metric=."
         )
 
 
 _WATCHES: WeakKeyDictionary[Trainer, LabelWatch] = WeakKeyDictionary()
 
 
-def watch_of(trainer: Trainer, module: LightningModule, task: Task) -> LabelWatch:
-    """The one watch of a fit, whichever of the callbacks are there."""
+def watch_of(trainer: Trainer, module: LightningModule) -> LabelWatch | None:
+    """The one watch of a fit, whichever of the callbacks are there; None where what it fits is no single Task."""
+    task = getattr(trainer, "datamodule", None)
+    if not isinstance(task, Task):
+        return None
     watch = _WATCHES.get(trainer)
     if watch is None or watch.task is not task:
         watch = _WATCHES[trainer] = LabelWatch(module, task)

@@ -21,7 +21,7 @@ from lightning_cf.lightning_api import (
 )
 from lightning_cf.reading import Limits, Reading, flat, several, side_by_side
 from lightning_cf.streams import reads_once
-from lightning_cf.targets import labels_of, left_out, strange
+from lightning_cf.targets import Place, labels_of, left_out, strange
 
 if TYPE_CHECKING:
     from lightning_cf.tasks import Task
@@ -56,6 +56,8 @@ class Loaders:
         place: of the loader whose batch was read last, among the Trainer's loaders of that stage.
         batches: where training batches hold batches of several loaders, what of them the task can score: them
             ("whole"), the pairs in them ("pairs"), or validation data only ("val"). None until it was tried.
+        place_of_targets: where in a batch the targets are that the task's own ``evaluate`` gives back as they are. None
+            until it was tried, and where they are the second of a pair or computed.
 
     Args:
         task: whose.
@@ -67,6 +69,7 @@ class Loaders:
         self.opened: dict[str, Opened] = {}
         self.place = 0
         self.batches: str | None = None
+        self.place_of_targets: Place | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without loaders that are open: a copy opens its own."""
@@ -139,6 +142,10 @@ class Loaders:
             return ""
         return self._open("train").split.why
 
+    def labels_of(self, batch: Any, columns: int | None = None) -> Tensor | None:
+        """The labels of a batch, one a sample, as far as it is known where they are; see ``targets.labels_of``."""
+        return labels_of(batch, columns, self.place_of_targets)
+
     # How
 
     def _given(self, stage: str, *, requested: bool = False) -> bool:
@@ -149,11 +156,13 @@ class Loaders:
 
     def _open(self, stage: str, *, requested: bool = False) -> Opened:
         if stage not in self.opened:
+            self.task.set_up(stage)
             with ExitStack() as recording:
                 if not requested:  # what a Trainer asks for is recorded by it: it may make the loader anew
                     recording.enter_context(_replace_dunder_methods(DataLoader, "dataset"))
                     recording.enter_context(_replace_dunder_methods(BatchSampler))
                 loader = getattr(self.task.data, f"{stage}_dataloader")()
+            self._check_there(stage, loader)
             parts = Split(loader, loader)
             if stage == "train" and self.task.holdout > 0 and not self.validates(requested=requested):
                 if several(loader):
@@ -163,8 +172,20 @@ class Loaders:
                 else:
                     name, processes = self.task.name, self.limits.processes
                     parts = split(loader, self.task.holdout, name=name, processes=processes)
+                    if not parts.why and self.limits.suffice(len(loader)) and not self.limits.suffice(len(parts.train)):
+                        why = "limit_train_batches or val_check_interval counts on all of its batches"
+                        parts = Split(loader, loader, why)
             self.opened[stage] = Opened(loader, parts)
         return self.opened[stage]
+
+    def _check_there(self, stage: str, loader: Any) -> None:
+        """Raises ContinualError where there is None in place of training data, or of one of several loaders."""
+        if (loader is None and stage == "train") or (several(loader) and any(each is None for each in flat(loader))):
+            what = "None" if loader is None else "several loaders, one of which is None"
+            raise ContinualError(
+                f"Task '{self.task.name}': its {stage}_dataloader() gives {what}; let it give a DataLoader, or leave"
+                " out what is not there."
+            )
 
     def _readable(self, stage: str) -> Opened:
         opened = self._open(stage)
@@ -198,26 +219,28 @@ class Loaders:
         return reading.of(*opened.judges)
 
     def _choose(self, stage: str, reading: Reading) -> tuple[int, ...]:
-        task, found = self.task, {}
+        task, found, count = self.task, {}, len(reading.loaders)
         for place, _ in reading.loaders:
             with isolate_rng():
                 batch = next(iter(reading.of(place)), None)
-            labels = labels_of(batch)
+            if batch is None:
+                continue  # an empty loader is nobody's
+            labels = self.labels_of(batch)
             found[place] = None if labels is None or task.classes is None else labels.cpu()
         besides = left_out(task)
         other = {at: strange(x, task.classes or [], besides) for at, x in found.items() if x is not None}
-        fit = tuple(at for at in found if not other.get(at))
+        fit = tuple(at for at in found if not other.get(at)) if found else (0,)
         if not fit:
             holds = ", ".join(f"label {labels[0]} in loader {at}" for at, labels in other.items())
             raise ContinualError(
-                f"Task '{task.name}' declares classes {task.classes}, but none of its {len(found)} {stage} loaders is"
+                f"Task '{task.name}' declares classes {task.classes}, but none of its {count} {stage} loaders is"
                 f" of these alone: {holds}. Give it a loader of its own data:"
                 f" Task(..., {{'train': ..., '{stage}': ...}})."
             )
-        if len(fit) < len(found) and all(at in other for at in found):
+        if len(found) < 2 or (len(fit) < len(found) and all(at in other for at in found)):
             return fit
         warn(
-            f"Task '{task.name}' has {len(found)} {stage} loaders, and no labels tell which of them is its own: it"
+            f"Task '{task.name}' has {count} {stage} loaders, and no labels tell which of them is its own: it"
             f" is scored on loader {fit[0]}. Give it a loader of its own data:"
             f" Task(..., {{'train': ..., '{stage}': ...}}).",
             DataWarning,

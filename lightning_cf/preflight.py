@@ -67,12 +67,12 @@ def check_root(root: Path) -> None:
         raise ContinualError(f"runner: root={str(root)!r} cannot be written: {there} is read-only for this user.")
 
 
-def check_tasks(tasks: Sequence[Any], limits: Limits) -> list[Any]:
+def check_tasks(tasks: Sequence[Any], host: Trainer) -> list[Any]:
     """Raises ContinualError for tasks that cannot be told apart or have no data; gives the first batch of each.
 
     Args:
         tasks: all of the sequence.
-        limits: how much of their data the Trainers will read.
+        host: a Trainer with the limits of those that will fit them, which their data know until then.
     """
     if not tasks:
         raise ContinualError("runner: tasks is empty; give at least one Task.")
@@ -85,7 +85,9 @@ def check_tasks(tasks: Sequence[Any], limits: Limits) -> list[Any]:
             raise ContinualError(f"runner: two tasks are called '{name}'; give each a name of its own.")
     batches = []
     for task in tasks:
-        task.task_loaders.limits = limits
+        task.host = host
+        task.let_go()
+        task.task_loaders.limits = Limits.of(host)
         task.prepare_data()
         task.setup("fit")
         task.setup("test")

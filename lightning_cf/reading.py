@@ -34,6 +34,7 @@ class Limits:
         batches: how many training batches all epochs read together at most; infinite where ``max_steps`` is none.
         overfits: whether it trains and validates on the same few samples, in order.
         processes: over how many it distributes samples by itself.
+        check: as ``val_check_interval``, where that counts batches of an epoch; else 0.
     """
 
     train: float = 1.0
@@ -42,12 +43,15 @@ class Limits:
     batches: float = math.inf
     overfits: bool = False
     processes: int = 1
+    check: int = 0
 
     @classmethod
     def of(cls, trainer: Trainer) -> Limits:
         """Those of a Trainer."""
         steps = trainer.max_steps
         distributes = trainer._accelerator_connector.use_distributed_sampler
+        check = trainer.val_check_interval
+        in_epoch = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches > 0
         return cls(
             train=trainer.limit_train_batches,
             val=trainer.limit_val_batches,
@@ -55,7 +59,13 @@ class Limits:
             batches=math.inf if steps < 0 else float(steps * trainer.accumulate_grad_batches),
             overfits=trainer.overfit_batches > 0,  # type: ignore[attr-defined]
             processes=trainer.world_size if distributes else 1,
+            check=check if isinstance(check, int) and in_epoch else 0,
         )
+
+    def suffice(self, batches: int) -> bool:
+        """Whether a Trainer takes so many training batches: a share of them is one at least, and it validates."""
+        taken = min(batches, self.train) if isinstance(self.train, int) else int(batches * self.train)
+        return self.train == 0 or (taken >= 1 and taken >= self.check)
 
     def batches_of(self, loader: Any, *stages: str) -> float:
         """How many batches of a loader are read: what the limits of these stages allow, one at least."""
@@ -141,7 +151,7 @@ def several(loader: Any) -> bool:
 
 def flat(loader: Any) -> list[Any]:
     """All of several loaders, or the only one; none for None."""
-    if loader is None:
+    if loader is None or (isinstance(loader, Mapping) and not loader):
         return []
     if isinstance(loader, CombinedLoader):
         return list(loader.flattened)
@@ -172,7 +182,7 @@ def _length(loader: Any) -> int | None:
     mode = loader._mode if isinstance(loader, CombinedLoader) else "max_size_cycle"
     if mode == "min_size":
         return min(known, default=None)
-    return None if len(known) < len(lengths) else sum(known) if mode == "sequential" else max(known)
+    return None if len(known) < len(lengths) else sum(known) if mode == "sequential" else max(known, default=0)
 
 
 @contextmanager

@@ -22,13 +22,13 @@ from lightning_cf.callbacks.loading import warn_of_traces
 from lightning_cf.callbacks.session import check_launch, check_strategy
 from lightning_cf.class_incremental import score_strategies
 from lightning_cf.contexts import on_device, seeded
+from lightning_cf.data_identity import data_identity
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_path
 from lightning_cf.evaluation import constant_predictor, evaluate, transferred
 from lightning_cf.files import make_folder, writing
 from lightning_cf.identity import (
     callbacks_identity,
     check_allow,
-    data_identity,
     network_identity,
     optimizer_identity,
     task_identity,
@@ -51,7 +51,6 @@ from lightning_cf.preflight import (
     load_pretrained,
 )
 from lightning_cf.progress import FoundState, RunProgress, RunStore
-from lightning_cf.reading import Limits
 from lightning_cf.recording import TaskFolders
 from lightning_cf.records import MANIFEST
 from lightning_cf.result import Result
@@ -318,7 +317,7 @@ class SequentialTaskRunner:
         self._host = self.new_trainer(max_epochs=self.epochs, callbacks=[], root=self.store.root)
         check_launch(self._host)
         check_trains(self._host)
-        batches = check_tasks(self.tasks, Limits.of(self._host))
+        batches = check_tasks(self.tasks, self._host)
         strategy = self._host.strategy
         if strategy.launcher is not None:
             strategy.launcher.launch(strategy.setup_environment, trainer=self._host)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from lightning_cf.errors import ContinualError, DataWarning, warn
-from lightning_cf.evaluation import Scorer, judge
+from lightning_cf.evaluation import Scorer, judge, predict
 from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.reading import samples_in
 from lightning_cf.structure import eval_mode
-from lightning_cf.targets import finite, labels_of, strange
+from lightning_cf.targets import finite, strange
 from lightning_cf.tasks import Task, supervised
-from lightning_cf.training_batches import settle
+from lightning_cf.training_batches import first_batch, settle
 
 SCANNED = 2048
 """Over how many judging samples labels are looked at before training."""
@@ -42,6 +43,7 @@ def check_scoring(module: LightningModule, task: Task) -> None:
             " higher_is_better in its class.",
             DataWarning,
         )
+    _find_targets(module, task)
     scorer, seen = Scorer(module, task, "its judging data"), 0
     with eval_mode(module), isolate_rng():
         rows = False
@@ -56,10 +58,18 @@ def check_scoring(module: LightningModule, task: Task) -> None:
                 break
 
 
+def _find_targets(module: LightningModule, task: Task) -> None:
+    """Finds out where in a batch the targets are that an ``evaluate`` of the task's own gives."""
+    if task.evaluate is not supervised:
+        batch = first_batch(module, task)
+        with eval_mode(module), isolate_rng(), suppress(Exception):  # what it raises on judging data is said there
+            predict(module, task, batch)
+
+
 def _try_score(scorer: Scorer) -> None:
     """Raises ContinualError if no score comes of the first batch, nor of all batches."""
     try:
-        if math.isfinite(scorer.score()):
+        if scorer.counted and math.isfinite(scorer.score()):
             return
     except ContinualError:
         raise
@@ -97,6 +107,6 @@ def _cannot(scorer: Scorer, error: Exception) -> ContinualError:
 
 def _to_be_looked_at(task: Task, batch: Any) -> bool:
     """Whether a batch holds labels of other tasks, or numbers that are not finite."""
-    labels = labels_of(batch)
+    labels = task.task_loaders.labels_of(batch)
     other = task.classes is not None and labels is not None and strange(labels, task.classes, [])
     return bool(other) or not finite(batch)

@@ -28,6 +28,7 @@ from lightning_cf.outcome import Outcome
 from lightning_cf.outputs import OutputView, head_of, heads_of
 from lightning_cf.structure import Forward, Structure, UnitGroup, call, eval_mode, named_tensors, same_state, samples
 from lightning_cf.subspace import GivenSubspace, Subspace
+from lightning_cf.targets import checked_pair
 from lightning_cf.tasks import Task, required_arguments, supervised
 from lightning_cf.tracing import trace
 from lightning_cf.training_batches import first_batch
@@ -476,7 +477,7 @@ def _own_way(module: LightningModule, task: Task) -> tuple[Any, Forward]:
 
 def _scored(module: LightningModule, task: Task, batch: Any) -> tuple[Any, Forward]:
     """A batch, and what the task makes of it to be scored."""
-    return on_device(module, task, batch), lambda net, batch: task.evaluate(net, batch)[0]
+    return on_device(module, task, batch), lambda net, batch: checked_pair(task, task.evaluate(net, batch))[0]
 
 
 def _check_pairs(module: LightningModule, task: Task, batch: Any) -> None:

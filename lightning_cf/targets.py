@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label that torch's losses leave out by default; no class has it."""
+
+Place = tuple[Any, ...]
+"""Where in a batch something is: keys and numbers, from the outside inward."""
+
+_MASK = torch.finfo(torch.float16).min / 8
+"""What masks an output is no higher, in whatever precision, also where several heads share it."""
 
 _LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
@@ -36,20 +43,80 @@ def one_hot_labels(target: Any) -> Int64[Tensor, "samples"] | None:
     return ones.long().argmax(dim=1) if bool(exact) else None
 
 
-def labels_of(batch: Any, columns: int | None = None) -> Int64[Tensor, "samples"] | None:
-    """The labels of a batch of (input, target) pairs; None where its targets are no labels, one a sample.
+def labels_of(batch: Any, columns: int | None = None, place: Place | None = None) -> Int64[Tensor, "samples"] | None:
+    """The labels of a batch; None where its targets are no labels, one a sample.
 
     Args:
         batch: of a loader.
         columns: how many outputs there are: targets that are one-hot rows of so many numbers are labels too.
+        place: where in a batch the targets are; default the second of a pair.
     """
-    target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    target = _at(batch, place)
     if not isinstance(target, Tensor):
         return None
-    if target.ndim == 2 and target.shape[1] == columns:
+    if target.ndim == 2 and target.shape[1] == columns and columns > 1:
         return one_hot_labels(target)
     whole = not target.is_floating_point() and not target.is_complex() and target.dtype != torch.bool
-    return target.long() if whole and target.ndim == 1 else None
+    single = target.ndim == 1 or (target.ndim == 2 and target.shape[1] == 1)
+    return target.long().flatten() if whole and single else None
+
+
+def place_of(target: Tensor, batch: Any) -> Place | None:
+    """Where in a batch a tensor comes from, as it is or in another shape; None where it was computed.
+
+    >>> labels = torch.tensor([[0], [1]])
+    >>> place_of(labels.squeeze(1), {"x": torch.zeros(2, 3), "labels": labels})
+    ('labels',)
+    """
+    if isinstance(batch, Tensor):
+        same = batch.data_ptr() == target.data_ptr() and batch.dtype == target.dtype
+        return () if same and batch.numel() == target.numel() > 0 else None
+    for key, part in _parts(batch):
+        found = place_of(target, part)
+        if found is not None:
+            return (key, *found)
+    return None
+
+
+def _parts(batch: Any) -> list[tuple[Any, Any]]:
+    """What a batch is made of, by key or number; nothing of what is no container."""
+    if dataclasses.is_dataclass(batch):
+        return [(field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch)]
+    if callable(getattr(batch, "keys", None)) and hasattr(batch, "__getitem__"):  # a mapping, or a graph
+        return [(key, batch[key]) for key in batch.keys()]  # noqa: SIM118
+    return list(enumerate(batch)) if isinstance(batch, (tuple, list)) else []
+
+
+def _at(batch: Any, place: Place | None) -> Any:
+    """What is at a place of a batch, if it has such a place."""
+    if place is None:
+        return batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    for key in place:
+        batch = dict(_parts(batch)).get(key)
+    return batch
+
+
+def unreachable(predictions: Tensor, target: Tensor, classes: Collection[int], besides: Collection[int]) -> list[int]:
+    """Labels that predictions can never name: they have no column for them, or one that is masked throughout.
+
+    >>> shown = torch.tensor([[0.5, 1.0, torch.finfo().min]])
+    >>> labels = torch.tensor([1, 2, 3])
+    >>> unreachable(shown, labels, [0, 1], []), unreachable(shown.sigmoid(), labels[:2], [0, 1], [])
+    ([2, 3], [2])
+
+    Args:
+        predictions: a column a class, as numbers or as probabilities.
+        target: labels.
+        classes: of the task; a column of these may be zero throughout without being masked.
+        besides: labels that count for nothing.
+    """
+    columns = predictions.detach().movedim(1, 0).flatten(1)
+    lowest, highest = columns.amin(dim=1), columns.amax(dim=1)
+    masked = (highest == lowest) & (highest <= _MASK) | (highest == -torch.inf)
+    if bool((lowest >= 0).all()):
+        zero = (highest == 0).nonzero().flatten().tolist()
+        masked[[column for column in zero if column not in classes]] = True
+    return strange(target.flatten(), (~masked).nonzero().flatten().tolist(), besides)
 
 
 def left_out(task: Task, module: nn.Module | None = None) -> set[int]:
@@ -75,13 +142,23 @@ def finite(batch: Any) -> bool:
     return all(bool(x.isfinite().all()) for x in numbers)
 
 
-def check_pair(task: Task, predictions: Any, target: Any) -> None:
-    """Raises ContinualError if what a task's ``evaluate`` gave is no pair of tensors."""
-    for what, value in (("predictions", predictions), ("targets", target)):
+def checked_pair(task: Task, found: Any) -> tuple[Tensor, Tensor]:
+    """What a task's ``evaluate`` gave.
+
+    Raises:
+        ContinualError: if that is no pair of tensors.
+    """
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        kind = f"{len(found)} things" if isinstance(found, (tuple, list)) else f"a {type(found).__name__}"
+        raise ContinualError(
+            f"Task '{task.name}': its evaluate gives {kind}, not two tensors; let it return (predictions, target)."
+        )
+    for what, value in zip(("predictions", "targets"), found, strict=True):
         if not isinstance(value, Tensor):
             raise ContinualError(
                 f"Task '{task.name}': its evaluate gives {what} of type {type(value).__name__}, not a tensor."
             )
+    return found[0], found[1]
 
 
 def check_for_accuracy(task: Task, predictions: Tensor, target: Tensor) -> None:

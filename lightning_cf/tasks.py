@@ -14,7 +14,7 @@ from lightning_cf.errors import ContinualError, check_function, check_kind, chec
 from lightning_cf.lightning_api import LightningDataModule, LightningModule, check_same_lightning, is_overridden
 from lightning_cf.loaders import STAGES, Loaders
 from lightning_cf.reading import Reading
-from lightning_cf.targets import labels_of, left_out, strange
+from lightning_cf.targets import left_out, strange
 
 Batches = Iterable[Any]
 
@@ -89,6 +89,9 @@ class Task(LightningDataModule):
         if holdout == 1:
             raise ContinualError(f"Task '{name}': holdout=1 leaves nothing to train on; keep it below 1.")
         self.task_loaders = Loaders(self)
+        self.host: Any = None
+        """The Trainer that the data know while none fits them: of a runner, which reads them between fits too."""
+        self.torn_down: set[str] = set()
         check_same_lightning(f"Task '{name}'", data)
         self.data = data if isinstance(data, LightningDataModule) else _Loaders(name, data)
         # Lightning asks of each hook whether it is overridden, so only those that the data overrides are passed on.
@@ -123,9 +126,16 @@ class Task(LightningDataModule):
     def let_go(self) -> None:
         """Forgets the Trainer of the last fit; another one that fits the same data now stays known to it."""
         if self.data.trainer is self.trainer:
-            self.trainer = None
+            self.trainer = self.host
         else:
-            self.__dict__["trainer"] = None
+            self.__dict__["trainer"] = self.host
+
+    def set_up(self, stage: str) -> None:
+        """Sets the data up anew for a stage whose loaders are to be read, if the end of a fit tore them down."""
+        wanted = "test" if stage == "test" else "fit"
+        if wanted in self.torn_down:
+            self.torn_down.discard(wanted)
+            self.data.setup(wanted)
 
     @property
     def has_validation(self) -> bool:
@@ -151,7 +161,7 @@ class Task(LightningDataModule):
         )
 
     def _check_labels(self, batch: Any) -> None:
-        labels = labels_of(batch)
+        labels = self.task_loaders.labels_of(batch)
         found = [] if self.classes is None or labels is None else strange(labels, self.classes, left_out(self))
         if found:
             raise ContinualError(
@@ -167,11 +177,13 @@ class Task(LightningDataModule):
 
     def _setup(self, stage: Any = None) -> None:
         self.task_loaders.drop(*{"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, STAGES))
+        self.torn_down -= {"fit", "test"} if stage is None else {stage}
         self.data.setup(stage)
 
     def _teardown(self, stage: Any = None) -> None:
         self.task_loaders.drop(*STAGES)
         self.data.teardown(stage)
+        self.torn_down = {"fit", "test"} if is_overridden("setup", self.data, parent=LightningDataModule) else set()
 
 
 class _Loaders(LightningDataModule):

@@ -127,6 +127,21 @@ def test_a_loader_that_keeps_an_iterator_is_left_whole():
     assert split(plain, 0.1, name="a").train is plain
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"), [({"limit_train_batches": 0.2}, 1), ({"val_check_interval": 5}, 5)], ids=["share", "interval"]
+)
+def test_nothing_is_held_out_where_the_trainers_options_count_on_all_batches(options, steps):
+    net = Net()
+    with pytest.warns(DataWarning, match="limit_train_batches or val_check_interval counts on all of its batches"):
+        fit(net, Task("a", {"train": given(65, batch_size=16)}, classes=[0, 1]), **options)
+    assert net.steps == steps
+
+
+def test_the_sampler_knows_the_data_set_as_those_of_torch_do():
+    plain = given(64, batch_size=16)
+    assert split(plain, 0.1, name="a").train.sampler.data_source is plain.dataset
+
+
 def test_overfitting_holds_nothing_out():
     net = Net()
     with pytest.warns(DataWarning, match="overfit_batches trains on the first samples only"):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 from lightning_cf import ContinualError, Task
 from lightning_cf.data.images import ImageData, ImageSplits, TensorImages
+from lightning_cf.errors import DataWarning
 from lightning_cf.joint import JointTask
 
 CALLS = []
@@ -100,3 +101,16 @@ def test_streams_are_refused():
     task = Task("stream", {"train": [numbers(0, 4)], "val": [numbers(0, 4)]}, classes=[0, 1, 2, 3])
     with pytest.raises(ContinualError, match="method='joint' mixes the samples of all tasks, but task 'stream'"):
         JointTask([task], None)
+
+
+def test_joint_training_leaves_out_what_a_sampler_does():
+    """What a SubsetRandomSampler does not draw may be another set; other samplers decide nothing, which is said."""
+    data = TensorDataset(*numbers(0, 40))
+    part = DataLoader(data, 8, sampler=SubsetRandomSampler(range(10)))
+    task = Task("part", {"train": part, "val": part}, classes=range(40))
+    assert sorted(int(y) for (_, labels), _ in JointTask([task], None).train_dataloader() for y in labels) == [
+        *range(10)
+    ]
+    weighted = DataLoader(data, 8, sampler=WeightedRandomSampler(torch.ones(40), 40))
+    with pytest.warns(DataWarning, match="the WeightedRandomSampler of task 'drawn' decides nothing there"):
+        JointTask([Task("drawn", {"train": weighted, "val": weighted}, classes=range(40))], None)

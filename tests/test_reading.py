@@ -425,3 +425,51 @@ def test_a_task_that_was_read_is_copied(copied):
     task.check_data()
     assert copied(task).check_data()[1].tolist() is not None
     assert copied(task).task_loaders.task is not task
+
+
+# Datamodules as they are
+
+
+class Holding(LightningDataModule):
+    """Holds its data from setup to teardown only, and asks its Trainer for the batch size."""
+
+    def setup(self, stage):
+        setattr(self, "train" if stage == "fit" else "test", numbers())
+
+    def teardown(self, stage):
+        del self.train
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*self.train), 16 // self.trainer.accumulate_grad_batches)
+
+    def test_dataloader(self):
+        return DataLoader(TensorDataset(*self.test), 16 // self.trainer.world_size)
+
+
+def test_a_runner_reads_data_between_fits_as_a_trainer_would(tmp_path):
+    tasks = [Task("a", Holding(), classes=[0, 1]), Task("b", {"train": loader(classes=(2, 3))}, classes=[2, 3])]
+    run = SequentialTaskRunner(
+        Net(), tasks, trainer=quiet_trainer, epochs=1, invariance_epochs=1, task_inference=None, root=tmp_path
+    )
+    assert len(run.run().accuracy.rows) == 3
+    assert tasks[0].data.trainer is run.host
+
+
+@pytest.mark.parametrize(
+    ("stages", "found"),
+    [
+        ({"val": [loader(), None]}, "its val_dataloader\\(\\) gives several loaders, one of which is None"),
+        ({"val": {"x": None}}, "its val_dataloader\\(\\) gives several loaders, one of which is None"),
+        ({"train": {"x": None, "y": loader()}}, "its train_dataloader\\(\\) gives several loaders"),
+    ],
+)
+def test_none_in_place_of_a_loader_is_named(stages, found):
+    with pytest.raises(ContinualError, match=f"Task 'a': {found}"):
+        fit(Net(), Task("a", {"train": loader()} | stages, classes=[0, 1]))
+
+
+@pytest.mark.parametrize("none", [{}, [], ()])
+def test_no_validation_loaders_are_no_validation(none):
+    task = Task("a", {"train": loader(), "val": none}, classes=[0, 1])
+    assert fit(Net(), task).steps == 4
+    assert not task.has_validation

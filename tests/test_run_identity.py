@@ -13,7 +13,7 @@ from learning import quiet_trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from runs import Net, data, net, pair, run_of
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
+from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset, WeightedRandomSampler, random_split
 from torchmetrics.classification import MulticlassF1Score
 
 from lightning_cf import ContinualError, InvarianceCallback, PartitionCallback, RunWarning, Task
@@ -68,6 +68,35 @@ def first_score(module, batch):
 
 def second_score(module, batch):
     return module(batch[0]) * 2, batch[1]
+
+
+def one_named(**methods):
+    """Classes of one name, whose training asks a helper."""
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.helper(batch), batch[1])
+
+    methods = {"helper": lambda self, batch: self(batch[0]), **methods}
+    return type("Plain", (Net,), {"training_step": training_step, **methods})
+
+
+def held():
+    module = net()
+    module.body[0].weight.requires_grad_(False)
+    return module
+
+
+def doubled(samples):
+    return torch.stack([x for x, _ in samples]) * 2, torch.stack([y for _, y in samples])
+
+
+def drawn(batch_size=20, other=None, **options):
+    """A task whose loader draws in some way."""
+    x, y = next(iter(DataLoader(pair()[0].data.train_dataloader().dataset, 40)))
+    if other is not None:
+        y[other] = 1 - y[other]
+    given = {"batch_size": batch_size} if batch_size else {}
+    return [Task("a", {"train": DataLoader(TensorDataset(x, y), **given, **options), "val": [(x, y)]}, classes=[0, 1])]
 
 
 def perturbed(perturbation):
@@ -150,6 +179,48 @@ CHANGES = {
         {},
         {"callbacks": [EarlyStopping("train_loss", patience=6)]},
         ["callbacks.EarlyStopping=None, not"],
+    ),
+    "a batch, not all": (
+        {},
+        {"trainer": lambda: partial(quiet_trainer, limit_val_batches=1)},
+        ["trainer.limit_val_batches=1.0, not 1"],
+    ),
+    "test batches": (
+        {},
+        {"trainer": lambda: partial(quiet_trainer, limit_test_batches=2)},
+        ["trainer.limit_test_batches=1.0, not 2"],
+    ),
+    "shuffling": (
+        {"sequence": lambda: drawn(shuffle=False)},
+        {"sequence": lambda: drawn(shuffle=True)},
+        ["data.a.train.sampler.sampler.class='SequentialSampler', not 'RandomSampler'"],
+    ),
+    "weights of a sampler": (
+        {"sequence": lambda: drawn(sampler=WeightedRandomSampler(torch.ones(40), 40))},
+        {"sequence": lambda: drawn(sampler=WeightedRandomSampler(torch.arange(40.0), 40))},
+        ["data.a.train.sampler.sampler.weights.size=1.0, not"],
+    ),
+    "a batch sampler": (
+        {"sequence": lambda: drawn(0, batch_sampler=BatchSampler(range(40), 20, False))},
+        {"sequence": lambda: drawn(0, batch_sampler=BatchSampler(range(40), 10, False))},
+        ["data.a.train.sampler.batch_sampler.batch_size=20, not 10"],
+    ),
+    "collation": (
+        {"sequence": lambda: drawn()},
+        {"sequence": lambda: drawn(collate_fn=doubled)},
+        ["data.a.train.batch='as collated', not"],
+    ),
+    "a single label": ({"sequence": lambda: drawn()}, {"sequence": lambda: drawn(other=5)}, ["data.a.train.labels="]),
+    "held weights": ({}, {"module": held}, ["architecture.body.0=", "holds weight'"]),
+    "a helper": (
+        {"module": partial(net, kind=one_named(helper=lambda self, batch: self(batch[0])))},
+        {"module": partial(net, kind=one_named(helper=lambda self, batch: self(batch[0]) * 2))},
+        ["code.Plain.helper.code"],
+    ),
+    "a hook": (
+        {"module": partial(net, kind=one_named())},
+        {"module": partial(net, kind=one_named(on_after_backward=lambda self: None))},
+        ["code.Plain.on_after_backward=None, not"],
     ),
     "seed": ({}, {"seed": 4}, ["seed=0, not 4"]),
 }

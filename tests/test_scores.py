@@ -1,12 +1,14 @@
 """No partition is judged by a number that means nothing."""
 
+from functools import partial
+
 import pytest
 import torch
 from learning import quiet_trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric, MeanSquaredError, Metric
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
 from toys import Net, fit, loader, numbers
@@ -184,6 +186,121 @@ def test_one_in_a_later_training_batch_stops_the_fit_at_that_batch(change):
     with pytest.raises(ContinualError, match=r"batch 2 of its training data holds label 3; correct classes"):
         fit(net, Task("a", {"train": train, "val": loader()}, classes=[0, 1]))
     assert net.steps == 2
+
+
+class Rows(Dataset):
+    """Samples as mappings."""
+
+    def __init__(self, labels, classes=(0, 1)):
+        self.x, self.y = numbers(64, classes)[0], labels
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return {"x": self.x[i], "labels": self.y[i]}
+
+
+def rows(change=lambda y: y, classes=(0, 1)):
+    return DataLoader(Rows(change(numbers(64, classes)[1]), classes), 16)
+
+
+class RowsNet(Net):
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        return F.cross_entropy(self(batch["x"]), batch["labels"])
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        pass
+
+
+def score_rows(module, batch, change=lambda logits, dim: logits):
+    return change(module(batch["x"]), 1), batch["labels"]
+
+
+def sigmoid_of(logits, dim):
+    return logits.sigmoid()
+
+
+def other(y):
+    return torch.where(torch.arange(64) < 40, y, 3)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "message"),
+    [
+        (rows(), rows(other), "batch 2 of its judging data holds label 3, for which its predictions .* hold no output"),
+        (rows(other), rows(), "batch 2 of its training data holds label 3; correct"),
+        (rows(lambda y: y + 2), rows(), "batch 0 of its training data holds label 2; correct"),
+    ],
+    ids=["validation", "training", "all of training"],
+)
+@pytest.mark.parametrize(
+    "score",
+    [score_rows, *(partial(score_rows, change=change) for change in (torch.softmax, torch.log_softmax, sigmoid_of))],
+    ids=["numbers", "softmax", "log_softmax", "sigmoid"],
+)
+def test_labels_of_other_tasks_are_named_in_batches_that_are_no_pairs_too(train, val, message, score):
+    net = RowsNet()
+    with pytest.raises(ContinualError, match=message):
+        fit(net, Task("a", {"train": train, "val": val}, classes=[0, 1], evaluate=score))
+    assert net.steps == 2 * ("batch 2 of its training" in message)
+
+
+def test_of_several_validation_loaders_of_mappings_that_of_the_task_judges():
+    val = [DataLoader([], 16), rows(classes=(2, 3)), rows()]
+    task = Task("a", {"train": rows(), "val": val}, classes=[0, 1], evaluate=score_rows)
+    fit(RowsNet(), task)
+    assert task.task_loaders.opened["val"].judges == (2,)
+
+
+@pytest.mark.parametrize("method", ["finetune", "joint"])
+@pytest.mark.parametrize("kind", ["pairs", "mappings"])
+def test_baselines_name_labels_of_other_tasks_too(method, kind, tmp_path):
+    if kind == "pairs":
+        net, task = Net(), Task("a", {"train": targets(other), "val": loader()}, classes=[0, 1])
+    else:
+        net, task = RowsNet(), Task("a", {"train": rows(other), "val": rows()}, classes=[0, 1], evaluate=score_rows)
+    run = SequentialTaskRunner(net, [task], trainer=quiet_trainer, epochs=1, method=method, root=tmp_path)
+    with pytest.raises(ContinualError, match=r"Task 'a' declares classes \[0, 1\], but .* training data holds label 3"):
+        run.run()
+
+
+@pytest.mark.parametrize("stage", ["train", "val"])
+def test_labels_in_a_column_are_labels(stage):
+    given = {"train": targets(lambda y: y[:, None]), "val": targets(lambda y: y[:, None])}
+    net = Net(loss=lambda logits, y: F.cross_entropy(logits, y.squeeze(1)))
+    fit(net, Task("a", given, classes=[0, 1]))
+    with pytest.raises(ContinualError, match=r"batch 2 of its (training|judging) data holds label 3; correct classes"):
+        fit(net, Task("b", given | {stage: targets(lambda y: other(y)[:, None])}, classes=[0, 1], outputs=[2, 3]))
+
+
+@pytest.mark.parametrize("score", [None, lambda net, batch: (net(batch[0]), batch[1])], ids=["default", "own"])
+def test_data_of_which_no_label_counts_are_refused(score):
+    nothing, net = targets(lambda y: y * 0 - 100), Net()
+    with pytest.raises(ContinualError, match=r"all labels of .* are left out \(-100\)"):
+        fit(net, Task("a", {"train": loader(), "val": nothing}, classes=[0, 1], evaluate=score))
+    assert net.steps == 0
+    later = DataLoader(ConcatDataset([nothing.dataset, loader().dataset]), 16)
+    assert fit(net, Task("a", {"train": loader(), "val": later}, classes=[0, 1], evaluate=score)).steps == 4
+
+
+def test_an_evaluate_whose_labels_have_no_column_is_refused():
+    data = loader(classes=(2, 3))
+    task = Task("a", {"train": data, "val": data}, classes=[2, 3], evaluate=lambda net, b: (net(b[0])[:, 2:4], b[1]))
+    net = Net()
+    with pytest.raises(ContinualError, match="holds label 2, for which its predictions of 2 columns hold no output"):
+        fit(net, task)
+    assert net.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "kind"), [(None, "a NoneType"), ({}, "a dict"), ((1, 2, 3), "3 things"), (torch.ones(2), "a Tensor")]
+)
+def test_an_evaluate_that_gives_no_pair_is_refused_by_what_it_gives(found, kind):
+    task = Task("a", {"train": loader(), "val": loader()}, classes=[0, 1], evaluate=lambda net, batch: found)
+    with pytest.raises(ContinualError, match=f"Task 'a': its evaluate gives {kind}, not two tensors"):
+        fit(Net(), task)
 
 
 def test_labels_on_another_device_are_looked_at_without_waiting():

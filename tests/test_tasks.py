@@ -268,7 +268,7 @@ def test_labels_outside_the_classes_are_refused():
     [
         (torch.ones(2, 1), torch.tensor([0, 1])),
         (torch.ones(2, 1), torch.tensor([7.0, 8.0])),
-        (torch.ones(2, 1), torch.tensor([[7], [8]])),
+        (torch.ones(2, 1), torch.tensor([[7, 7], [8, 8]])),
         {"x": torch.ones(2, 1)},
         (torch.ones(2, 1),),
     ],

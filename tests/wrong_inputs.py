@@ -917,11 +917,11 @@ FITS = [
     ),
     (
         "start(tasks=[task(evaluate=lambda module, batch: None)])",
-        "Task 'a': ContinualNet cannot run on its first batch: 'NoneType' object is not subscriptable",
+        "Task 'a': its evaluate gives a NoneType, not two tensors; let it return (predictions, target).",
     ),
     (
         "start(tasks=[task(evaluate=lambda module, batch: module(batch[0]))])",
-        "Task 'a' cannot be scored: its evaluate says: too many values to unpack (expected 2) It must give",
+        "Task 'a': its evaluate gives a Tensor, not two tensors; let it return (predictions, target).",
     ),
     (
         'start(tasks=[task(evaluate=lambda module, batch: ("a", "b"))])',

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_cf import label_watch
 from lightning_cf.errors import ContinualError, DivergenceError, DivergenceWarning, warn
 from lightning_cf.finite import Snapshot, described, not_finite
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer
@@ -42,6 +43,12 @@ class WatchingCallback(Callback):
         if state is not None and next(ours) is self:
             self._watch = Watch(trainer, pl_module, state)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Refuses labels that are none of the task's."""
+        labels = label_watch.watch_of(trainer, pl_module)
+        if labels is not None:
+            labels.look(batch, batch_idx, trainer.fit_loop.total_batch_idx)
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Sees each loss, also where the optimisation is manual and the training step returns none."""
         if self._watch is not None:
@@ -60,7 +67,10 @@ class WatchingCallback(Callback):
             self._watch.end_batch(outputs, batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at the weights."""
+        """Says which labels were found that are none of the task's; looks at the weights."""
+        labels = label_watch.watch_of(trainer, pl_module)
+        if labels is not None:
+            labels.settle()
         if self._watch is not None:
             self._watch.look(everything=True)
 

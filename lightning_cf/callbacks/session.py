@@ -14,7 +14,6 @@ from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualError, DivergenceWarning, warn
 from lightning_cf.fingerprints import keep_fingerprints
 from lightning_cf.finite import described, mend_free, not_finite
-from lightning_cf.label_watch import watch_of
 from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.lightning_api import (
     DDPStrategy,
@@ -95,15 +94,9 @@ class ContinualCallback(WatchingCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Refuses inputs that the first training step would not take, and labels that are none of the task's."""
-        task = task_of(trainer, type(self).__name__)
         if self._leads(trainer) and trainer.fit_loop.total_batch_idx == 0:
-            check_inputs(trainer, pl_module, task.name, batch)
-        watch_of(trainer, pl_module, task).look(batch, batch_idx, trainer.fit_loop.total_batch_idx)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says which labels were found that are none of the task's."""
-        super().on_train_epoch_end(trainer, pl_module)
-        watch_of(trainer, pl_module, task_of(trainer, type(self).__name__)).settle()
+            check_inputs(trainer, pl_module, task_of(trainer, type(self).__name__).name, batch)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the ledger into the checkpoint, and perturbed units back, which its weights share."""
