@@ -47,6 +47,16 @@ class TaskEntry:
     phase: Phase = "learn"
 
 
+def one_column(width: int) -> str:
+    """What to do where the head's only output tells two classes apart; for messages."""
+    if width > 1:
+        return ""
+    return (
+        " Where one output tells two classes apart, say so: outputs=[0], metric=torchmetrics.classification."
+        "BinaryAccuracy(), and evaluate= that gives that output as the target's shape has it."
+    )
+
+
 @dataclass
 class NeuronLedger:
     """The owner of every unit: ``FREE``, or the number of the task that claimed it.
@@ -201,7 +211,7 @@ class NeuronLedger:
                 raise ContinualError(
                     f"Task '{name}' needs output {output}, but the output head has {len(self.outputs)} columns"
                     f" (0 to {len(self.outputs) - 1}). Widen the head, the old rows first (a ContinualModule does it"
-                    " for classes), or correct the task's classes."
+                    f" for classes), or correct the task's classes.{one_column(len(self.outputs))}"
                 )
             for other, taken in self.reserved.items():
                 if other != name and output in taken:

@@ -15,7 +15,7 @@ from lightning_cf.callbacks import (
 )
 from lightning_cf.errors import CapacityError, ContinualError, check_kind, check_list
 from lightning_cf.files import load_tensors, writing
-from lightning_cf.ledger import CHECKPOINT_KEY
+from lightning_cf.ledger import CHECKPOINT_KEY, one_column
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.reading import Limits
 from lightning_cf.state import ContinualState
@@ -103,7 +103,7 @@ def check_classes(state: ContinualState, task: Task) -> None:
         raise ContinualError(
             f"Task '{task.name}' needs output {beyond[0]}, but the output head has {state.ledger.width} columns (0 to"
             f" {state.ledger.width - 1}). Widen the head, or correct the task's classes. If they are new ones, add them"
-            " before the run: ContinualModule(module).add_task(task)."
+            f" before the run: ContinualModule(module).add_task(task).{one_column(state.ledger.width)}"
         )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import JaccardIndex, MeanSquaredError
-from torchmetrics.classification import MultilabelF1Score
+from torchmetrics.classification import BinaryAccuracy, MultilabelF1Score
 
 from lightning_cf import (
     Classifier,
@@ -127,6 +127,51 @@ def test_classification_regression_and_many_labels_follow_one_another(tmp_path):
     assert result.constant_predictor == [None] * 3
     owners = {int(owner) for owners in state_of(module).ledger.owners.values() for owner in owners}
     assert owners == {-1, 0, 1, 2}
+
+
+class Yes(LightningModule):
+    """One output a task says which of two classes it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU())
+        self.head = nn.Linear(32, 2)
+
+    def forward(self, x):
+        return self.head(self.net(x))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        (column,) = self.trainer.datamodule.outputs
+        return F.binary_cross_entropy_with_logits(self(x)[:, column], y.float())
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.005)
+
+
+def test_one_output_tells_two_classes_apart(tmp_path):
+    torch.manual_seed(0)
+    sequence = [
+        Task(
+            name,
+            loaders(lambda x, y, second=second: (y == second).long(), (second - 1, second)),
+            outputs=[number],
+            metric=BinaryAccuracy(),
+            evaluate=column_reader(number, torch.sigmoid),
+        )
+        for number, (name, second) in enumerate((("a", 1), ("b", 3)))
+    ]
+    result = SequentialTaskRunner(
+        Yes(),
+        sequence,
+        trainer=quiet_trainer,
+        epochs=4,
+        invariance_epochs=2,
+        masking=MaskedGradientCallback(mask_outputs=False),
+        root=tmp_path,
+    ).run()
+    assert result.accuracy.forgetting == 0.0
+    assert float(result.accuracy.matrix[-1].min()) > 0.85
 
 
 class Pixels(LightningModule):

@@ -72,6 +72,15 @@ def test_outputs_that_the_head_lacks_are_refused(ledger, output):
     assert ledger.reserved == {}
 
 
+def test_one_output_for_two_classes_gets_the_way_that_works():
+    """``tests/test_kinds.py`` trains a head of single outputs so."""
+    ledger = NeuronLedger.for_structure(
+        trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)), torch.ones(1, 3))
+    )
+    with pytest.raises(ContinualError, match=r"needs output 1, .* 1 columns .* outputs=\[0\], metric=.*BinaryAccuracy"):
+        ledger.reserve("a", [0, 1])
+
+
 def test_new_outputs_come_last_and_are_free(ledger):
     ledger.reserve("a", [5])
     ledger.begin("a", [5])
