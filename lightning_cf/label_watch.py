@@ -82,7 +82,7 @@ class LabelWatch:
 _WATCHES: WeakKeyDictionary[Trainer, LabelWatch] = WeakKeyDictionary()
 
 
-def watch_of(trainer: Trainer, module: LightningModule) -> LabelWatch | None:
+def label_watch_of(trainer: Trainer, module: LightningModule) -> LabelWatch | None:
     """The one watch of a fit, whichever of the callbacks are there; None where what it fits is no single Task."""
     task = getattr(trainer, "datamodule", None)
     if not isinstance(task, Task):

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf import label_watch
 from lightning_cf.errors import ContinualError, DivergenceError, DivergenceWarning, warn
 from lightning_cf.finite import Snapshot, described, not_finite
+from lightning_cf.label_watch import label_watch_of
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer
 from lightning_cf.state import ContinualState, state_of
 
@@ -45,7 +45,7 @@ class WatchingCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Refuses labels that are none of the task's."""
-        labels = label_watch.watch_of(trainer, pl_module)
+        labels = label_watch_of(trainer, pl_module)
         if labels is not None:
             labels.look(batch, batch_idx, trainer.fit_loop.total_batch_idx)
 
@@ -68,7 +68,7 @@ class WatchingCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says which labels were found that are none of the task's; looks at the weights."""
-        labels = label_watch.watch_of(trainer, pl_module)
+        labels = label_watch_of(trainer, pl_module)
         if labels is not None:
             labels.settle()
         if self._watch is not None:
