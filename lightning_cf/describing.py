@@ -12,6 +12,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from functools import partial, singledispatch
 from pathlib import Path, PurePath
 from typing import Any
@@ -27,6 +28,10 @@ UNKNOWN = "?"
 
 _PLAIN = (bool, int, float, str, type(None))
 _DEEPEST = 8
+_MOST = 1000
+"""Objects that one description may go through; what comes after is not known. Data and networks know each other."""
+
+_LEFT: ContextVar[list[int] | None] = ContextVar("objects left", default=None)
 
 
 def content_sha256(value: Any) -> str:
@@ -73,7 +78,17 @@ def describe(value: Any, depth: int = 0) -> Any:
     >>> describe(partial(torch.optim.SGD, lr=0.1))
     {'partial': 'SGD', 'keywords': {'lr': 0.1}}
     """
-    return UNKNOWN if depth > _DEEPEST else _described(value, depth + 1)
+    if isinstance(value, _PLAIN) and not isinstance(value, str):
+        return _described(value, depth)
+    left = _LEFT.get()
+    if left is None:
+        token = _LEFT.set([_MOST])
+        try:
+            return describe(value, depth)
+        finally:
+            _LEFT.reset(token)
+    left[0] -= 1
+    return UNKNOWN if depth > _DEEPEST or left[0] < 0 else _described(value, depth + 1)
 
 
 @singledispatch

@@ -1,5 +1,6 @@
 """What is the same run: every difference by its name, and the same script run twice never differs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -503,3 +504,19 @@ def test_checksums_follow_every_bit(one, other):
     assert content_sha256({"x": one}) == content_sha256({"x": one})
     assert content_sha256({"x": one}) != content_sha256({"x": other})
     assert len(TensorDataset(torch.zeros(1))) == 1
+
+
+class Known:
+    """As data modules, data frames and their parts are: everybody knows everybody."""
+
+    def __init__(self, number, others):
+        self.number, self.others = number, others
+
+
+def test_objects_that_know_one_another_are_described_in_no_time():
+    others = []
+    others += [Known(number, others) for number in range(30)]
+    text = json.dumps(describe(others[0]))
+    assert len(text) < 100_000
+    assert text == json.dumps(describe(others[0]))
+    assert json.loads(text)["number"] == 0
