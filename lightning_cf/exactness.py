@@ -15,6 +15,7 @@ from lightning_cf.ledger import FREE, NeuronLedger, TaskEntry
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.probe import Leak, first_leak, replaced
 from lightning_cf.randomness import keyed_generator
+from lightning_cf.readings import OPERATIONS, decides_nothing
 from lightning_cf.structure import Forward, Mixing, Structure, call, layer_of, samples
 from lightning_cf.tracing import trace
 
@@ -69,7 +70,11 @@ def check_exact(
     if messages:
         _say(f"Later tasks can train {share:.1%} of the parameters. {_causes(messages)}", said)
     partitioned = {layer for group in structure.groups if group.name not in ledger.whole for layer in group.layers}
-    for found in structure.reads:
+    looks = [*structure.reads, *structure.branches] if partitioned else []
+    harmless = (
+        {found.operation for found in looks} <= OPERATIONS and looks and decides_nothing(module, example, forward)
+    )
+    for found in structure.reads if not harmless else ():
         layers = [layer for layer in found.layers if layer in partitioned]
         if layers:
             raise StructureError(
@@ -78,7 +83,7 @@ def check_exact(
                 f" tell what they change. Take that out, use isolation='perturb', or exclude={layers}, which leaves"
                 " these layers to the first task."
             )
-    if structure.branches and partitioned:
+    if structure.branches and partitioned and not harmless:
         doubt = _check_branches(module, structure, example, forward)
         if doubt:
             _say(doubt, said)

@@ -131,6 +131,54 @@ def test_values_that_reach_python_in_other_ways_are_refused_too(decide, operatio
         check(network, torch.randn(4, 6))
 
 
+READERS = {
+    "item": lambda z: z.detach().norm().item(),
+    "float": lambda z: float(z.detach().mean()),
+    "numpy": lambda z: z.detach().cpu().numpy().sum(),
+    "tolist": lambda z: sum(z.detach().flatten().tolist()),
+    "asarray": lambda z: np.asarray(z.detach()).max(),
+    "if": lambda z: 1 if z.sum() > 0 else 2,
+}
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_values_that_are_only_looked_at_bind_nothing(read):
+    """As for a log, or importances that a model keeps of its last batch."""
+
+    class Looks(Wired):
+        seen = None
+
+    def wire(net, x):
+        z = net.first(x).relu()
+        net.seen = READERS[read](z)
+        return net.head(net.second(z).relu())
+
+    network = Looks(wire, first=nn.Linear(6, 5), second=nn.Linear(5, 4), head=nn.Linear(4, 3)).eval()
+    check(network, torch.randn(4, 6))
+    assert network.seen is not None
+
+
+@pytest.mark.filterwarnings("ignore::lightning_cf.errors.StructureWarning")
+@pytest.mark.parametrize(
+    "decide",
+    [
+        lambda z, read: z * 2 if read > 1e4 else z,  # no sample of the batch gets there
+        lambda z, read: z * 2 if read < -1e4 else z,
+        lambda z, read: z + 0 * read,
+        lambda z, read: z[:, : 4 - int(read > 1e5)],
+        lambda z, read: torch.tensor([float(read)]) + z,
+    ],
+)
+def test_values_that_decide_for_other_numbers_are_refused(decide):
+    def wire(net, x):
+        z = net.first(x).relu()
+        return net.head(decide(net.second(z).relu(), z.detach().sum().item()))
+
+    network = Wired(wire, first=nn.Linear(6, 5), second=nn.Linear(5, 4), head=nn.Linear(4, 3))
+    with pytest.raises(StructureError, match="reads values of units of 'first' into Python"):
+        check(network, torch.randn(4, 6))
+
+
 def test_a_mask_of_the_input_reads_nothing():
     def wire(net, x):
         z = net.first(x).relu()

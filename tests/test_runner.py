@@ -99,8 +99,9 @@ def test_joint_training_scores_every_task(tmp_path):
 
 
 def test_joint_training_over_all_outputs_compares_them(tmp_path):
-    together = runner(tmp_path / "all", method="joint", masking=MaskedGradientCallback(mask_outputs=False)).run()
-    apart = runner(tmp_path / "own", method="joint").run()
+    make = partial(runner, method="joint", task_inference="auto")
+    together = make(tmp_path / "all", masking=MaskedGradientCallback(mask_outputs=False)).run()
+    apart = make(tmp_path / "own").run()
     scores = [result.strategies["joint"].as_dict()["average_accuracy"] for result in (together, apart)]
     assert scores[0] > 0.93 > scores[1]
     assert together.accuracy.average == pytest.approx(scores[0])  # with no view of one task, both ask the same
