@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -157,11 +156,9 @@ class Loaders:
     def _open(self, stage: str, *, requested: bool = False) -> Opened:
         if stage not in self.opened:
             self.task.set_up(stage)
-            with ExitStack() as recording:
-                if not requested:  # what a Trainer asks for is recorded by it: it may make the loader anew
-                    recording.enter_context(_replace_dunder_methods(DataLoader, "dataset"))
-                    recording.enter_context(_replace_dunder_methods(BatchSampler))
-                loader = getattr(self.task.data, f"{stage}_dataloader")()
+            ask = getattr(self.task.data, f"{stage}_dataloader")
+            # What a Trainer asks for is recorded by it: it may make the loader anew.
+            loader = ask() if requested else _recorded(ask)
             self._check_there(stage, loader)
             parts = Split(loader, loader)
             if stage == "train" and self.task.holdout > 0 and not self.validates(requested=requested):
@@ -267,3 +264,16 @@ def pairs_in(batch: Any) -> Iterator[Any]:
 
 def _is_pair(batch: Any) -> bool:
     return isinstance(batch, (list, tuple)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)
+
+
+def _recorded(ask: Callable[[], Any]) -> Any:
+    """A loader that is made as Lightning has it, which keeps what it was made from.
+
+    Lightning changes the classes meanwhile, and leaves them so where an error passes through.
+    """
+    with _replace_dunder_methods(DataLoader, "dataset"), _replace_dunder_methods(BatchSampler):
+        try:
+            return ask()
+        except BaseException as error:
+            failure = error
+    raise failure  # out here, where the classes are what they were

@@ -8,7 +8,7 @@ import torch
 from learning import quiet_trainer
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset
 from toys import Counted, Net, fit, loader, numbers
 
 from lightning_cf import SequentialTaskRunner, Task, TaskInferenceCallback
@@ -473,3 +473,18 @@ def test_no_validation_loaders_are_no_validation(none):
     task = Task("a", {"train": loader(), "val": none}, classes=[0, 1])
     assert fit(Net(), task).steps == 4
     assert not task.has_validation
+
+
+def test_a_loader_that_fails_leaves_the_classes_of_torch_as_they_were():
+    class Data(LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(*numbers(16)), 4)
+
+        def test_dataloader(self):
+            raise ZeroDivisionError
+
+    before = {kind: (kind.__init__, kind.__setattr__) for kind in (DataLoader, BatchSampler)}
+    task = Task("a", Data(), classes=[0, 1])
+    with pytest.raises(ZeroDivisionError):
+        task.task_loaders.given("test")
+    assert {kind: (kind.__init__, kind.__setattr__) for kind in before} == before
