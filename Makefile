@@ -43,8 +43,7 @@ $(VENV)/transformers: requirements-transformers.lock $(VENV)/installed
 	touch $@
 
 # Part of the suite in a project that imports pytorch_lightning, the other name of the same library.
-OTHER_NAME = test_callbacks test_checkpoints test_freezing test_heads test_holdout test_kinds test_module test_reading \
-	test_schedule test_scores test_settings test_stopping
+OTHER_NAME = test_callbacks test_heads test_module test_schedule
 other-name: $(VENV)/installed
 	rm -rf $(VENV)/other-name && mkdir $(VENV)/other-name && cp -r tests conf pyproject.toml $(VENV)/other-name
 	cd $(VENV)/other-name && sed -i -e 's/lightning[.]pytorch/pytorch_lightning/g' -e 's/lightning[.]fabric/lightning_fabric/g' \
