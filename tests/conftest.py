@@ -1,6 +1,7 @@
 """Checks the package's annotations, shapes included, while the tests run."""
 
 import os
+import signal
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,15 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers():
+    """Lightning ignores SIGINT from the first Ctrl+C on: later tests hear it as before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_addoption(parser):

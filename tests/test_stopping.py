@@ -23,6 +23,14 @@ SLOW = pytest.mark.slow
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 
+@pytest.fixture(autouse=True)
+def _heard():
+    """SIGINT is heard whatever went before: a background job ignores it, and so does Lightning after a Ctrl+C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def send(number):
     os.kill(os.getpid(), number)
     time.sleep(0)  # where the handler runs
