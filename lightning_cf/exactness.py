@@ -70,20 +70,23 @@ def check_exact(
     if messages:
         _say(f"Later tasks can train {share:.1%} of the parameters. {_causes(messages)}", said)
     partitioned = {layer for group in structure.groups if group.name not in ledger.whole for layer in group.layers}
-    looks = [*structure.reads, *structure.branches] if partitioned else []
-    harmless = (
-        {found.operation for found in looks} <= OPERATIONS and looks and decides_nothing(module, example, forward)
-    )
-    for found in structure.reads if not harmless else ():
+    for found in structure.reads:
         layers = [layer for layer in found.layers if layer in partitioned]
-        if layers:
+        if layers and found.operation in OPERATIONS and decides_nothing(module, example, forward):
+            _say(
+                f"module '{found.module or 'forward'}' reads values of units of {_names(layers)} into Python"
+                f" ('{found.operation}'). With other numbers in their place every output stayed the same, so they are"
+                " taken to be looked at only, as for a log.",
+                said,
+            )
+        elif layers:
             raise StructureError(
                 f"isolation='exact' cannot hold: module '{found.module or 'forward'}' reads values of units of"
                 f" {_names(layers)} into Python ('{found.operation}': .item(), float() or an if), where nothing can"
                 f" tell what they change. Take that out, use isolation='perturb', or exclude={layers}, which leaves"
                 " these layers to the first task."
             )
-    if structure.branches and partitioned and not harmless:
+    if structure.branches and partitioned:
         doubt = _check_branches(module, structure, example, forward)
         if doubt:
             _say(doubt, said)

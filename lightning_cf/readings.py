@@ -24,12 +24,12 @@ OPERATIONS = {"aten._local_scalar_dense", "Tensor.tolist", "Tensor.numpy", "Tens
 """What a trace calls these; other ways to read values, such as the length of what ``nonzero`` finds, are not tried."""
 
 _OTHERS = (0.0, 1e6, -1e6, math.nan)
-"""What is read instead, beside the opposite: whatever bound it is compared with lies between two of these."""
+"""What is read instead, beside the opposite. A trial, no proof: a narrow window between these is not met."""
 
 
 @torch.no_grad()
 def decides_nothing(module: nn.Module, example: Any, forward: Forward) -> bool:
-    """Whether outputs stay the same, bit for bit, whatever numbers are read into Python, such as to be logged.
+    """Whether outputs stay the same, bit for bit, where other numbers are read into Python, such as to be logged.
 
     Args:
         module: the network; its weights, buffers and generators are left as they are.
