@@ -173,7 +173,7 @@ def test_values_that_are_only_looked_at_bind_nothing(read):
 def test_values_that_decide_for_other_numbers_are_refused(decide):
     def wire(net, x):
         z = net.first(x).relu()
-        return net.head(decide(net.second(z).relu(), z.detach().sum().item()))
+        return net.head(decide(net.second(z), z.detach().sum().item()))
 
     network = Wired(wire, first=nn.Linear(6, 5), second=nn.Linear(5, 4), head=nn.Linear(4, 3))
     with pytest.raises(StructureError, match="reads values of units of 'first' into Python"):
