@@ -58,7 +58,8 @@ def _end(stopped: Stopped) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    several = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if several and distributed.get_world_size() > 1:
         os._exit(stopped.status)  # the others were ended, and nobody would answer what torch may ask them at its end
     sys.exit(stopped.status)
 

@@ -36,6 +36,14 @@ def unchecked():
 
 
 @pytest.fixture(autouse=True)
+def _process_groups():
+    """Lightning leaves a fit's process group to the end of the process: later tests begin without one."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
 def _signal_handlers():
     """Lightning ignores SIGINT from the first Ctrl+C on: later tests hear it as before."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -50,6 +50,15 @@ def test_a_signal_before_anything_is_known_ends_with_its_status_and_one_line(num
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_after_a_fit_in_a_group_of_one_process_ends_as_ever(monkeypatch, tmp_path):
+    """Nobody else waits, so that the process ends as others do: what stands behind the command in it still runs."""
+    monkeypatch.setattr(sys, "argv", ["lightning-cf"])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    with pytest.raises(SystemExit) as ended, ended_by_signals():
+        send(signal.SIGTERM)
+    assert ended.value.code == 143
+
+
 def test_what_swallows_the_signal_is_asked_again_and_further_ones_are_left_alone():
     with stoppable():
         with pytest.raises(Stopped):
