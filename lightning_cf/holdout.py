@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_cf.lightning_api import _is_dataloader_shuffled
@@ -91,7 +100,10 @@ def split(loader: Any, share: float, *, name: str, processes: int = 1) -> Split:
             loader, loader, f"{size} samples in batches of {loader.batch_size}{rest} cannot spare {share:.0%} of them"
         )
     order = torch.randperm(size, generator=keyed_generator("holdout", name, size)).tolist()
-    kept, held = sorted(order[count:]), sorted(order[:count])
+    held = _held(order, count, _labels(loader.dataset))
+    if len(held) < count:
+        return Split(loader, loader, f"most of its classes have one sample each, so {size} samples cannot spare any")
+    kept = sorted({*order} - {*held})
     train, judge = copy.copy(loader), copy.copy(loader)
     shuffled = isinstance(loader.sampler, RandomSampler)
     generator = getattr(loader.sampler, "generator", None)
@@ -124,6 +136,35 @@ def _unlike_plain(loader: Any) -> str:
     if any(isinstance(value, _BaseDataLoaderIter) for key, value in vars(loader).items() if key != "_iterator"):
         return f"its {type(loader).__name__} keeps an iterator of its own"
     return ""
+
+
+def _held(order: list[int], count: int, labels: list[int] | None) -> list[int]:
+    """The first samples of an order, sorted; of each class that is known one stays behind to be learned from."""
+    if labels is None:
+        return sorted(order[:count])
+    left, held = Counter(labels), list[int]()
+    for index in order:
+        if len(held) < count and left[labels[index]] > 1:
+            held.append(index)
+            left[labels[index]] -= 1
+    return sorted(held)
+
+
+def _labels(data: Any) -> list[int] | None:
+    """The label of each sample, where a data set has them at hand; None where samples would have to be read for it."""
+    if isinstance(data, Subset):
+        of_all = _labels(data.dataset)
+        return None if of_all is None else [of_all[int(index)] for index in data.indices]
+    found = getattr(data, "targets", None)
+    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
+        found = data.tensors[1]
+    try:
+        labels = torch.as_tensor(found)
+        size = len(data)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    whole = not labels.is_floating_point() and not labels.is_complex() and labels.shape == (size,)
+    return labels.tolist() if whole else None
 
 
 def _count(size: int, share: float, batch: int, drop_last: bool, processes: int) -> int:

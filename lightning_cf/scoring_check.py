@@ -12,13 +12,16 @@ from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.evaluation import Scorer, judge, predict
 from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.reading import samples_in
-from lightning_cf.structure import eval_mode
+from lightning_cf.structure import eval_mode, same_state
 from lightning_cf.targets import finite, strange
 from lightning_cf.tasks import Task, supervised
 from lightning_cf.training_batches import first_batch, settle
 
 SCANNED = 2048
 """Over how many judging samples labels are looked at before training."""
+
+_DRAWS = 16
+"""Of weights, none of which changes a prediction that does not depend on them."""
 
 
 @torch.no_grad()
@@ -44,6 +47,7 @@ def check_scoring(module: LightningModule, task: Task) -> None:
             DataWarning,
         )
     _find_targets(module, task)
+    _check_depends(module, task)
     scorer, seen = Scorer(module, task, "its judging data"), 0
     with eval_mode(module), isolate_rng():
         rows = False
@@ -64,6 +68,38 @@ def _find_targets(module: LightningModule, task: Task) -> None:
         batch = first_batch(module, task)
         with eval_mode(module), isolate_rng(), suppress(Exception):  # what it raises on judging data is said there
             predict(module, task, batch)
+
+
+def _check_depends(module: LightningModule, task: Task) -> None:
+    """Raises ContinualError if an ``evaluate`` of the task's own predicts the same whatever the network's weights are.
+
+    A partition that is judged by such predictions may claim nothing at all and lose nothing.
+    """
+    if task.evaluate is supervised:
+        return
+    trained = [x for x in module.parameters() if x.is_floating_point()]
+    kept = [x.detach().clone() for x in trained]
+    constant = False
+    with eval_mode(module), same_state(module), isolate_rng(), suppress(Exception):  # said with the first real batch
+        batch = next(iter(task.judging_batches()))
+        before = predict(module, task, batch)[0]
+        try:
+            for draw in range(_DRAWS):
+                generator = torch.Generator().manual_seed(draw)
+                for x in trained:
+                    x.copy_(torch.randn(x.shape, generator=generator))
+                if not torch.equal(predict(module, task, batch)[0], before):
+                    return
+        finally:
+            for x, values in zip(trained, kept, strict=True):
+                x.copy_(values)
+        constant = True
+    if constant:
+        raise ContinualError(
+            f"Task '{task.name}': its evaluate predicts the same whatever the network's weights are, so that no"
+            " partition can be judged by it. Let it return what the network says:"
+            " evaluate=lambda module, batch: (module(batch[0]), batch[1])."
+        )
 
 
 def _try_score(scorer: Scorer) -> None:

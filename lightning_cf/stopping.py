@@ -59,7 +59,7 @@ def _end(stopped: Stopped) -> NoReturn:
         stream.flush()
     distributed = sys.modules.get("torch.distributed")
     several = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if several and distributed.get_world_size() > 1:
+    if distributed is not None and several and distributed.get_world_size() > 1:
         os._exit(stopped.status)  # the others were ended, and nobody would answer what torch may ask them at its end
     sys.exit(stopped.status)
 

@@ -110,6 +110,38 @@ def test_batchnorm_trains_where_it_would_without_us():
     assert net.steps == 2
 
 
+class Targets(torch.utils.data.Dataset):
+    """As torchvision's data sets keep their labels."""
+
+    def __init__(self, x, y):
+        self.x, self.targets = x, y.tolist()
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index], self.targets[index]
+
+
+@pytest.mark.parametrize("rare", [1, 2])
+@pytest.mark.parametrize("kind", ["tensors", "targets", "subset"])
+def test_of_a_rare_class_a_sample_stays_to_be_learned_from(rare, kind):
+    _, held = held_before(40)
+    x, y = torch.randn(40, 3), torch.arange(40) % 2
+    y[held[:rare]] = 2  # which would be held out whole
+    made = {"tensors": TensorDataset, "targets": Targets, "subset": lambda x, y: Subset(Targets(x, y), range(len(x)))}
+    parts = split(DataLoader(made[kind](x, y), 4), 0.1, name="a")
+    learned = torch.cat([labels for _, labels in parts.train]).tolist()
+    judged = torch.cat([labels for _, labels in parts.held]).tolist()
+    assert learned.count(2) == 1 and judged.count(2) == rare - 1
+    assert len(judged) == 4 and len(learned) == 36
+
+
+def test_classes_of_one_sample_each_spare_none():
+    parts = split(DataLoader(TensorDataset(torch.randn(40, 3), torch.arange(40)), 4), 0.1, name="a")
+    assert parts.train is parts.held and "most of its classes have one sample each" in parts.why
+
+
 def test_where_nothing_can_be_spared_the_training_data_judge_and_that_is_said():
     net = Net()
     with pytest.warns(DataWarning, match="none of its training data can be held out: 20 samples in batches of 20 and"):

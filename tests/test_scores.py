@@ -17,6 +17,7 @@ from lightning_cf import ContinualModule, SequentialTaskRunner, Task, TaskInfere
 from lightning_cf.errors import ContinualError, DataWarning
 from lightning_cf.evaluation import constant_predictor, evaluate
 from lightning_cf.label_watch import LabelWatch
+from lightning_cf.scoring_check import check_scoring
 from lightning_cf.state import state_of
 from lightning_cf.targets import one_hot_labels
 
@@ -292,6 +293,22 @@ def test_an_evaluate_whose_labels_have_no_column_is_refused():
     with pytest.raises(ContinualError, match="holds label 2, for which its predictions of 2 columns hold no output"):
         fit(net, task)
     assert net.steps == 0
+
+
+def test_whether_predictions_depend_on_the_network_is_tried_on_weights_that_are_put_back():
+    net = Net()
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    data = of(*numbers())
+    task = Task("a", {"train": data, "val": data}, classes=[0, 1], evaluate=lambda net, b: (decided(net, b), b[1]))
+    check_scoring(net, task)  # that a class is decided, not scored, is no matter
+    task = Task("a", {"train": data, "val": data}, classes=[0, 1], evaluate=lambda net, b: (0 * net(b[0]), b[1]))
+    with pytest.raises(ContinualError, match="predicts the same whatever the network's weights are"):
+        check_scoring(net, task)
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+
+
+def decided(net, batch):
+    return F.one_hot(net(batch[0]).argmax(1), net(batch[0]).shape[1]).float()
 
 
 @pytest.mark.parametrize(

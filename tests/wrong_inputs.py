@@ -924,6 +924,14 @@ FITS = [
         "Task 'a': its evaluate gives a Tensor, not two tensors; let it return (predictions, target).",
     ),
     (
+        "start(tasks=[task(evaluate=lambda module, batch: (module(batch[0]) * 0, batch[1]))])",
+        "Task 'a': its evaluate predicts the same whatever the network's weights are, so that no partition can be",
+    ),
+    (
+        "start(tasks=[task(evaluate=lambda net, batch: (net(batch[0]), (torch.eye(2)[batch[1]], batch[1]))[1])])",
+        "Task 'a': its evaluate predicts the same whatever the network's weights are, so that no partition can be",
+    ),
+    (
         'start(tasks=[task(evaluate=lambda module, batch: ("a", "b"))])',
         "Task 'a': its evaluate gives predictions of type str, not a tensor.",
     ),
