@@ -23,6 +23,7 @@ from lightning_cf.lightning_api import (
     GradientAccumulationScheduler,
     LightningModule,
     StochasticWeightAveraging,
+    Timer,
     Trainer,
     WeightAveraging,
     isolate_rng,
@@ -45,7 +46,10 @@ _WHOLE = ("architecture", "parameters", "network", "tasks", "data", "invariance"
 _NEWER = ("sampler", "batch", "labels")
 """What earlier versions did not know of: a name that only one of two runs has is no difference there."""
 
-_COUNTS = tuple(f"trainer.{name}_batches" for name in ("limit_train", "limit_val", "limit_test", "overfit"))
+_COUNTS = (
+    *(f"trainer.{name}_batches" for name in ("limit_train", "limit_val", "limit_test", "overfit")),
+    "trainer.val_check_interval",
+)
 """Where 1 is a batch and 1.0 is all of them."""
 
 _HOOKS = (
@@ -111,8 +115,14 @@ def trainer_identity(trainer: Trainer) -> dict[str, Any]:
         "limit_test_batches",
         "overfit_batches",
         "max_steps",
+        "min_steps",
+        "val_check_interval",
+        "check_val_every_n_epoch",
     )
-    return {name: describe(getattr(trainer, name, None)) for name in names}
+    timers = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
+    ends = [seconds for seconds in (timer.time_remaining() for timer in timers) if seconds is not None]
+    found = {name: describe(getattr(trainer, name, None)) for name in names}
+    return found | {"max_time": min(ends, default=None)}
 
 
 def callbacks_identity(callbacks: Iterable[Callback]) -> dict[str, Any]:

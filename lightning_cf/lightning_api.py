@@ -30,6 +30,7 @@ if TYPE_CHECKING or NAME == "lightning.pytorch":
         ModelCheckpoint,
         ModelPruning,
         StochasticWeightAveraging,
+        Timer,
         WeightAveraging,
     )
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -53,6 +54,7 @@ else:
         ModelCheckpoint,
         ModelPruning,
         StochasticWeightAveraging,
+        Timer,
         WeightAveraging,
     )
     from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
@@ -81,6 +83,7 @@ __all__ = [
     "SLURMEnvironment",
     "SingleDeviceStrategy",
     "StochasticWeightAveraging",
+    "Timer",
     "Trainer",
     "TrainerFn",
     "WeightAveraging",

@@ -186,6 +186,21 @@ CHANGES = {
         {"trainer": lambda: partial(quiet_trainer, limit_val_batches=1)},
         ["trainer.limit_val_batches=1.0, not 1"],
     ),
+    "validation now and then": (
+        {},
+        {"trainer": lambda: partial(quiet_trainer, check_val_every_n_epoch=2)},
+        ["trainer.check_val_every_n_epoch=1, not 2"],
+    ),
+    "validation within an epoch": (
+        {},
+        {"trainer": lambda: partial(quiet_trainer, val_check_interval=1)},
+        ["trainer.val_check_interval=1.0, not 1"],
+    ),
+    "time": (
+        {},
+        {"trainer": lambda: partial(quiet_trainer, max_time="00:00:10:00")},
+        ["trainer.max_time=None, not 600.0"],
+    ),
     "test batches": (
         {},
         {"trainer": lambda: partial(quiet_trainer, limit_test_batches=2)},
