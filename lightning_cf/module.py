@@ -187,6 +187,13 @@ class ContinualModule(LightningModule):
             keep_ledger(self, ledger)
             fit_heads(self, ledger, {} if known is None else known.heads)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *found: Any) -> None:
+        """Weights of the plain class are whole without a ledger."""
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *found)
+        missing: list[str] = found[0]
+        if prefix + _EXTRA_STATE in missing:
+            missing.remove(prefix + _EXTRA_STATE)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Moves the ledger out of the weights, so that the plain class loads the checkpoint."""
         super().on_save_checkpoint(checkpoint)

@@ -97,6 +97,11 @@ def test_state_dicts_carry_the_ledger():
     other = ContinualModule(classifier(seed=4))
     other.load_state_dict(module.state_dict())
     assert other.ledger.state_dict()["tasks"] == module.ledger.state_dict()["tasks"]
+    plain = weights(classifier(seed=5))  # whole without a ledger, strictly
+    assert other.load_state_dict(plain) == ([], [])
+    assert all(torch.equal(x, plain[name]) for name, x in weights(other).items())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(dict([*plain.items()][1:]))
 
 
 def test_a_copy_keeps_the_ledger_of_its_own():
