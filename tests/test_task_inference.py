@@ -17,7 +17,7 @@ from lightning_cf.task_inference.combined import Sum
 from lightning_cf.task_inference.neither import Neither
 from lightning_cf.task_inference.reconstruction import Reconstruction
 from lightning_cf.task_inference.rotations import Rotations
-from lightning_cf.task_inference.statistics import InputSubspaces, LocalSubspaces, Mahalanobis
+from lightning_cf.task_inference.statistics import InputSubspaces, LocalSubspaces, Mahalanobis, _local, _residual
 from lightning_cf.task_inference.trained import heads_of
 from lightning_cf.task_inference.variants import VARIANTS
 from lightning_cf.tracing import trace
@@ -429,3 +429,19 @@ def test_an_autoencoder_gives_its_own_inputs_back_and_draws_nothing_from_the_glo
     torch.testing.assert_close(strategy.score(fitted, seen), -residual)
     assert float(residual.mean()) < 0.2 * float(near.var())
     assert float(strategy.score(fitted, View(far, (), seen.logits)).mean()) < -4 * float(residual.mean())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_features_that_vary_in_a_few_directions_half_are_kept_so_that_the_rest_is_no_rounding(seed):
+    generator = torch.Generator().manual_seed(seed)
+    spanning = torch.randn(4, 16, generator=generator)  # as 16 units of a linear layer on four values
+    x, others = (torch.randn(64, 4, generator=generator) @ spanning for _ in range(2))
+    fitted = _local(x, torch.arange(64) % 2, 2, 1, 8)
+    assert fitted["directions"].shape == (2, 16, 2)
+    found = _residual(others, fitted)
+    exact = _residual(others.double(), {name: value.double() for name, value in fitted.items()})
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(
+        found, torch.cat([_residual(other[None], fitted) for other in others]), rtol=1e-3, atol=0
+    )
+    assert bool((found > 1e-5).all())

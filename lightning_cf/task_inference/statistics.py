@@ -113,12 +113,17 @@ class LocalSubspaces(Strategy):
         return -_residual(_hidden(view), fitted).amin(dim=1)
 
 
+_ROUNDING = 1e-10
+"""Directions with less than this share of the largest variance are what rounding makes of none."""
+
+
 def _local(
     x: Samples, labels: Int64[Tensor, "samples"], classes: int, clusters: int, rank: int, *, scaled: bool = True
 ) -> dict[str, Tensor]:
     spread = x.std(dim=0, correction=0)
     scale = spread.clamp_min(max(0.1 * float(spread.mean()), 1e-6)) if scaled else x.new_ones(1)
     x = x / scale
+    varying = _varying(x)
     centres, directions = [], []
     for label in (label for label in range(classes) if bool((labels == label).any())):
         own = x[labels == label]
@@ -126,11 +131,19 @@ def _local(
             centre = part.mean(dim=0)
             _, vectors = torch.linalg.eigh(((part - centre).T @ (part - centre)).double())
             centres.append(centre)
-            kept = min(rank, len(part) - 1, x.shape[1] // 2)  # not all of them: what lies beside is the score
+            kept = min(rank, len(part) - 1, varying // 2)  # not all of them: what lies beside is the score
             directions.append(vectors[:, x.shape[1] - kept :].float())
     width = max(found.shape[1] for found in directions)
     padded = [torch.nn.functional.pad(found, (width - found.shape[1], 0)) for found in directions]
     return {"scale": scale, "centres": torch.stack(centres), "directions": torch.stack(padded)}
+
+
+def _varying(x: Samples) -> int:
+    """In how many directions samples vary by more than rounding; in all, as far as these few tell."""
+    centred = (x - x.mean(dim=0)).double()
+    values = torch.linalg.eigvalsh(centred.T @ centred)
+    found = int((values > _ROUNDING * values[-1]).sum())
+    return found if found < min(len(x) - 1, x.shape[1]) else x.shape[1]
 
 
 def _residual(x: Float[Tensor, "batch features"], fitted: Fitted) -> Float[Tensor, "batch clusters"]:
@@ -138,7 +151,7 @@ def _residual(x: Float[Tensor, "batch features"], fitted: Fitted) -> Float[Tenso
     found = []
     for centre, directions in zip(fitted["centres"], fitted["directions"], strict=True):
         centred = x - centre
-        found.append(centred.square().sum(dim=1) - (centred @ directions).square().sum(dim=1))
+        found.append((centred - centred @ directions @ directions.T).square().sum(dim=1))  # no difference of squares
     return torch.stack(found, dim=1)
 
 
