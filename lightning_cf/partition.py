@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
@@ -164,9 +166,10 @@ def _leader_threshold(similarity: Similarity, count: int) -> float:
     spread = float(similarity.biases.double().max() - similarity.biases.double().min())
     # By log(2 - s), since one outlying bias stretches the similarities over many orders of magnitude.
     lowest, highest = math.log1p(2.0 + similarity.bias_weight * spread**2), math.log1p(-1e-6)
+    leaders = _leader_counter(similarity, count)
     for _ in range(40):
         middle = (lowest + highest) / 2
-        if len(_lead(similarity, 1.0 - math.expm1(middle), count)[0]) >= count:
+        if leaders(1.0 - math.expm1(middle)) >= count:
             highest = middle
         else:
             lowest = middle
@@ -206,13 +209,37 @@ def _leader_threshold_of_measure(similarity: Similarity, count: int) -> float:
     lowest = _place(min(float(end.min) for end in ends))
     highest = _place(_threshold_above(max(float(end.max) for end in ends)))
     # The scale is unknown and may span many orders of magnitude: halves the number of doubles between, not their range.
+    leaders = _leader_counter(similarity, count)
     while lowest < highest:
         middle = (lowest + highest) // 2
-        if len(_lead(similarity, _double(middle), count)[0]) >= count:
+        if leaders(_double(middle)) >= count:
             highest = middle
         else:
             lowest = middle + 1
     return _double(highest)
+
+
+def _leader_counter(similarity: Similarity, most: int) -> Callable[[float], int]:
+    """How many leaders, up to ``most``, a threshold yields: as :func:`_lead`, faster where similarities are kept."""
+    if similarity.matrix is None:
+        return lambda threshold: len(_lead(similarity, threshold, most)[0])
+    order = similarity.norms.argsort(descending=True, stable=True)
+    kept = similarity.matrix[order][:, order]
+    for end in range(TILE, len(order), TILE):  # leaders are compared with units of their block, later units with them
+        kept[end - TILE : end, end:] = kept[end:, end - TILE : end].T
+    rows = kept.numpy()
+
+    def count(threshold: float) -> int:
+        led = np.zeros(len(rows), dtype=bool)
+        for found in range(most):
+            leader = int(led.argmin())
+            if led[leader]:
+                return found
+            led |= rows[leader] >= threshold - TOLERANCE
+            led[leader] = True
+        return most
+
+    return count
 
 
 def _components_threshold(forest: Forest, count: int) -> float:

@@ -8,7 +8,15 @@ from references import connect, lead, magnitude, thresholds, unit_groups
 
 from lightning_cf.components import Forest, spanning_forest
 from lightning_cf.errors import ContinualError
-from lightning_cf.partition import CLUSTERS, TILE, Partition, partition, partition_into
+from lightning_cf.partition import (
+    CLUSTERS,
+    TILE,
+    Partition,
+    _lead,
+    _leader_counter,
+    partition,
+    partition_into,
+)
 from lightning_cf.similarity import Similarity
 
 
@@ -81,6 +89,17 @@ def test_similarities_that_are_kept_change_nothing():
     assert kept.threshold == computed.threshold
     rows = torch.tensor([0, 1023, 1024, 1199])
     torch.testing.assert_close(s.kept().tile(rows, rows.flip(0)), s.tile(rows, rows.flip(0)))
+
+
+@given(cases(), st.sampled_from([1, 2, 3, 7, 1024]), st.integers(1, 16), st.booleans())
+def test_leaders_are_counted_as_they_lead(case, tile, most, measured):
+    group, bias_weight, threshold = case
+    measure = (lambda v, b, w, c: -torch.cdist(v, w) - (b[:, None] - c).abs()) if measured else None
+    s = Similarity(*group, bias_weight, measure).kept()
+    near = -torch.tensor([0.0, 0.5, 1.0, 2.0]) if measured else torch.tensor([threshold, 0.9, 0.0, -1.0])
+    with patch("lightning_cf.partition.TILE", tile):
+        count = _leader_counter(s, most)
+        assert [count(float(t)) for t in near] == [len(_lead(s, float(t), most)[0]) for t in near]
 
 
 @given(cases(), st.sampled_from([None, 2]))
