@@ -9,6 +9,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+import typechecking
 from hypothesis import HealthCheck, settings
 
 PACKAGE = Path(str(find_spec("lightning_cf").origin)).parent
@@ -19,7 +20,7 @@ SHAPED = [
 ]
 """Modules that say shapes, which nothing else checks; mypy checks the others."""
 
-jaxtyping.install_import_hook(SHAPED, "typechecking.checked")  # before anything imports the package
+typechecking.install(SHAPED)  # before anything imports the package
 # How long an example takes says something about the machine and what else runs on it, nothing about the code.
 settings.register_profile(
     "tests", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
