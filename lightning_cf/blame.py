@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_cf.ledger import FREE
 from lightning_cf.levels import Levels
+from lightning_cf.randomness import seed_torch
 from lightning_cf.structure import Forward, Structure, lookup, samples
 from lightning_cf.tracing import following, named, plain_kernels, steps
 
@@ -62,7 +63,7 @@ def first_moved(
 def _results(module: nn.Module, structure: Structure, example: Any, forward: Forward) -> list[tuple[str, Tensor]]:
     recorder = _Recorder()
     with plain_kernels(), torch.random.fork_rng(), following(module, recorder.running), recorder:
-        torch.manual_seed(0)
+        seed_torch(0)
         forward(module, example)
     return [(by, values) for path, by, values in recorder.found if path not in structure.norms]
 

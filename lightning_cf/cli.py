@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
@@ -28,6 +27,7 @@ from lightning_cf.identity import VARIABLE, differences
 from lightning_cf.lightning_api import MisconfigurationException, Trainer, isolate_rng
 from lightning_cf.preflight import check_root
 from lightning_cf.progress_bar import RunBar
+from lightning_cf.randomness import seed_torch
 from lightning_cf.report import print_summary, write_pictures, write_unit_pictures
 from lightning_cf.result import Result
 from lightning_cf.run_log import logged_warnings
@@ -148,7 +148,7 @@ def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> Sequentia
     options: Any = OmegaConf.to_container(config.tasks, resolve=True)
     tasks = instantiate({key: value for key, value in options.items() if key not in ("shape", "classes")})
     with isolate_rng():
-        torch.manual_seed(config.seed)
+        seed_torch(config.seed)
         module = instantiate(config.model)
     method: Method = "finetune" if name == "finetune" else "joint" if name == "joint" else "partition"
     # Converted, since a list of perturbations would else become a configuration again.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lightning_cf.lightning_api import LightningModule, isolate_rng
-from lightning_cf.randomness import derive_seed
+from lightning_cf.randomness import derive_seed, seed_torch
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def seeded(*key: int | str) -> Iterator[None]:
     """Global generators that depend on the key alone; afterwards they are as they were."""
     seed = derive_seed(*key)
     with isolate_rng():
-        torch.manual_seed(seed)
+        seed_torch(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
         yield

@@ -17,7 +17,7 @@ from lightning_cf.blame import first_moved
 from lightning_cf.errors import LeakError
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.levels import Levels
-from lightning_cf.randomness import keyed_generator
+from lightning_cf.randomness import keyed_generator, seed_torch
 from lightning_cf.structure import (
     LAYERS,
     Forward,
@@ -88,7 +88,7 @@ def first_leak(
 
     def run() -> Any:
         with torch.random.fork_rng():
-            torch.manual_seed(0)  # for networks that draw random numbers in eval mode too
+            seed_torch(0)  # for networks that draw random numbers in eval mode too
             return forward(module, example)
 
     with eval_mode(module), same_state(module):

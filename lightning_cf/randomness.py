@@ -19,3 +19,14 @@ def keyed_generator(*key: int | str) -> torch.Generator:
     True
     """
     return torch.Generator().manual_seed(derive_seed(*key))
+
+
+def seed_torch(seed: int) -> None:
+    """``torch.manual_seed``, which on a machine without an accelerator would note the seed for each kind of it.
+
+    Each such note holds where it was made, takes a millisecond, and is kept until the process ends.
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_cf.ledger import FREE, NeuronLedger
-from lightning_cf.randomness import derive_seed
+from lightning_cf.randomness import derive_seed, seed_torch
 from lightning_cf.structure import Structure
 
 
@@ -47,7 +47,7 @@ def reinitialise_free(module: nn.Module, structure: Structure, ledger: NeuronLed
             continue
         kept = _Kept(layer)
         with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(derive_seed(*key, path))
+            seed_torch(derive_seed(*key, path))
             reset()
             drawn = {
                 name: tensor.detach().clone() for name in masks if isinstance(tensor := getattr(layer, name), Tensor)

@@ -20,7 +20,7 @@ from lightning_cf.ledger import NeuronLedger
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.options import PartitionOptions
 from lightning_cf.probe import probe
-from lightning_cf.randomness import derive_seed
+from lightning_cf.randomness import derive_seed, seed_torch
 from lightning_cf.reading import samples_in
 from lightning_cf.recording import TaskFolders
 from lightning_cf.reinitialise import reinitialise_free
@@ -62,7 +62,7 @@ def partition_task(
     if not again:
         state.ledger.whole += held_by_the_user(module, state)
     with isolate_rng(), eval_mode(module), state.showing(module, [task]):
-        torch.manual_seed(derive_seed("partition", task.name))
+        seed_torch(derive_seed("partition", task.name))
         claimer = Claimer(
             module=module,
             structure=state.structure,

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_cf.lightning_api import isolate_rng
+from lightning_cf.randomness import seed_torch
 from lightning_cf.reading import flat, several
 
 _ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
@@ -147,7 +147,7 @@ def _tried(loader: Any, source: Any, most: int) -> str:
 
 def _begun(loader: Iterable[Any]) -> Any:
     """The first batch of a pass, with the same random numbers for each."""
-    torch.manual_seed(0)
+    seed_torch(0)
     np.random.seed(0)
     random.seed(0)
     return next(iter(loader), None)

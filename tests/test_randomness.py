@@ -1,8 +1,9 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_cf.randomness import derive_seed, keyed_generator
+from lightning_cf.randomness import derive_seed, keyed_generator, seed_torch
 
 keys = st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=4)
 
@@ -36,3 +37,19 @@ def test_the_global_generator_is_left_alone():
     state = torch.get_rng_state()
     torch.rand(3, generator=keyed_generator(0))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_seeding_is_torchs_own():
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        wanted = torch.rand(3)
+        seed_torch(7)
+        assert torch.equal(torch.rand(3), wanted)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there are devices to seed")
+def test_seeding_notes_nothing_for_devices_that_are_not_there():
+    before = len(torch.cuda._queued_calls)  # which grow until the process ends
+    with torch.random.fork_rng():
+        seed_torch(7)
+    assert len(torch.cuda._queued_calls) == before
