@@ -37,6 +37,11 @@ def unchecked():
 
 
 @pytest.fixture(autouse=True)
+def _calls_are_counted_anew():
+    typechecking.calls.clear()
+
+
+@pytest.fixture(autouse=True)
 def _process_groups():
     """Lightning leaves a fit's process group to the end of the process: later tests begin without one."""
     yield

@@ -3,6 +3,8 @@
 import inspect
 import re
 import sys
+from collections import Counter
+from functools import wraps
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
@@ -30,9 +32,31 @@ def _of_shapes(known):
     return any(str(getattr(each, "__module__", "")).partition(".")[0] == "jaxtyping" for each in made_of)
 
 
+MOST = 10
+"""How many calls of a function are checked in a test: some are called ten thousand times."""
+
+calls = Counter()
+"""How many calls there were in this test."""
+
+
 def jaxtyped(*, typechecker):
-    """As jaxtyping's own, for what says shapes."""
-    return lambda found: _jaxtyped(found, typechecker=typechecker) if says_shapes(found) else found
+    """As jaxtyping's own, for what says shapes, and there for the first calls of each test."""
+
+    def decorate(found):
+        if not says_shapes(found):
+            return found
+        checking = _jaxtyped(found, typechecker=typechecker)
+        if inspect.isclass(found):
+            return checking
+
+        @wraps(checking)
+        def call(*args, **kwargs):
+            calls[call] += 1
+            return (checking if calls[call] <= MOST else found)(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def install(modules):
