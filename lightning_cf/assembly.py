@@ -106,7 +106,8 @@ def assemble(
     _unite_shared_layers(units, uses)
     placed = _place(units, uses)
     producers = _Producers(placed, tensors)
-    read = {int(label) for uses in placed.values() for use in uses for label in use.source.unique() if label > NONE}
+    sources = [compress(use.source).unique() for uses in placed.values() for use in uses]
+    read = {label for labels in sources for label in labels.tolist() if label > NONE}
     head = _head([units.resolve(labels) for labels, _ in outputs], producers, read, ended_by)
     members = [*producers.groups(without=head), head]
 

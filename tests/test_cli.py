@@ -179,8 +179,9 @@ def test_a_folder_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
     assert "seed=0, not 1" in errors
 
 
-def test_a_killed_run_goes_on_after_its_last_finished_phase(tmp_path):
-    whole, _ = run(tmp_path / "whole", *SMALL, TWO)
+def test_a_killed_run_goes_on_after_its_last_finished_phase(tmp_path, monkeypatch, capsys):
+    assert here(monkeypatch, capsys, f"run={tmp_path / 'whole'}", *SMALL, TWO)[0] == 0
+    whole = json.loads((tmp_path / "whole" / "result.json").read_text())
     line = [sys.executable, "-m", "lightning_cf", f"run={tmp_path / 'cut'}", *SMALL, TWO]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(6000):
@@ -253,10 +254,11 @@ def test_two_processes_partition_in_training_and_learn_one_sub_space(tmp_path):
     assert two["average_accuracy"] > 0.8
 
 
-def test_two_processes_forget_nothing_and_agree_with_one(tmp_path):
+def test_two_processes_forget_nothing_and_agree_with_one(tmp_path, monkeypatch, capsys):
     options = ["epochs=6", "invariance_epochs=3", "compare=false", "model.network.hidden=[80]", TWO]
     two, done = run(tmp_path / "two", *options, "trainer=ddp", "devices=2")
-    one, _ = run(tmp_path / "one", *options)
+    assert here(monkeypatch, capsys, f"run={tmp_path / 'one'}", *options)[0] == 0
+    one = json.loads((tmp_path / "one" / "result.json").read_text())
     assert two["forgetting"] == 0.0
     assert abs(two["average_accuracy"] - one["average_accuracy"]) <= 0.02
     assert done.stdout.count("task-incremental") == 1

@@ -21,7 +21,7 @@ def language(number):
     """Sentences of ten words of its own, in which each word decides the next."""
     generator = torch.Generator().manual_seed(number)
     follower = torch.randperm(10, generator=generator)
-    sentence = [torch.randint(10, (400,), generator=generator)]
+    sentence = [torch.randint(10, (160,), generator=generator)]
     for _ in range(12):
         sentence.append(follower[sentence[-1]])
     sentences = torch.stack(sentence, dim=1) + 10 * number
@@ -33,7 +33,7 @@ def languages(**options):
         Task(
             f"language {number}",
             {
-                "train": DataLoader(language(number), 20, shuffle=True, drop_last=True),
+                "train": DataLoader(language(number), 8, shuffle=True, drop_last=True),
                 "val": DataLoader(language(number), 40),
             },
             classes=list(range(10 * number, 10 * number + 10)),

@@ -169,7 +169,7 @@ def test_every_strategy_that_a_network_allows_works_at_its_seal(name, tmp_path):
         module,
         sequence,
         tmp_path,
-        trainer=partial(quiet_trainer, limit_train_batches=1),
+        trainer=partial(quiet_trainer, limit_train_batches=1, limit_val_batches=1, limit_test_batches=1),
         partition=PartitionCallback(max_claim=0.3, threshold=0.5, exclude=exclude),
         task_inference="all",
     )
