@@ -40,7 +40,6 @@ FAST = {
     "two optimisers, toggled, with schedulers", "manual optimisation without an optimiser", "bf16-mixed",
     "16-mixed with a scaler", "EMAWeightAveraging", "an average of one's own", "EarlyStopping", "ModelPruning",
     "BaseFinetuning, layers unfrozen on the way", "fast_dev_run", "BatchNorm", "LayerNorm",
-    "torch.compile of it, with BatchNorm",
 }  # fmt: skip
 """Run by default; all others are left to .ci/run."""
 

@@ -362,7 +362,8 @@ def wide():
 LARGE = 500  # entries: every weight, its averages in an optimiser, and no data of a task
 
 
-@pytest.mark.parametrize("method", [pytest.param("partition", marks=pytest.mark.slow), "finetune"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["partition", "finetune"])
 def test_a_run_holds_no_more_memory_after_eight_tasks_than_after_two(method, tmp_path):
     module, tasks, after = wide(), [small(number) for number in range(8)], {}
     runner = SequentialTaskRunner(
