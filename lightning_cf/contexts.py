@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,27 @@ def seeded(*key: int | str) -> Iterator[None]:
         np.random.seed(seed % 2**32)
         random.seed(seed)
         yield
+
+
+class Draws:
+    """Global generators that stand, for each key, as they stood when it first came: what was drawn is drawn again."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, tuple[Any, ...]] = {}
+
+    @contextmanager
+    def repeated(self, key: str) -> Iterator[None]:
+        """The first time nothing but a look at the generators; afterwards they are as they were."""
+        if key not in self._states:
+            self._states[key] = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+            yield
+            return
+        with isolate_rng():
+            of_torch, of_numpy, of_python = self._states[key]
+            torch.set_rng_state(of_torch)
+            np.random.set_state(of_numpy)
+            random.setstate(of_python)
+            yield
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
@@ -121,11 +122,21 @@ def split(loader: Any, share: float, *, name: str, processes: int = 1) -> Split:
     return Split(train, judge)
 
 
+def samples_of(data: Any) -> tuple[Any, ...]:
+    """What tells a data set's samples from other ones without a look at them: how many, and which of another set."""
+    inner: tuple[Any, ...] = ()
+    if isinstance(data, Subset):
+        inner = (hash(tuple(map(int, data.indices))), *samples_of(data.dataset))
+    return len(data), *inner
+
+
 def _unlike_plain(loader: Any) -> str:
     """Why a loader's samples are not known to be those of its data set, each once."""
     if not isinstance(loader, DataLoader):
         return f"a {type(loader).__name__} is no DataLoader"
     sampler = loader.sampler
+    if isinstance(loader.dataset, IterableDataset):
+        return f"its {type(loader.dataset).__name__} is a stream"
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
         return "its DataLoader has a batch_sampler or no batches"
     plain = type(sampler) is SequentialSampler or (

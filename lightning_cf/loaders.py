@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_cf.errors import ContinualError, DataWarning, warn
-from lightning_cf.holdout import Split, split
+from lightning_cf.holdout import Split, samples_of, split
 from lightning_cf.lightning_api import (
     CombinedLoader,
     LightningDataModule,
@@ -69,6 +69,7 @@ class Loaders:
         self.place = 0
         self.batches: str | None = None
         self.place_of_targets: Place | None = None
+        self.held_out_of: tuple[Any, ...] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without loaders that are open: a copy opens its own."""
@@ -169,11 +170,25 @@ class Loaders:
                 else:
                     name, processes = self.task.name, self.limits.processes
                     parts = split(loader, self.task.holdout, name=name, processes=processes)
+                    if not parts.why:
+                        self._check_same(loader)
                     if not parts.why and self.limits.suffice(len(loader)) and not self.limits.suffice(len(parts.train)):
                         why = "limit_train_batches or val_check_interval counts on all of its batches"
                         parts = Split(loader, loader, why)
             self.opened[stage] = Opened(loader, parts)
         return self.opened[stage]
+
+    def _check_same(self, loader: Any) -> None:
+        """Warns where samples are held out of others than before: what judged may be trained on then."""
+        found = samples_of(loader.dataset)
+        if self.held_out_of not in (None, found):
+            warn(
+                f"Task '{self.task.name}': its train_dataloader() gives other samples than before, so that some that"
+                " were held out to judge its partition are trained on. Draw the split once, such as from a seeded"
+                " generator, or give the task a validation loader.",
+                DataWarning,
+            )
+        self.held_out_of = found
 
     def _check_there(self, stage: str, loader: Any) -> None:
         """Raises ContinualError where there is None in place of training data, or of one of several loaders."""

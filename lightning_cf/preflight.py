@@ -13,6 +13,7 @@ from lightning_cf.callbacks import (
     PartitionCallback,
     TaskInferenceCallback,
 )
+from lightning_cf.contexts import seeded
 from lightning_cf.errors import CapacityError, ContinualError, check_kind, check_list
 from lightning_cf.files import load_tensors, writing
 from lightning_cf.ledger import CHECKPOINT_KEY, one_column
@@ -67,11 +68,12 @@ def check_root(root: Path) -> None:
         raise ContinualError(f"runner: root={str(root)!r} cannot be written: {there} is read-only for this user.")
 
 
-def check_tasks(tasks: Sequence[Any], host: Trainer) -> list[Any]:
+def check_tasks(tasks: Sequence[Any], host: Trainer, seed: int) -> list[Any]:
     """Raises ContinualError for tasks that cannot be told apart or have no data; gives the first batch of each.
 
     Args:
         tasks: all of the sequence.
+        seed: what random splits depend on that their data draw when they are set up, with the task's name.
         host: a Trainer with the limits of those that will fit them, which their data know until then.
     """
     if not tasks:
@@ -89,8 +91,9 @@ def check_tasks(tasks: Sequence[Any], host: Trainer) -> list[Any]:
         task.let_go()
         task.task_loaders.limits = Limits.of(host)
         task.prepare_data()
-        task.setup("fit")
-        task.setup("test")
+        with seeded(seed, "setup", task.name):
+            task.setup("fit")
+            task.setup("test")
         with isolate_rng():
             batches.append(task.check_data())
     return batches

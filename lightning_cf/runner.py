@@ -317,7 +317,7 @@ class SequentialTaskRunner:
         self._host = self.new_trainer(max_epochs=self.epochs, callbacks=[], root=self.store.root)
         check_launch(self._host)
         check_trains(self._host)
-        batches = check_tasks(self.tasks, self._host)
+        batches = check_tasks(self.tasks, self._host, self.seed)
         strategy = self._host.strategy
         if strategy.launcher is not None:
             strategy.launcher.launch(strategy.setup_environment, trainer=self._host)

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_cf.contexts import Draws
 from lightning_cf.errors import ContinualError, check_function, check_kind, check_list, check_share, check_text
 from lightning_cf.lightning_api import LightningDataModule, LightningModule, check_same_lightning, is_overridden
 from lightning_cf.loaders import STAGES, Loaders
@@ -92,6 +93,7 @@ class Task(LightningDataModule):
         self.host: Any = None
         """The Trainer that the data know while none fits them: of a runner, which reads them between fits too."""
         self.torn_down: set[str] = set()
+        self.draws = Draws()
         check_same_lightning(f"Task '{name}'", data)
         self.data = data if isinstance(data, LightningDataModule) else _Loaders(name, data)
         # Lightning asks of each hook whether it is overridden, so only those that the data overrides are passed on.
@@ -135,7 +137,7 @@ class Task(LightningDataModule):
         wanted = "test" if stage == "test" else "fit"
         if wanted in self.torn_down:
             self.torn_down.discard(wanted)
-            self.data.setup(wanted)
+            self._set_data_up(wanted)
 
     @property
     def has_validation(self) -> bool:
@@ -178,7 +180,12 @@ class Task(LightningDataModule):
     def _setup(self, stage: Any = None) -> None:
         self.task_loaders.drop(*{"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, STAGES))
         self.torn_down -= {"fit", "test"} if stage is None else {stage}
-        self.data.setup(stage)
+        self._set_data_up(stage)
+
+    def _set_data_up(self, stage: Any) -> None:
+        """Random splits of the data come out alike in each fit: what judges one is not trained on in another."""
+        with self.draws.repeated(str(getattr(stage, "value", stage))):
+            self.data.setup(stage)
 
     def _teardown(self, stage: Any = None) -> None:
         self.task_loaders.drop(*STAGES)

@@ -4,13 +4,16 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from learning import quiet_trainer
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
 from toys import Net, fit, numbers
 
-from lightning_cf import Task
+from lightning_cf import SequentialTaskRunner, Task
 from lightning_cf.errors import DataWarning
 from lightning_cf.holdout import PartSampler, split
 from lightning_cf.joint import JointTask
@@ -142,6 +145,68 @@ def test_classes_of_one_sample_each_spare_none():
     assert parts.train is parts.held and "most of its classes have one sample each" in parts.why
 
 
+class Draws(LightningDataModule):
+    """Splits anew whenever it is asked, as many do."""
+
+    def __init__(self, seed=None):
+        super().__init__()
+        self.data, self.seed = TensorDataset(*numbers(64)), seed
+
+    def train_dataloader(self):
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        return DataLoader(random_split(self.data, [48, 16], generator)[0], 8)
+
+
+def test_a_split_that_is_drawn_anew_for_each_fit_is_told():
+    task, net = Task("a", Draws(), classes=[0, 1]), Net()
+    fit(net, task)
+    with pytest.warns(DataWarning, match=r"Task 'a': its train_dataloader\(\) gives other samples than before"):
+        fit(net, task)
+    task, net = Task("a", Draws(seed=3), classes=[0, 1]), Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        fit(net, task)
+        fit(net, task)
+
+
+class SetUp(LightningDataModule):
+    """Splits when it is set up, as many do: without a seed, and differently for testing."""
+
+    def __init__(self):
+        super().__init__()
+        self.data, self.splits = TensorDataset(*numbers(64)), []
+
+    def setup(self, stage):
+        self.parts = random_split(self.data, [32, 32])
+        self.splits.append((str(getattr(stage, "value", stage)), tuple(self.parts[0].indices)))
+
+    def train_dataloader(self):
+        return DataLoader(self.parts[0], 8)
+
+    def val_dataloader(self):
+        return DataLoader(self.parts[1], 8)
+
+
+def test_a_split_that_is_drawn_when_the_data_are_set_up_is_the_same_in_every_fit(tmp_path):
+    data, net = SetUp(), Net()
+    task = Task("a", data, classes=[0, 1])
+    for _ in range(2):
+        fit(net, task)
+    assert len(data.splits) == 2 and len({*data.splits}) == 1
+    found = []
+    for seed in range(2):  # as in two processes
+        torch.manual_seed(seed)
+        data = SetUp()
+        runner = SequentialTaskRunner(
+            Net(), [Task("a", data, classes=[0, 1])], trainer=quiet_trainer, epochs=1, invariance_epochs=1,
+            root=tmp_path / str(seed), task_inference=None,
+        )  # fmt: skip
+        runner.run()
+        found.append({*data.splits})
+    assert found[0] == found[1]
+    assert sorted(stage for stage, _ in found[0]) == ["fit", "test"]  # two splits, for they may be made of other data
+
+
 def test_where_nothing_can_be_spared_the_training_data_judge_and_that_is_said():
     net = Net()
     with pytest.warns(DataWarning, match="none of its training data can be held out: 20 samples in batches of 20 and"):
@@ -213,6 +278,7 @@ import sys, torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, {tests!r})
+from learning import quiet_trainer
 from toys import Net, numbers
 from lightning_cf import InvarianceCallback, MaskedGradientCallback, PartitionCallback, Task
 
