@@ -43,8 +43,16 @@ def _calls_are_counted_anew():
 
 @pytest.fixture(autouse=True)
 def _process_groups():
-    """Lightning leaves a fit's process group to the end of the process: later tests begin without one."""
+    """Lightning leaves a fit's process group, and what it tells other processes of it: later tests begin without them.
+
+    A child of a later test took itself for the first of processes that somebody else starts, and waited for them.
+    """
+    told = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE")
+    before = {name: os.environ[name] for name in told if name in os.environ}
     yield
+    for name in told:
+        os.environ.pop(name, None)
+    os.environ.update(before)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

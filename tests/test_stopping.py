@@ -206,7 +206,8 @@ def test_all_processes_of_a_distributed_run_end_with_the_first(tmp_path):
     line = [sys.executable, "-m", "lightning_cf", f"run={tmp_path}", "trainer=ddp", "devices=2", "compare=false"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-    while process.poll() is None and not (tmp_path / "exact" / "state.pt").exists():
+    until = time.monotonic() + 300
+    while process.poll() is None and not (tmp_path / "exact" / "state.pt").exists() and time.monotonic() < until:
         time.sleep(0.05)
     others = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
