@@ -69,14 +69,29 @@ def add_classes(module: nn.Module, state: ContinualState, labels: Sequence[int])
 
 
 def grow(module: nn.Module, state: ContinualState, count: int) -> list[int]:
-    """Adds columns to the head; gives their numbers."""
+    """Adds columns to the head; gives their numbers.
+
+    Raises:
+        ContinualError: if the network cannot run with them; its head is then as it was.
+    """
     if count <= 0:
         return []
-    head = head_of(module, state.structure)
-    check_growth(head, len(state.ledger.outputs))
-    grow_head(head, len(state.ledger.outputs) + count)
+    head, known = head_of(module, state.structure), state.ledger.outputs
+    check_growth(head, len(known))
+    grow_head(head, len(known) + count)
     added = state.ledger.add_outputs(count)
-    state.retrace(module)
+    try:
+        state.retrace(module)
+    except Exception as error:
+        fit_head(head, len(known))
+        state.ledger.outputs = known
+        if isinstance(error, ContinualError):
+            raise
+        raise ContinualError(
+            f"ContinualModule adds columns to '{state.structure.head.name}' for a further task, but"
+            f" {type(module).__name__} cannot run with {len(known) + count} of them: {str(error).rstrip('.')}. Give the"
+            " head as many columns as all tasks need, and each task outputs=[...] of its own."
+        ) from error
     note_heads(state)
     return added
 

@@ -152,6 +152,26 @@ def test_new_class_numbers_get_columns_of_their_own_number():
         module.outputs_of("6-7")
 
 
+class Counts(Small):
+    """Counts on the columns that it was made with, as forecasters do that read what they said before."""
+
+    def forward(self, x):
+        said = super().forward(x)
+        return said + torch.zeros(len(x), 2).copy_(said)
+
+
+def test_a_network_that_cannot_run_with_more_columns_is_refused_and_stays_as_it_was():
+    torch.manual_seed(0)
+    module, (first, second) = ContinualModule(Counts()), tasks(2)
+    fit(module, first, three(max_claim=0.3), epochs=2)
+    before = {name: tensor.clone() for name, tensor in module.named_parameters()}
+    with pytest.raises(ContinualError, match=r"adds columns to .* ContinualCounts cannot run with 4 of them: "):
+        fit(module, second, three(), epochs=2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.named_parameters())
+    assert module.network[-1].out_features == 2
+    assert len(own_logits(module, first)) > 0  # and it still runs
+
+
 def test_a_fit_grows_the_head_for_new_class_numbers_by_itself():
     module, (first, second) = learned(wrap=True), tasks(2)
     before = own_logits(module, first)
