@@ -328,6 +328,32 @@ def test_training_data_without_end_that_judge_are_read_up_to_a_bound(monkeypatch
         assert sum(len(y) for _, y in task.judging_batches()) == 64
 
 
+class Drawn10e9(torch.utils.data.Dataset):
+    """Draws a sample for each number below its length, as data sets of made-up samples do."""
+
+    def __init__(self):
+        self.read, self.data = 0, numbers()
+
+    def __len__(self):
+        return 10**9
+
+    def __getitem__(self, at):
+        self.read += 1
+        return self.data[0][at % 64], self.data[1][at % 64]
+
+
+def test_a_data_set_of_any_length_is_read_as_far_as_steps_take(monkeypatch):
+    monkeypatch.setattr("lightning_cf.reading.WITHOUT_LENGTH", 64)
+    data = Drawn10e9()
+    task = Task("a", {"train": DataLoader(data, 16), "val": loader()}, classes=[0, 1])
+    for batches, read in [(2, 64), (8, 128)]:
+        task.task_loaders.limits, data.read = Limits(batches=batches), 0
+        assert sum(len(y) for _, y in task.task_loaders.training()) == read == data.read
+    net = Net()
+    fit(net, task, max_steps=3)
+    assert net.steps == 3
+
+
 @pytest.mark.parametrize(
     ("limits", "read"),
     [
