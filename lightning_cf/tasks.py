@@ -93,6 +93,8 @@ class Task(LightningDataModule):
         self.host: Any = None
         """The Trainer that the data know while none fits them: of a runner, which reads them between fits too."""
         self.torn_down: set[str] = set()
+        self.told: set[int] = set()
+        """Void labels that a warning named."""
         self.draws = Draws()
         check_same_lightning(f"Task '{name}'", data)
         self.data = data if isinstance(data, LightningDataModule) else _Loaders(name, data)
