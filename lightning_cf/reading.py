@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -96,6 +96,7 @@ class Reading:
         what: how a warning calls it.
         began: is told a loader's place before its batches come.
         parts: what of a batch is given, if not the batch itself.
+        told: of what a warning said already that it is not read to its end.
     """
 
     loaders: Sequence[tuple[int, Any]]
@@ -104,6 +105,7 @@ class Reading:
     what: str = ""
     began: Callable[[int], None] | None = None
     parts: Callable[[Any], Iterable[Any]] | None = None
+    told: set[str] = field(default_factory=set)
 
     @property
     def loader(self) -> Any:
@@ -130,7 +132,10 @@ class Reading:
                         break
 
     def _stopped(self, seen: int) -> None:
-        """Says that more may come."""
+        """Says once that more may come."""
+        if self.what in self.told:
+            return
+        self.told.add(self.what)
         stage = self.stages[0] if self.stages else "val"
         warn(
             f"{self.what} has no length and may have no end: read up to {seen} samples. Give the Trainer"

@@ -75,7 +75,7 @@ def _tell_one_class(task: Task, found: set[int], samples: int) -> None:
         warn(
             f"Task '{task.name}' has classes {task.classes}, but the {samples} samples that judge its partition are all"
             f" of class {found.pop()}: the others count for nothing. If its validation data are sorted, shuffle them"
-            " once, or raise limit_val_batches.",
+            " once; if too few are read or held out, raise limit_val_batches or holdout.",
             DataWarning,
         )
 

@@ -235,7 +235,39 @@ def test_a_split_that_is_drawn_when_the_data_are_set_up_is_the_same_in_every_fit
         runner.run()
         found.append({*data.splits})
     assert found[0] == found[1]
-    assert sorted(stage for stage, _ in found[0]) == ["fit", "test"]  # two splits, for they may be made of other data
+    assert sorted(stage for stage, _ in found[0]) == ["fit", "test"]
+    assert len({split for _, split in found[0]}) == 1
+
+
+class SetsAllUp(SetUp):
+    """Sets up everything for whatever stage."""
+
+    def __init__(self):
+        super().__init__()
+        self.data = TensorDataset(*numbers(320))
+
+    def setup(self, stage):
+        self.parts = random_split(self.data, [240, 80])
+
+    def test_dataloader(self):
+        return DataLoader(self.parts[1], 8)
+
+    val_dataloader = LightningDataModule.val_dataloader
+
+
+def test_a_split_that_is_drawn_for_testing_too_tests_nothing_that_was_trained_on(tmp_path):
+    data = SetsAllUp()
+    task = Task("a", data, classes=[0, 1])
+    fit(Net(), task)
+    trained = {*data.parts[0].indices}
+    task.setup("test")
+    assert not trained & {*data.parts[1].indices}
+    task = Task("b", SetsAllUp(), classes=[0, 1])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*other samples than before")
+        SequentialTaskRunner(
+            Net(), [task], trainer=quiet_trainer, epochs=1, invariance_epochs=1, root=tmp_path, task_inference=None
+        ).run()
 
 
 def test_where_nothing_can_be_spared_the_training_data_judge_and_that_is_said():

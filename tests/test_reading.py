@@ -324,8 +324,9 @@ def test_one_reading_is_two_batches():
 def test_training_data_without_end_that_judge_are_read_up_to_a_bound(monkeypatch):
     monkeypatch.setattr("lightning_cf.reading.WITHOUT_LENGTH", 64)
     task = Task("a", {"train": DataLoader(Counted(), 16)}, classes=[0, 1])
-    with pytest.warns(DataWarning, match=r"may have no end: read up to 64 samples.*limit_val_batches"):
-        assert sum(len(y) for _, y in task.judging_batches()) == 64
+    with pytest.warns(DataWarning, match=r"may have no end: read up to 64 samples.*limit_val_batches") as told:
+        assert [sum(len(y) for _, y in task.judging_batches()) for _ in range(2)] == [64, 64]
+    assert len(told) == 1
 
 
 class Drawn10e9(torch.utils.data.Dataset):
