@@ -26,20 +26,20 @@ def seeded(*key: int | str) -> Iterator[None]:
 
 
 class Draws:
-    """Global generators that stand, for each key, as they stood when it first came: what was drawn is drawn again."""
+    """Global generators that stand each time as they stood the first time: what was drawn is drawn again."""
 
     def __init__(self) -> None:
-        self._states: dict[str, tuple[Any, ...]] = {}
+        self._states: tuple[Any, ...] | None = None
 
     @contextmanager
-    def repeated(self, key: str) -> Iterator[None]:
+    def repeated(self) -> Iterator[None]:
         """The first time nothing but a look at the generators; afterwards they are as they were."""
-        if key not in self._states:
-            self._states[key] = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+        if self._states is None:
+            self._states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
             yield
             return
         with isolate_rng():
-            of_torch, of_numpy, of_python = self._states[key]
+            of_torch, of_numpy, of_python = self._states
             torch.set_rng_state(of_torch)
             np.random.set_state(of_numpy)
             random.setstate(of_python)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -101,7 +102,7 @@ class Scorer:
         self._left_out = left_out(task, module)
         # A metric or an evaluate= of the user's own may make labels into anything.
         self._known = task.metric is None or type(task.metric).__module__.startswith("torchmetrics.")
-        self._told, self.one_hot = False, False
+        self.one_hot = False
         self.counted = False
 
     def add(self, batch: Any, number: int) -> None:
@@ -138,8 +139,8 @@ class Scorer:
         value = self.metric.compute()
         if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
             return float(value)
-        if isinstance(value, (int, float)):
-            return float(value)
+        if isinstance(value, (int, float)) or (isinstance(value, (np.number, np.ndarray)) and value.size == 1):
+            return float(np.asarray(value).item())
         found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ContinualError(
             f"Task '{task.name}': its metric {type(self.metric).__name__} gives {found}, but a partition is judged by"
@@ -164,7 +165,7 @@ class Scorer:
             if predictions.numel() and predictions.is_floating_point()
             else []
         )
-        if not found or self._told:
+        if not found or found[0] in task.told:
             return
         foreign = task.classes is not None and found[0] not in task.classes
         told = f"Task '{task.name}' declares classes {task.classes}, but" if foreign else f"Task '{task.name}':"
@@ -176,7 +177,7 @@ class Scorer:
                 f" {way}. A label that counts for nothing is one of the metric's:"
                 " metric=MulticlassAccuracy(..., ignore_index=LABEL)."
             )
-        self._told = True
+        task.told.add(found[0])
         warn(
             f"{told}, which counts as wrong. If it stands for nothing, give the task"
             f" metric=MulticlassAccuracy(..., ignore_index={found[0]}).",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,12 @@ from lightning_cf.lightning_api import _is_dataloader_shuffled
 from lightning_cf.randomness import derive_seed, keyed_generator
 from lightning_cf.reading import resample
 
+MOST = 10_000
+"""How many samples are held out at most: more judge no better."""
+
+_LISTED = 1_000_000
+"""Up to which size all samples of a data set are put in an order."""
+
 
 class PartSampler(Sampler[int]):
     """Draws some of a data set's samples, as a sampler draws all of them.
@@ -41,7 +48,7 @@ class PartSampler(Sampler[int]):
 
     def __init__(
         self,
-        indices: list[int],
+        indices: Sequence[int],
         *,
         data_source: Any = None,
         shuffled: bool = False,
@@ -64,6 +71,29 @@ class PartSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Which pass comes, where the order depends on it."""
         self.epoch = epoch
+
+
+class _Rest(Sequence[int]):
+    """All numbers below a size but some, in order, without a list of them: a data set that draws has any length.
+
+    >>> list(_Rest(6, [1, 2, 4]))
+    [0, 3, 5]
+    """
+
+    def __init__(self, size: int, held: list[int]) -> None:
+        self.size = size - len(held)
+        self.before = [index - place for place, index in enumerate(held)]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(self.size))]
+        if not -self.size <= place < self.size:
+            raise IndexError(place)
+        place %= self.size
+        return place + bisect_right(self.before, place)
 
 
 @dataclass(frozen=True)
@@ -100,11 +130,10 @@ def split(loader: Any, share: float, *, name: str, processes: int = 1) -> Split:
         return Split(
             loader, loader, f"{size} samples in batches of {loader.batch_size}{rest} cannot spare {share:.0%} of them"
         )
-    order = torch.randperm(size, generator=keyed_generator("holdout", name, size)).tolist()
-    held = _held(order, count, _labels(loader.dataset))
+    held = _held(_order(size, count, name), count, _labels(loader.dataset))
     if len(held) < count:
         return Split(loader, loader, f"most of its classes have one sample each, so {size} samples cannot spare any")
-    kept = sorted({*order} - {*held})
+    kept = _Rest(size, held)
     train, judge = copy.copy(loader), copy.copy(loader)
     shuffled = isinstance(loader.sampler, RandomSampler)
     generator = getattr(loader.sampler, "generator", None)
@@ -149,6 +178,14 @@ def _unlike_plain(loader: Any) -> str:
     return ""
 
 
+def _order(size: int, count: int, name: str) -> list[int]:
+    """Samples in the order in which they are held out: all of them, or enough where that would be a long list."""
+    generator = keyed_generator("holdout", name, size)
+    if size <= _LISTED:
+        return torch.randperm(size, generator=generator).tolist()
+    return list(dict.fromkeys(torch.randint(size, (2 * count,), generator=generator).tolist()))
+
+
 def _held(order: list[int], count: int, labels: list[int] | None) -> list[int]:
     """The first samples of an order, sorted; of each class that is known one stays behind to be learned from."""
     if labels is None:
@@ -166,13 +203,11 @@ def _labels(data: Any) -> list[int] | None:
     if isinstance(data, Subset):
         of_all = _labels(data.dataset)
         return None if of_all is None else [of_all[int(index)] for index in data.indices]
-    found = getattr(data, "targets", None)
-    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
-        found = data.tensors[1]
     try:
-        labels = torch.as_tensor(found)
+        two = isinstance(data, TensorDataset) and len(data.tensors) == 2
+        labels = torch.as_tensor(data.tensors[1] if two else data.targets)
         size = len(data)
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:  # whatever a user's property raises, or torch on what it gives
         return None
     whole = not labels.is_floating_point() and not labels.is_complex() and labels.shape == (size,)
     return labels.tolist() if whole else None
@@ -192,10 +227,9 @@ def _count(size: int, share: float, batch: int, drop_last: bool, processes: int)
         before, after = (-(-n // processes) // batch for n in (size, samples))
         return not drop_last or 2 * after > before or before == 0
 
-    wanted = int(size * share)
-    for count in sorted(range(1, size), key=lambda n: (abs(n - wanted), n)) if wanted else ():
-        if abs(count - wanted) > processes + 1:
-            break
+    wanted = min(int(size * share), MOST)
+    near = range(max(1, wanted - processes - 1), min(size, wanted + processes + 2))
+    for count in sorted(near, key=lambda n: (abs(n - wanted), n)) if wanted else ():
         if (ragged(size) or not ragged(size - count)) and enough(size - count):
             return count
     return 0

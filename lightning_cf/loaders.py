@@ -70,6 +70,7 @@ class Loaders:
         self.batches: str | None = None
         self.place_of_targets: Place | None = None
         self.held_out_of: tuple[Any, ...] | None = None
+        self.told: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without loaders that are open: a copy opens its own."""
@@ -215,7 +216,7 @@ class Loaders:
 
     def _reading(self, stage: str, loaders: list[tuple[int, Any]], stages: tuple[str, ...]) -> Reading:
         what = f"Task '{self.task.name}': its {stage}_dataloader()"
-        return Reading(loaders, self.limits, stages, what, self._at)
+        return Reading(loaders, self.limits, stages, what, self._at, told=self.told)
 
     def _at(self, place: int) -> None:
         self.place = place

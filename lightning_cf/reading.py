@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -20,7 +20,8 @@ from lightning_cf.errors import DataWarning, warn
 from lightning_cf.lightning_api import CombinedLoader, Trainer, sized_len
 
 WITHOUT_LENGTH = 50_000
-"""How many samples of a loader that has no length, and for which the Trainer has no limit, are read at most."""
+"""How many samples are read at most of a loader that has no length, and for which the Trainer has no limit; and of one
+of which ``max_steps`` takes no more."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Reading:
         what: how a warning calls it.
         began: is told a loader's place before its batches come.
         parts: what of a batch is given, if not the batch itself.
+        told: of what a warning said already that it is not read to its end.
     """
 
     loaders: Sequence[tuple[int, Any]]
@@ -103,6 +105,7 @@ class Reading:
     what: str = ""
     began: Callable[[int], None] | None = None
     parts: Callable[[Any], Iterable[Any]] | None = None
+    told: set[str] = field(default_factory=set)
 
     @property
     def loader(self) -> Any:
@@ -117,18 +120,22 @@ class Reading:
         for place, loader in self.loaders:
             count = self.limits.batches_of(loader, *self.stages)
             with _undisturbed(loader), _pass(loader, in_order=self.limits.overfits) as batches:
-                seen = 0
-                for batch in batches if math.isinf(count) else islice(batches, int(count)):
+                seen, trained = 0, self.limits.batches if "train" in self.stages else math.inf
+                for number, batch in enumerate(batches if math.isinf(count) else islice(batches, int(count)), 1):
                     if self.began is not None:
                         self.began(place)
                     yield from [batch] if self.parts is None else self.parts(batch)
                     seen += samples_in(batch)
-                    if math.isinf(count) and seen >= WITHOUT_LENGTH:
-                        self._stopped(seen)
+                    if seen >= WITHOUT_LENGTH and (math.isinf(count) or number >= trained):
+                        if math.isinf(count):
+                            self._stopped(seen)
                         break
 
     def _stopped(self, seen: int) -> None:
-        """Says that more may come."""
+        """Says once that more may come."""
+        if self.what in self.told:
+            return
+        self.told.add(self.what)
         stage = self.stages[0] if self.stages else "val"
         warn(
             f"{self.what} has no length and may have no end: read up to {seen} samples. Give the Trainer"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ SCANNED = 2048
 
 _DRAWS = 16
 """Of weights, none of which changes a prediction that does not depend on them."""
+
+_SCORED = 4
+"""Of these, how many are scored at most."""
 
 
 @torch.no_grad()
@@ -48,18 +52,32 @@ def check_scoring(module: LightningModule, task: Task) -> None:
         )
     _find_targets(module, task)
     _check_depends(module, task)
-    scorer, seen = Scorer(module, task, "its judging data"), 0
+    scorer, seen, classes = Scorer(module, task, "its judging data"), 0, set[int]()
     with eval_mode(module), isolate_rng():
         rows = False
         for number, batch in enumerate(task.judging_batches()):
             if number == 0 or rows or _to_be_looked_at(task, batch):
                 _tried(scorer, batch, number)
             seen += samples_in(batch)
+            labels = task.task_loaders.labels_of(batch)
+            classes.update([] if labels is None else labels.tolist())
             if number == 0:
                 rows = scorer.one_hot  # those of a later batch may be none
                 _try_score(scorer)
             if seen >= SCANNED:
-                break
+                return
+    _tell_one_class(task, classes & {*(task.classes or [])}, seen)
+
+
+def _tell_one_class(task: Task, found: set[int], samples: int) -> None:
+    """Warns where all that judges is of one class of several: who always says that is never wrong."""
+    if len(found) == 1 and len(task.classes or []) > 1:
+        warn(
+            f"Task '{task.name}' has classes {task.classes}, but the {samples} samples that judge its partition are all"
+            f" of class {found.pop()}: the others count for nothing. If its validation data are sorted, shuffle them"
+            " once; if too few are read or held out, raise limit_val_batches or holdout.",
+            DataWarning,
+        )
 
 
 def _find_targets(module: LightningModule, task: Task) -> None:
@@ -77,22 +95,14 @@ def _check_depends(module: LightningModule, task: Task) -> None:
     """
     if task.evaluate is supervised:
         return
-    trained = [x for x in module.parameters() if x.is_floating_point()]
-    kept = [x.detach().clone() for x in trained]
     constant = False
     with eval_mode(module), same_state(module), isolate_rng(), suppress(Exception):  # said with the first real batch
         batch = next(iter(task.judging_batches()))
         before = predict(module, task, batch)[0]
-        try:
-            for draw in range(_DRAWS):
-                generator = torch.Generator().manual_seed(draw)
-                for x in trained:
-                    x.copy_(torch.randn(x.shape, generator=generator))
+        with closing(_drawn(module, _DRAWS)) as drawn:
+            for _ in drawn:
                 if not torch.equal(predict(module, task, batch)[0], before):
                     return
-        finally:
-            for x, values in zip(trained, kept, strict=True):
-                x.copy_(values)
         constant = True
     if constant:
         raise ContinualError(
@@ -100,6 +110,48 @@ def _check_depends(module: LightningModule, task: Task) -> None:
             " partition can be judged by it. Let it return what the network says:"
             " evaluate=lambda module, batch: (module(batch[0]), batch[1])."
         )
+
+
+def _drawn(module: LightningModule, draws: int) -> Generator[None]:
+    """So many times other weights; afterwards they are what they were."""
+    trained = [x for x in module.parameters() if x.is_floating_point()]
+    kept = [x.detach().clone() for x in trained]
+    try:
+        for draw in range(draws):
+            generator = torch.Generator().manual_seed(draw)
+            for x in trained:
+                x.copy_(torch.randn(x.shape, generator=generator))
+            yield
+    finally:
+        for x, values in zip(trained, kept, strict=True):
+            x.copy_(values)
+
+
+@torch.no_grad()
+def warn_of_constant(module: LightningModule, task: Task, score: float) -> None:
+    """Warns where random weights score what the trained ones did: then any claim is within tolerance.
+
+    Such as where labels are numbered otherwise than predictions, or among so few classes one of the top k is right.
+
+    Args:
+        module: in eval mode, with the task's outputs shown; its weights are put back.
+        task: whose judging data and metric are used.
+        score: the task's before its partition.
+    """
+    with closing(_drawn(module, _SCORED)) as drawn, same_state(module), isolate_rng():
+        for _ in drawn:
+            try:
+                if judge(module, task) != score:
+                    return
+            except Exception:  # predictions of random weights may be what no metric takes
+                return
+    metric = "accuracy" if task.metric is None else type(task.metric).__name__
+    warn(
+        f"Task '{task.name}': its {metric} is {score:.4g} on the data that judges its partition, and so it is with"
+        " random weights: it says nothing, and any claim keeps it. Look at the metric, its number of classes and top_k,"
+        " at what evaluate= gives, and whether the judging data are enough.",
+        DataWarning,
+    )
 
 
 def _try_score(scorer: Scorer) -> None:

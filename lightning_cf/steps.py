@@ -24,6 +24,7 @@ from lightning_cf.randomness import derive_seed, seed_torch
 from lightning_cf.reading import samples_in
 from lightning_cf.recording import TaskFolders
 from lightning_cf.reinitialise import reinitialise_free
+from lightning_cf.scoring_check import warn_of_constant
 from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.structure import eval_mode, named_tensors
 from lightning_cf.tasks import Task
@@ -80,6 +81,8 @@ def partition_task(
         with claimer.all_or_nothing():
             outcome = claimer.claim()
             state.check_finite(module, f"The partition of task '{task.name}'")
+        if not again:
+            warn_of_constant(module, task, outcome.accuracy)
     with claimer.all_or_nothing():
         if state.ledger.isolation == "exact":
             probe(module, state.structure, state.ledger, state.example, state.forward)

@@ -22,6 +22,7 @@ from lightning_cf.randomness import seed_torch
 from lightning_cf.reading import flat, several
 
 _ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
+_NOTHING = "a second pass over it gives nothing"
 _LOOKED_AT = 256
 """How many batches of a copy are read at most to see whether another pass comes after them."""
 
@@ -58,7 +59,7 @@ def _shared(source: Any) -> str:
     """An iterator that all passes over an object would go on with."""
     kind = type(source).__name__
     if _is_iterator(source):
-        return f"it is a {kind}" if not isinstance(getattr(type(source), "__iter__", None), types.FunctionType) else ""
+        return f"it is a {kind}"
     used, stored = _names(type(source))
     for name, value in {**_closure(type(source)), **getattr(source, "__dict__", {})}.items():
         if name not in used or name in stored:
@@ -74,6 +75,16 @@ def _is_iterator(value: Any) -> bool:
     """Whether it is an iterator that is not made in Python, such as a generator: these never start again."""
     python = isinstance(getattr(type(value), "__iter__", None), types.FunctionType)
     return isinstance(value, Iterator) and not isinstance(value, _ENDLESS) and not python
+
+
+def _gives_itself(kind: type) -> bool:
+    """Whether ``__iter__`` says ``return self`` and nothing else: no pass over such an object begins anew."""
+    function = getattr(kind, "__iter__", None)
+    if not isinstance(function, types.FunctionType) or not hasattr(kind, "__next__"):
+        return False
+    steps = [step for step in dis.get_instructions(function.__code__) if step.opname not in ("RESUME", "NOP")]
+    given = [step.argval for step in steps if step.opname.startswith("LOAD_FAST")]
+    return len(steps) == 2 and given == list(function.__code__.co_varnames[:1])
 
 
 def _is_live(value: Any) -> bool:
@@ -123,34 +134,94 @@ def _closure(kind: type) -> dict[str, Any]:
 
 def _tried(loader: Any, source: Any, most: int) -> str:
     """Tries on a copy whether a second pass comes; empty where there is no copying it."""
-    twin = _copied(source)
-    if twin is None:
-        return ""
-    if loader is not source:
-        loader = copy.copy(loader)
-        loader.__dict__["dataset"], loader.__dict__["_iterator"] = twin, None
-    else:
-        loader = twin
     try:
+        twin, fresh = _twin(loader, source), _twin(loader, source)
+        if twin is None:
+            kind = type(source)
+            return f"{kind.__name__}.__iter__ gives the object as it stands" if _gives_itself(kind) else ""
         with isolate_rng():
-            first, second = _begun(loader), _begun(loader)
-            if first is None or second is None:
-                return "" if first is None else "a second pass over it gives nothing"
+            of_twin = twin if loader is source else twin.dataset
+            before = _state(of_twin)
+            first = _begun(twin)
+            if first is None:
+                return ""
+            why = "" if before == _state(of_twin) else _broken_off(twin, fresh, most)
+            second = _begun(twin)
+            if why or second is None:
+                return why or _NOTHING
             if _alike(first, second):
                 return ""
-            ended = sum(1 for _ in itertools.islice(iter(loader), most)) < most
-            nothing = ended and next(iter(loader), None) is None
+            nothing = _count(twin, most) <= most and next(iter(twin), None) is None
     except Exception:  # whatever the user's data raises on a copy
         return ""
-    return "a second pass over it gives nothing" if nothing else ""
+    return _NOTHING if nothing else ""
+
+
+def _broken_off(begun: Any, fresh: Any, most: int) -> str:
+    """Tries whether a pass that is broken off after one batch leaves less to the next one.
+
+    Args:
+        begun: a copy, a pass over which was broken off.
+        fresh: one that is as it was.
+        most: how many batches are counted as such; more are all the same.
+    """
+    whole, left = _count(fresh, most), _count(begun, most)
+    if left == 0:
+        return _NOTHING
+    if left < whole == _count(fresh, most):
+        return (
+            f"after a pass that is broken off, such as a look at its first batch, the next one gives {left} of {whole}"
+        )
+    return ""
 
 
 def _begun(loader: Iterable[Any]) -> Any:
     """The first batch of a pass, with the same random numbers for each."""
+    return next(_started(loader), None)
+
+
+def _count(loader: Iterable[Any], most: int) -> int:
+    """How many batches a pass gives, with the same random numbers for each."""
+    return sum(1 for _ in itertools.islice(_started(loader), most + 1))  # to the end, which may set it back
+
+
+def _started(loader: Iterable[Any]) -> Iterator[Any]:
     seed_torch(0)
     np.random.seed(0)
     random.seed(0)
-    return next(iter(loader), None)
+    return iter(loader)
+
+
+def _state(source: Any, depth: int = 3) -> list[Any]:
+    """What an object and those that it holds keep, as far as a pass could change it: to be compared later."""
+    found = list[Any]()
+    for leaf in tree_leaves(getattr(source, "__dict__", {})):
+        held = depth and not isinstance(leaf, (Tensor, nn.Module, type, types.FunctionType))
+        inner = _state(leaf, depth - 1) if held and hasattr(leaf, "__dict__") else []
+        found += [*inner, leaf if isinstance(leaf, (int, float, str, bool)) else _Same(leaf)]
+    return found
+
+
+class _Same:
+    """Equal to what is the same object, unless that is an iterator, which says nothing of where it stands."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value and not isinstance(self.value, Iterator)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _twin(loader: Any, source: Any) -> Any:
+    """The loader over a copy of its source; None where there is no copying it."""
+    twin = _copied(source)
+    if twin is None or loader is source:
+        return twin
+    loader = copy.copy(loader)
+    loader.__dict__["dataset"], loader.__dict__["_iterator"] = twin, None
+    return loader
 
 
 def _copied(source: Any) -> Any:

@@ -93,6 +93,8 @@ class Task(LightningDataModule):
         self.host: Any = None
         """The Trainer that the data know while none fits them: of a runner, which reads them between fits too."""
         self.torn_down: set[str] = set()
+        self.told: set[int] = set()
+        """Void labels that a warning named."""
         self.draws = Draws()
         check_same_lightning(f"Task '{name}'", data)
         self.data = data if isinstance(data, LightningDataModule) else _Loaders(name, data)
@@ -183,8 +185,11 @@ class Task(LightningDataModule):
         self._set_data_up(stage)
 
     def _set_data_up(self, stage: Any) -> None:
-        """Random splits of the data come out alike in each fit: what judges one is not trained on in another."""
-        with self.draws.repeated(str(getattr(stage, "value", stage))):
+        """Random splits of the data come out alike whenever they are drawn, for whatever stage.
+
+        What judges or tests one fit is not trained on in another.
+        """
+        with self.draws.repeated():
             self.data.setup(stage)
 
     def _teardown(self, stage: Any = None) -> None:

@@ -15,7 +15,7 @@ from toys import Net, fit, numbers
 
 from lightning_cf import SequentialTaskRunner, Task
 from lightning_cf.errors import DataWarning
-from lightning_cf.holdout import PartSampler, split
+from lightning_cf.holdout import MOST, PartSampler, split
 from lightning_cf.joint import JointTask
 from lightning_cf.randomness import keyed_generator
 
@@ -105,6 +105,37 @@ def test_what_is_left_makes_batches_like_those_of_all(size, batch, drop_last, he
     assert lengths
     assert lengths[-1] > 1 or batch == 1
     assert bool(parts.why) == (held == 0)
+
+
+def test_a_data_set_of_any_length_is_split_without_a_list_of_it():
+    data = range(10**12)
+    parts = split(DataLoader(data, 16), 0.1, name="a")
+    held = parts.held.sampler.indices
+    assert len(held) == len(set(held)) == MOST
+    assert list(held) == sorted(held)
+    assert len(parts.train.sampler) == 10**12 - MOST
+    near = held[100]
+    rest = parts.train.sampler.indices
+    assert {near - 1, near, near + 1} - set(rest[near - 110 : near + 10]) == {near - 1, near, near + 1} & set(held)
+    assert rest[-1] < 10**12
+
+
+@pytest.mark.parametrize("size", [5, 7, 64])
+def test_what_is_left_is_all_that_is_not_held_out(size):
+    parts = split(given(size), 0.5, name="a")
+    held, rest = parts.held.sampler.indices, parts.train.sampler.indices
+    assert sorted([*held, *rest]) == list(range(size))
+    assert list(rest) == sorted(rest)
+
+
+def test_targets_that_cannot_be_asked_for_tell_no_classes():
+    class Asked(TensorDataset):
+        @property
+        def targets(self):
+            raise NotImplementedError
+
+    parts = split(DataLoader(Asked(*numbers(40), torch.zeros(40)), 8), 0.1, name="a")
+    assert len(parts.held.sampler) == 4
 
 
 def test_batchnorm_trains_where_it_would_without_us():
@@ -204,7 +235,39 @@ def test_a_split_that_is_drawn_when_the_data_are_set_up_is_the_same_in_every_fit
         runner.run()
         found.append({*data.splits})
     assert found[0] == found[1]
-    assert sorted(stage for stage, _ in found[0]) == ["fit", "test"]  # two splits, for they may be made of other data
+    assert sorted(stage for stage, _ in found[0]) == ["fit", "test"]
+    assert len({split for _, split in found[0]}) == 1
+
+
+class SetsAllUp(SetUp):
+    """Sets up everything for whatever stage."""
+
+    def __init__(self):
+        super().__init__()
+        self.data = TensorDataset(*numbers(320))
+
+    def setup(self, stage):
+        self.parts = random_split(self.data, [240, 80])
+
+    def test_dataloader(self):
+        return DataLoader(self.parts[1], 8)
+
+    val_dataloader = LightningDataModule.val_dataloader
+
+
+def test_a_split_that_is_drawn_for_testing_too_tests_nothing_that_was_trained_on(tmp_path):
+    data = SetsAllUp()
+    task = Task("a", data, classes=[0, 1])
+    fit(Net(), task)
+    trained = {*data.parts[0].indices}
+    task.setup("test")
+    assert not trained & {*data.parts[1].indices}
+    task = Task("b", SetsAllUp(), classes=[0, 1])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*other samples than before")
+        SequentialTaskRunner(
+            Net(), [task], trainer=quiet_trainer, epochs=1, invariance_epochs=1, root=tmp_path, task_inference=None
+        ).run()
 
 
 def test_where_nothing_can_be_spared_the_training_data_judge_and_that_is_said():

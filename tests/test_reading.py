@@ -127,6 +127,105 @@ def test_samplers_that_end_are_refused():
     assert reads_once(DataLoader(data, 8, shuffle=True)) == ""
 
 
+class GoesOn:
+    """Its own iterator, which sets itself back where it ends, as DALI's do."""
+
+    def __init__(self, held):
+        self.held, self.at = list(held), 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at == len(self.held):
+            self.at = 0
+            raise StopIteration
+        self.at += 1
+        return self.held[self.at - 1]
+
+    def __len__(self):
+        return len(self.held)
+
+
+class GoesOnInside(IterableDataset):
+    """A stream that goes on where it stood, and begins anew at its end."""
+
+    def __init__(self, held):
+        self.inner = GoesOn(held)
+
+    def __iter__(self):
+        yield from self.inner
+
+
+class Prefetches(GoesOn):
+    """Holds a loader's iterator, of which there is no copy."""
+
+    def __init__(self, held):
+        self.loader = DataLoader(list(held), 1)
+        self.held = iter(self.loader)
+
+    def __next__(self):
+        try:
+            return next(self.held)
+        except StopIteration:
+            self.held = iter(self.loader)
+            raise
+
+
+class Caches(IterableDataset):
+    """Later passes give what the first one came to."""
+
+    def __init__(self, held):
+        self.held, self.cache = list(held), []
+
+    def __iter__(self):
+        if self.cache:
+            yield from self.cache
+            return
+        for sample in self.held:
+            self.cache.append(sample)
+            yield sample
+
+
+@pytest.mark.parametrize("stage", ["train", "val"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GoesOn(batches(4)),
+        lambda: Prefetches(stream()),
+        lambda: DataLoader(GoesOnInside(stream()), 8),
+        lambda: DataLoader(Caches(stream()), 8),
+    ],
+    ids=["itself", "prefetches", "inside", "caches"],
+)
+def test_what_a_look_at_its_first_batch_shortens_is_refused(make, stage):
+    net, data = Net(), {"train": loader(), "val": loader()}
+    with pytest.raises(ContinualError, match=rf"its {stage}_dataloader\(\) gives batches that can be read once only"):
+        fit(net, Task("a", data | {stage: make()}, classes=[0, 1]))
+    assert net.steps == 0
+
+
+class DrawsForEver(GoesOn):
+    """Gives itself too, but no batch hangs on those before."""
+
+    def __init__(self):
+        self.given = 0
+
+    def __next__(self):
+        self.given += 1
+        return numbers(16, seed=int(torch.randint(99, ())))
+
+    __len__ = None
+
+
+class CountsPasses(Caches):
+    """Keeps something of each pass, on which no length hangs."""
+
+    def __iter__(self):
+        self.cache.append(len(self.cache))
+        yield from self.held
+
+
 class Again(IterableDataset):
     """Begins anew with each iter(), though it is its own iterator."""
 
@@ -171,8 +270,9 @@ class Batches:
         lambda: DataLoader(Counted(64), 8),
         lambda: DataLoader(Yields(list(stream())), 8),
         Batches,
+        lambda: DataLoader(CountsPasses(stream()), 8),
     ],
-    ids=["its own iterator", "generator", "global generator", "counted", "list", "iterable"],
+    ids=["its own iterator", "generator", "global generator", "counted", "list", "iterable", "counts passes"],
 )
 def test_what_begins_anew_trains_as_many_steps_as_plain_lightning(source):
     plain, net = Net(), Net()
@@ -205,6 +305,12 @@ def test_data_without_end_are_read_as_far_as_the_trainer_does(options):
     assert val.read % 16 == 0
 
 
+def test_an_endless_iterator_that_draws_its_batches_is_no_stream():
+    net = Net()
+    fit(net, Task("a", {"train": DrawsForEver(), "val": loader()}, classes=[0, 1]), limit_train_batches=3)
+    assert net.steps == 3
+
+
 def test_one_reading_is_two_batches():
     data = Counted()
     task = Task("a", {"train": DataLoader(data, 16), "val": DataLoader(data, 16)}, classes=[0, 1])
@@ -218,8 +324,35 @@ def test_one_reading_is_two_batches():
 def test_training_data_without_end_that_judge_are_read_up_to_a_bound(monkeypatch):
     monkeypatch.setattr("lightning_cf.reading.WITHOUT_LENGTH", 64)
     task = Task("a", {"train": DataLoader(Counted(), 16)}, classes=[0, 1])
-    with pytest.warns(DataWarning, match=r"may have no end: read up to 64 samples.*limit_val_batches"):
-        assert sum(len(y) for _, y in task.judging_batches()) == 64
+    with pytest.warns(DataWarning, match=r"may have no end: read up to 64 samples.*limit_val_batches") as told:
+        assert [sum(len(y) for _, y in task.judging_batches()) for _ in range(2)] == [64, 64]
+    assert len(told) == 1
+
+
+class Drawn10e9(torch.utils.data.Dataset):
+    """Draws a sample for each number below its length, as data sets of made-up samples do."""
+
+    def __init__(self):
+        self.read, self.data = 0, numbers()
+
+    def __len__(self):
+        return 10**9
+
+    def __getitem__(self, at):
+        self.read += 1
+        return self.data[0][at % 64], self.data[1][at % 64]
+
+
+def test_a_data_set_of_any_length_is_read_as_far_as_steps_take(monkeypatch):
+    monkeypatch.setattr("lightning_cf.reading.WITHOUT_LENGTH", 64)
+    data = Drawn10e9()
+    task = Task("a", {"train": DataLoader(data, 16), "val": loader()}, classes=[0, 1])
+    for batches, read in [(2, 64), (8, 128)]:
+        task.task_loaders.limits, data.read = Limits(batches=batches), 0
+        assert sum(len(y) for _, y in task.task_loaders.training()) == read == data.read
+    net = Net()
+    fit(net, task, max_steps=3)
+    assert net.steps == 3
 
 
 @pytest.mark.parametrize(

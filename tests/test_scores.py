@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from learning import quiet_trainer
@@ -373,6 +374,47 @@ def test_void_pixels_are_said_unless_the_metric_leaves_them_out(void):
     evaluate(net, Task("a", {"train": of(x, y), "val": of(x, y)}, classes=[0, 1], metric=own), [(x, y)])
 
 
+def test_void_pixels_are_said_once_a_task(recwarn):
+    x, y = numbers()
+    y = y[:, None].repeat(1, 3)
+    y[:, 2] = 255
+    task = Task("a", {"train": of(x, y), "val": of(x, y)}, classes=[0, 1])
+    net = Pixels()
+    for _ in range(3):
+        evaluate(net, task, task.judging_batches())
+    assert sum("holds label 255" in str(each.message) for each in recwarn) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"metric": MulticlassAccuracy(4, top_k=2)},
+        {
+            "metric": MulticlassAccuracy(4),
+            "evaluate": lambda net, batch: (net(batch[0])[:, :2].argmax(1), batch[1] + 2),
+        },
+    ],
+    ids=["top k of k", "other numbers"],
+)
+def test_a_score_that_random_weights_have_too_is_said(options):
+    task = Task("a", {"train": loader(), "val": loader()}, classes=[0, 1], **options)
+    with pytest.warns(DataWarning, match=r"Task 'a': its MulticlassAccuracy is [01] on .* and so it is with random"):
+        fit(Net(), task)
+
+
+def test_a_metric_that_tells_networks_apart_is_not_warned_of(recwarn):
+    fit(Net(), Task("a", {"train": loader(), "val": loader()}, classes=[0, 1]), max_epochs=3)
+    assert not [each for each in recwarn if issubclass(each.category, DataWarning)]
+
+
+def test_judging_data_of_one_class_are_said():
+    x, y = numbers()
+    order = y.argsort(stable=True)
+    task = Task("a", {"train": loader(), "val": of(x[order], y[order])}, classes=[0, 1])
+    with pytest.warns(DataWarning, match=r"but the 32 samples that judge its partition are all of class 0: the others"):
+        fit(Net(), task, limit_val_batches=2)
+
+
 def test_an_evaluate_may_number_labels_anew():
     data = loader(classes=(2, 3))
     task = Task(
@@ -453,6 +495,16 @@ def test_metrics_that_give_no_single_number_are_refused_before_training(metric, 
     with pytest.raises(ContinualError, match=message):
         fit(net, Task("a", {"train": loader(), "val": loader()}, classes=[0, 1], metric=metric))
     assert net.steps == 0
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.array, lambda value: np.array([value])])
+def test_a_metric_may_give_a_number_of_numpy(kind):
+    class OfNumpy(MulticlassAccuracy):
+        def compute(self):
+            return kind(float(super().compute()))
+
+    task = Task("a", {"train": loader(), "val": loader()}, classes=[0, 1], metric=OfNumpy(4))
+    assert 0 <= evaluate(Net(), task, task.judging_batches()) <= 1
 
 
 def test_a_metric_without_a_direction_is_said():
