@@ -645,3 +645,15 @@ def test_classes_that_count_through_a_head_that_is_not_run_are_refused_with_a_wa
     learn(module, tasks[1:], epochs=8)
     assert torch.equal(predictions(module, tasks[0])[:, :2], before[:, :2])
     assert judged(module, tasks[1]) > 0.8
+
+
+def test_outputs_that_are_products_with_an_embedding_are_refused_by_name():
+    def wire(m, name, x):
+        words = (x.flatten(1) * 3).long().clamp(0, 9)
+        return F.linear(torch.relu(m.bodies[name](m.words(words).mean(1))), m.words.weight)
+
+    module = Wired(wire, words=nn.Embedding(10, 24), bodies=each(partial(nn.Linear, 24, 24)))
+    with pytest.raises(
+        ContinualError, match=r"output head 'words' is a Embedding, which gives something else than one"
+    ):
+        learn(module, sequence()[:1], epochs=1)
