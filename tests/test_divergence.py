@@ -848,6 +848,23 @@ def test_layers_that_give_infinite_numbers_on_purpose_stop_nothing():
     assert state_of(module).ledger.tasks[-1].phase == "sealed"
 
 
+def test_masked_outputs_that_a_scale_makes_infinite_stop_nothing():
+    class Scaled(Net):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return self.net(x) * self.scale.exp()
+
+    module = learned(Scaled)
+    owned = logits(module)
+    fit(module, task(*SECOND), three())
+    assert float(module.scale.detach()) > 0
+    assert state_of(module).ledger.tasks[-1].phase == "sealed"
+    assert torch.equal(logits(module), owned)
+
+
 @pytest.mark.filterwarnings("ignore:.*goes on with what allow= lets differ")
 @pytest.mark.parametrize("method", ["partition", pytest.param("finetune", marks=pytest.mark.slow), "joint"])
 def test_a_run_whose_last_step_overflows_stores_no_such_phase(method, tmp_path):

@@ -9,6 +9,7 @@ weights are looked at when an epoch or the fit ends, and before a checkpoint is 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,7 +254,8 @@ class Watch:
         """
         self.state.undisturb()
         assert self.state.safe is not None
-        layer = overflow(self.module, self.state.example, self.state.forward, self.state.safe)
+        with nullcontext() if self.state.shown is None else self.state.shown.zeroed():
+            layer = overflow(self.module, self.state.example, self.state.forward, self.state.safe)
         if self._any(bool(layer)):
             where = f"layer '{layer}'" if layer else "a layer on another process"
             raise DivergenceError(
