@@ -34,7 +34,8 @@ def check_foreign_heads(module: nn.Module, structure: Structure, example: Any, f
         units = inside[-1] if inside else columns.new_empty(0)
         own = columns + structure.head.first
         axis = column_axis(layers[path], units)
-        if units.ndim <= max(axis, 1) or not bool((units.movedim(axis, -1) == own).all()):
+        fits = units.ndim > max(axis, 1) and units.shape[axis] == len(own)
+        if not fits or not bool((units.movedim(axis, -1) == own).all()):
             raise ContinualError(
                 f"The output head '{path}' is a {type(layers[path]).__name__}, which gives something else than one"
                 " column for each row of its weight, so the outputs of one task cannot be shown alone. Let it end in a"

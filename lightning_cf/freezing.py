@@ -228,7 +228,8 @@ class FrozenEntries:
         self.follow()
         data = self.parameter.detach()
         if self.mask is not None:
-            return not _same_bits(data[self.mask], self.saved[self.mask])
+            there = self.mask.expand(data.shape)
+            return not _same_bits(data[there], self.saved[there])
         return not _same_bits(data if self.index is None else data.index_select(self.axis, self.index), self.saved)
 
     @torch.no_grad()

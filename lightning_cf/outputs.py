@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -59,6 +60,7 @@ class OutputView:
                 " number. Give the task classes that are numbered like its outputs, or join the heads in one layer."
             )
         self.handles: list[RemovableHandle] = []
+        self._masks = True
 
     def __enter__(self) -> OutputView:
         single = len(self.heads) == 1
@@ -77,13 +79,25 @@ class OutputView:
     ) -> Float[Tensor, "..."]:
         """One of several heads keeps its columns and shows those of the task."""
         columns = self._columns(output)[:, own.to(output.device)]
-        lowest = torch.finfo(output.dtype).min / len(self.heads)  # the heads' outputs may be added up
+        lowest = self._lowest(output) / len(self.heads)  # the heads' outputs may be added up
         return output.masked_fill(_along(head, columns == MASKED, output), lowest)
 
     def _hook(self, head: nn.Module, args: object, output: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         columns = _along(head, self._columns(output), output)
         shown = torch.take_along_dim(output, columns.clamp_min(0), dim=column_axis(head, output))
-        return shown.masked_fill(columns == MASKED, torch.finfo(output.dtype).min)
+        return shown.masked_fill(columns == MASKED, self._lowest(output))
+
+    def _lowest(self, output: Float[Tensor, "..."]) -> float:
+        return torch.finfo(output.dtype).min if self._masks else 0.0
+
+    @contextmanager
+    def zeroed(self) -> Iterator[None]:
+        """Meanwhile what is masked is zero, so that nothing that is made from it overflows."""
+        self._masks = False
+        try:
+            yield
+        finally:
+            self._masks = True
 
     def _columns(self, output: Float[Tensor, "..."]) -> Int64[Tensor, "views_or_batch width"]:
         columns = self.columns.to(output.device)

@@ -174,8 +174,8 @@ class ContinualState:
         Raises:
             ContinualError: if the task does not say, and it cannot be told from what its ``evaluate`` returns.
         """
-        returned = self.structure.returned[-1]
-        if task.name not in self.met and self.met:
+        returned, fresh = self.structure.returned[-1], task.name not in self.met
+        if fresh and self.met:
             returned = self._take_up(module, task)
         elif not self.met:
             self._ride(task, len(self.forward.forwards) - 1 if isinstance(self.forward, Ways) else 0)
@@ -188,7 +188,20 @@ class ContinualState:
                 f"Task '{task.name}': its evaluate returns no columns of a layer, so it must say which outputs it owns:"
                 " outputs=[...]."
             )
+        if fresh:
+            self._check_returned(task, columns, returned.tolist())
         return columns
+
+    def _check_returned(self, task: Task, columns: list[int], returned: list[int]) -> None:
+        """Raises ContinualError where a task is to own outputs none of which its way through the network returns."""
+        head, apart = self.structure.head, returned and set(returned).isdisjoint(columns)
+        if len(head.layers) > 1 and apart and max(columns) < head.size:
+            said = f"outputs={task.outputs}" if task.outputs else f"classes={task.classes}"
+            raise ContinualError(
+                f"Task '{task.name}' says {said}, which are outputs of another head: counted through all heads, the one"
+                f" that it runs gives outputs {returned[0]} to {returned[-1]}. Leave {said.split('=')[0]}= out: a"
+                " task's outputs are then those that its evaluate returns, and a label counts within them."
+            )
 
     def tell(self, warning: str) -> None:
         """Says once what a user should know of the network."""

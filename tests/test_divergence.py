@@ -782,3 +782,98 @@ def test_an_optimiser_that_overflows_while_the_weights_stay_finite_is_told_once(
     with pytest.warns(DivergenceWarning, match=words) as heard:
         fit(module, task(*FIRST), three())
     assert len([w for w in heard if issubclass(w.category, DivergenceWarning)]) == 1
+
+
+class Leap(Callback):
+    """One step at another rate."""
+
+    def __init__(self, at, rate):
+        self.at, self.rate = at, rate
+
+    def _set(self, trainer, rate):
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"], self.rate = rate, group["lr"]
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.at:
+            self._set(trainer, self.rate)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.at + 1:
+            self._set(trainer, self.rate)
+
+
+@pytest.mark.parametrize("network", ["plain", "convolutions", pytest.param("residual block", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("at", "phase"), [(11, "learn"), (23, "invariance")])
+def test_a_last_step_that_leaves_finite_weights_which_overflow_stops_it(network, at, phase):
+    """Else zero times infinity is what earlier tasks give."""
+    module = learned(network=network)
+    owned = logits(module)
+    with pytest.raises(
+        DivergenceError, match=rf"\({phase}\) diverged at or before step {at + 1} .*finite, but so large"
+    ):
+        fit(module, task(*SECOND), [*three(), Leap(at, 1e20)])
+    assert torch.equal(logits(module), owned)
+    assert state_of(module).ledger.tasks[-1].phase == phase
+    fit(module, task(*SECOND), three())
+    assert state_of(module).ledger.tasks[-1].phase == "sealed"
+    assert torch.equal(logits(module), owned)
+
+
+def test_the_last_step_is_looked_at_without_partitions():
+    module = learned()
+    owned = logits(module)
+    with pytest.raises(DivergenceError, match=r"finite, but so large that layer .net\.4. overflows"):
+        fit(module, task(*SECOND), [MaskedGradientCallback(), Leap(23, 1e20)])
+    assert torch.equal(logits(module), owned)
+
+
+def test_layers_that_give_infinite_numbers_on_purpose_stop_nothing():
+    class Mask(torch.nn.Module):
+        def forward(self, x):
+            return x.new_tensor([0.0, -INF]).repeat(x.shape[-1] // 2)
+
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.mask, self.head = nn.Linear(64, 24), Mask(), nn.Linear(24, 6)
+
+        def forward(self, x):
+            x = self.first(x.flatten(1))
+            return self.head(x.sigmoid() * (self.mask(x) == 0))
+
+    module = Net()
+    module.net = Masked()
+    fit(module, task(*FIRST), three())
+    assert state_of(module).ledger.tasks[-1].phase == "sealed"
+
+
+def test_masked_outputs_that_a_scale_makes_infinite_stop_nothing():
+    class Scaled(Net):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return self.net(x) * self.scale.exp()
+
+    module = learned(Scaled)
+    owned = logits(module)
+    fit(module, task(*SECOND), three())
+    assert float(module.scale.detach()) > 0
+    assert state_of(module).ledger.tasks[-1].phase == "sealed"
+    assert torch.equal(logits(module), owned)
+
+
+@pytest.mark.filterwarnings("ignore:.*goes on with what allow= lets differ")
+@pytest.mark.parametrize("method", ["partition", pytest.param("finetune", marks=pytest.mark.slow), "joint"])
+def test_a_run_whose_last_step_overflows_stores_no_such_phase(method, tmp_path):
+    class Leaps(Net):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.batches == self.at:
+                self.trainer.optimizers[0].param_groups[0]["lr"] = 1e20
+
+    with pytest.raises(DivergenceError, match="finite, but so large"):
+        runner(tmp_path, Leaps(at=47), method=method).run()
+    result = runner(tmp_path, Leaps(), method=method, allow=["hyperparameters"]).run()
+    assert result.accuracy.matrix[-1].min() > 0.5

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from lightning_cf.freezing import Freezer
+from lightning_cf.freezing import Freezer, FrozenEntries
 
 ELEMENTWISE = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
@@ -434,3 +434,22 @@ def test_attaching_again_remembers_the_values_of_now():
     with freezer.attach([optimizer]):
         train(module, optimizer, steps=1)
     assert (module.weight == 7).all(dim=1).tolist() == MASKS["rows"].flatten().tolist()
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3, 3), (4, 2, 3), (4, 2)])
+def test_entries_of_a_mask_over_two_axes_are_held_along_the_others(shape):
+    """As a grouped transposed convolution has: its inputs and its outputs lie along axes of their own."""
+    parameter = nn.Parameter(torch.randn(shape))
+    mask = torch.tensor([[True, False], [False, False], [True, True], [False, True]])
+    entries = FrozenEntries(parameter, mask.reshape(4, 2, *[1] * (len(shape) - 2)))
+    entries.save()
+    assert not entries.moved()
+    with torch.no_grad():
+        parameter[1] += 1
+    assert not entries.moved()
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        parameter[2, 1] += 1
+    assert entries.moved()
+    entries.restore()
+    assert torch.equal(parameter, before)

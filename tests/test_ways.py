@@ -629,3 +629,31 @@ def test_what_reaches_the_predictions_still_binds_them():
 
     state = state_for(module, Task("a", task.data, classes=task.classes, evaluate=evaluate))
     assert any("cdist" in found.operation for found in state.structure.mixings)
+
+
+def test_classes_that_count_through_a_head_that_is_not_run_are_refused_with_a_way_out():
+    def wire(m, name, x):
+        return m.heads[name](torch.relu(m.body(x.flatten(1))))
+
+    torch.manual_seed(0)
+    module, tasks = Wired(wire, body=nn.Linear(64, 40), heads=each(partial(nn.Linear, 40, 10))), sequence()[:2]
+    learn(module, tasks[:1], epochs=4)
+    with pytest.raises(ContinualError, match=r"classes=\[2, 3\], which are outputs of another head: .* 10 to 19"):
+        learn(module, tasks[1:], epochs=1)
+    tasks[1] = Task("b", tasks[1].data, evaluate=tasks[1].evaluate)
+    before = predictions(module, tasks[0])
+    learn(module, tasks[1:], epochs=8)
+    assert torch.equal(predictions(module, tasks[0])[:, :2], before[:, :2])
+    assert judged(module, tasks[1]) > 0.8
+
+
+def test_outputs_that_are_products_with_an_embedding_are_refused_by_name():
+    def wire(m, name, x):
+        words = (x.flatten(1) * 3).long().clamp(0, 9)
+        return F.linear(torch.relu(m.bodies[name](m.words(words).mean(1))), m.words.weight)
+
+    module = Wired(wire, words=nn.Embedding(10, 24), bodies=each(partial(nn.Linear, 24, 24)))
+    with pytest.raises(
+        ContinualError, match=r"output head 'words' is a Embedding, which gives something else than one"
+    ):
+        learn(module, sequence()[:1], epochs=1)

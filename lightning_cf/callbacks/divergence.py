@@ -9,6 +9,7 @@ weights are looked at when an epoch or the fit ends, and before a checkpoint is 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_cf.errors import ContinualError, DivergenceError, DivergenceWarni
 from lightning_cf.finite import Snapshot, described, not_finite
 from lightning_cf.label_watch import label_watch_of
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer
+from lightning_cf.overflow import overflow
 from lightning_cf.state import ContinualState, state_of
 
 LOOK = 25
@@ -75,9 +77,11 @@ class WatchingCallback(Callback):
             self._watch.look(everything=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at the weights, before a phase ends."""
+        """Looks at the weights and at what they give, where no partition ended the phase before."""
         if self._watch is not None:
             self._watch.look(everything=True)
+            if not any(getattr(callback, "partitions", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+                self._watch.look_at_outputs()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at the weights that other callbacks, such as averages, left."""
@@ -106,6 +110,13 @@ def watch_of(trainer: Trainer) -> Watch | None:
     """What watches a Trainer's fit now."""
     ours = (c._watch for c in trainer.callbacks if isinstance(c, WatchingCallback))  # type: ignore[attr-defined]
     return next((watch for watch in ours if watch is not None), None)
+
+
+def look_at_outputs(trainer: Trainer) -> None:
+    """Raises DivergenceError if a fit that is watched left weights with which the forward pass overflows."""
+    watch = watch_of(trainer)
+    if watch is not None:
+        watch.look_at_outputs()
 
 
 @dataclass
@@ -235,6 +246,23 @@ class Watch:
         if everything and not self.stuck:
             self._look_at_optimizers()
 
+    def look_at_outputs(self) -> None:
+        """Looks whether the forward pass overflows; before a phase ends, on every process alike.
+
+        Raises:
+            DivergenceError: if it does though the weights are finite: earlier tasks would give no numbers either.
+        """
+        self.state.undisturb()
+        assert self.state.safe is not None
+        with nullcontext() if self.state.shown is None else self.state.shown.zeroed():
+            layer = overflow(self.module, self.state.example, self.state.forward, self.state.safe)
+        if self._any(bool(layer)):
+            where = f"layer '{layer}'" if layer else "a layer on another process"
+            raise DivergenceError(
+                f"{self._who()} diverged {self._before_now()}: the weights are finite, but so large that {where}"
+                f" overflows for training data. {_UNDONE} {_WAY_OUT}"
+            )
+
     def _look_at_optimizers(self) -> None:
         """Warns, once a fit, of entries that do not train any more, since an optimiser overflowed."""
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
@@ -317,9 +345,7 @@ class Watch:
 
     def _message(self, first: Seen | None, names: list[str]) -> str:
         if first is None:
-            loop, steps = self.trainer.fit_loop, self.trainer.global_step
-            seen = f"step {steps}" if steps else f"batch {loop.batch_idx}"  # a loop may step behind Lightning's back
-            where = f"at or before {seen} (epoch {self.trainer.current_epoch})"
+            where = self._before_now()
         elif first.late:
             where = f"at or before step {first.step}; the loss of {first.place} was the first that is not finite"
         else:
@@ -335,11 +361,16 @@ class Watch:
             what.append("weights and gradients are finite, the loss alone is not")
         else:
             what.append("the network is not finite on another process")
-        return (
-            f"{self._who()} diverged {where}: {'; '.join(what)}. Nothing was claimed or stored since; the network is"
-            f" again what it was when this phase began. {_WAY_OUT}"
-        )
+        return f"{self._who()} diverged {where}: {'; '.join(what)}. {_UNDONE} {_WAY_OUT}"
 
+    def _before_now(self) -> str:
+        """For messages: not later than now."""
+        loop, steps = self.trainer.fit_loop, self.trainer.global_step
+        seen = f"step {steps}" if steps else f"batch {loop.batch_idx}"  # a loop may step behind Lightning's back
+        return f"at or before {seen} (epoch {self.trainer.current_epoch})"
+
+
+_UNDONE = "Nothing was claimed or stored since; the network is again what it was when this phase began."
 
 _WAY_OUT = (
     "Lower the learning rate, clip gradients (Trainer(gradient_clip_val=1.0)), or look at that batch and at the loss;"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_cf.averaging import restart_averages, take_averages
 from lightning_cf.callbacks.best import discount_scores
+from lightning_cf.callbacks.divergence import look_at_outputs
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.claiming import PartitionWarning, warn_of_cost
 from lightning_cf.describing import describe
@@ -270,6 +271,7 @@ class PartitionCallback(ContinualCallback):
         """Partitions now: on the first process, which tells the others."""
         self._partitioned_at = _trained(trainer)
         take_averages(trainer, module)
+        look_at_outputs(trainer)
         decide_together(
             trainer,
             module,
@@ -340,6 +342,7 @@ class PartitionCallback(ContinualCallback):
             return
         if phase == "invariance":
             take_averages(trainer, module)
+            look_at_outputs(trainer)
             decide_together(
                 trainer,
                 module,
