@@ -29,21 +29,35 @@ class Draws:
     """Global generators that stand each time as they stood the first time: what was drawn is drawn again."""
 
     def __init__(self) -> None:
-        self._states: tuple[Any, ...] | None = None
+        self._first: Any = None
 
     @contextmanager
-    def repeated(self) -> Iterator[None]:
-        """The first time nothing but a look at the generators; afterwards they are as they were."""
-        if self._states is None:
-            self._states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
-            yield
+    def repeated(self) -> Iterator[list[bool]]:
+        """The first time nothing but a look at the generators; afterwards they are as they were.
+
+        The list says in the end whether anything was drawn again.
+        """
+        again = list[bool]()
+        if self._first is None:
+            self._first = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+            yield again
             return
         with isolate_rng():
-            of_torch, of_numpy, of_python = self._states
-            torch.set_rng_state(of_torch)
-            np.random.set_state(of_numpy)
-            random.setstate(of_python)
-            yield
+            self._rewind()
+            untouched = _next_draws()
+            self._rewind()
+            yield again
+            again.append(_next_draws() != untouched)
+
+    def _rewind(self) -> None:
+        of_torch, of_numpy, of_python = self._first
+        torch.set_rng_state(of_torch)
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
+
+
+def _next_draws() -> tuple[float, float, float]:
+    return float(torch.rand(())), float(np.random.rand()), random.random()
 
 
 @contextmanager

@@ -165,7 +165,7 @@ class Scorer:
             if predictions.numel() and predictions.is_floating_point()
             else []
         )
-        if not found or found[0] in task.told:
+        if not found or found[0] in task._told:
             return
         foreign = task.classes is not None and found[0] not in task.classes
         told = f"Task '{task.name}' declares classes {task.classes}, but" if foreign else f"Task '{task.name}':"
@@ -177,7 +177,7 @@ class Scorer:
                 f" {way}. A label that counts for nothing is one of the metric's:"
                 " metric=MulticlassAccuracy(..., ignore_index=LABEL)."
             )
-        task.told.add(found[0])
+        task._told.add(found[0])
         warn(
             f"{told}, which counts as wrong. If it stands for nothing, give the task"
             f" metric=MulticlassAccuracy(..., ignore_index={found[0]}).",

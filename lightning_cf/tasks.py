@@ -93,9 +93,12 @@ class Task(LightningDataModule):
         self.host: Any = None
         """The Trainer that the data know while none fits them: of a runner, which reads them between fits too."""
         self.torn_down: set[str] = set()
-        self.told: set[int] = set()
+        self._told: set[int] = set()
         """Void labels that a warning named."""
-        self.draws = Draws()
+        self._draws: dict[str, Draws] = {}
+        """What the data draw when they are set up: for all stages, under no name, or for one alone."""
+        self._set_first: dict[str, str] = {}
+        """The attributes that the first setup of the data set, with its stage."""
         check_same_lightning(f"Task '{name}'", data)
         self.data = data if isinstance(data, LightningDataModule) else _Loaders(name, data)
         # Lightning asks of each hook whether it is overridden, so only those that the data overrides are passed on.
@@ -187,10 +190,23 @@ class Task(LightningDataModule):
     def _set_data_up(self, stage: Any) -> None:
         """Random splits of the data come out alike whenever they are drawn, for whatever stage.
 
-        What judges or tests one fit is not trained on in another.
+        What judges or tests one fit is not trained on in another. Data that are drawn for one stage alone stay as they
+        are drawn: the same draws for the samples of several stages would make them the same samples.
         """
-        with self.draws.repeated():
+        name, before = str(getattr(stage, "value", stage)), dict(vars(self.data))
+        draws = self._draws[name] if name in self._draws else self._draws.setdefault("", Draws())
+        with draws.repeated() as again:
             self.data.setup(stage)
+        if not self._set_first:
+            self._set_first = {key: name for key, value in vars(self.data).items() if before.get(key) is not value}
+        elif any(again) and name not in self._draws and self._of_its_own(name, before):
+            with self._draws.setdefault(name, Draws()).repeated():
+                self.data.setup(stage)
+
+    def _of_its_own(self, name: str, before: Mapping[str, Any]) -> bool:
+        """Whether setting the data up for a stage left all that it had set for the first one."""
+        first = {*self._set_first.values()}
+        return name not in first and all(vars(self.data).get(key) is before.get(key) for key in self._set_first)
 
     def _teardown(self, stage: Any = None) -> None:
         self.task_loaders.drop(*STAGES)

@@ -239,6 +239,37 @@ def test_a_split_that_is_drawn_when_the_data_are_set_up_is_the_same_in_every_fit
     assert len({split for _, split in found[0]}) == 1
 
 
+class DrawsSamples(LightningDataModule):
+    """Draws the samples of each stage when that is set up."""
+
+    def setup(self, stage):
+        if stage == "fit":
+            self.train, self.val = (TensorDataset(torch.randn(32, 4), torch.arange(32) % 2) for _ in range(2))
+        if stage == "test":
+            self.test = TensorDataset(torch.randn(32, 4), torch.arange(32) % 2)
+
+    def train_dataloader(self):
+        return DataLoader(self.train, 8)
+
+    def val_dataloader(self):
+        return DataLoader(self.val, 8)
+
+    def test_dataloader(self):
+        return DataLoader(self.test, 8)
+
+
+def test_samples_that_are_drawn_for_testing_alone_are_others_than_those_of_training():
+    data = DrawsSamples()
+    task, drawn = Task("a", data, classes=[0, 1]), []
+    for _ in range(2):
+        for stage in ("fit", "test"):
+            task.setup(stage)
+        drawn.append([data.train.tensors[0], data.val.tensors[0], data.test.tensors[0]])
+    first, second = drawn
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert not any(torch.equal(first[2], x) for x in first[:2])
+
+
 class SetsAllUp(SetUp):
     """Sets up everything for whatever stage."""
 
