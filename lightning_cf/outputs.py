@@ -92,7 +92,7 @@ class OutputView:
 
     @contextmanager
     def zeroed(self) -> Iterator[None]:
-        """Meanwhile what is masked is zero, so that nothing that is made from it overflows."""
+        """Meanwhile what is masked is zero, so that nothing made from it overflows, and one view shows all samples."""
         self._masks = False
         try:
             yield
@@ -101,7 +101,9 @@ class OutputView:
 
     def _columns(self, output: Float[Tensor, "..."]) -> Int64[Tensor, "views_or_batch width"]:
         columns = self.columns.to(output.device)
-        return columns[:1] if self.view_of_sample is None else columns[self.view_of_sample.to(output.device)]
+        if self.view_of_sample is None or not self._masks:
+            return columns[:1]
+        return columns[self.view_of_sample.to(output.device)]
 
 
 def column_axis(head: nn.Module, output: Tensor) -> int:

@@ -148,8 +148,8 @@ def warn_of_constant(module: LightningModule, task: Task, score: float) -> None:
     metric = "accuracy" if task.metric is None else type(task.metric).__name__
     warn(
         f"Task '{task.name}': its {metric} is {score:.4g} on the data that judges its partition, and so it is with"
-        " random weights: it says nothing, and any claim keeps it. Look at the metric, its number of classes and top_k,"
-        " at what evaluate= gives, and whether the judging data are enough.",
+        " random weights: any claim keeps it. Either the task was not learned, or the number says nothing: look at the"
+        " metric, its number of classes and top_k, at what evaluate= gives, and whether the judging data are enough.",
         DataWarning,
     )
 

@@ -1,12 +1,14 @@
 """Checks the package's annotations, shapes included, while the tests run."""
 
 import os
+import random
 import signal
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 import typechecking
@@ -34,6 +36,24 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _seeded_module():
+    """What the fixtures of a module draw does not hang on the tests before them."""
+    seed()
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Nor does what a test draws."""
+    seed()
+
+
+def seed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(autouse=True)

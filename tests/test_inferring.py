@@ -33,7 +33,10 @@ from lightning_cf.task_inference import STRATEGIES, Sites, Strategy, View, read
 from lightning_cf.task_inference.reconstruction import Reconstruction
 from lightning_cf.task_inference.trained import changes_input
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*no claim within the budget"),
+    pytest.mark.filterwarnings("ignore:.*and so it is with random weights"),
+]
 
 
 def learned(strategy="auto", count=3, network="mlp", epochs=6, sequence=None, module=None, **options):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from lightning_cf.task_inference.readout import View
@@ -159,7 +161,9 @@ def _clusters(x: Samples, count: int) -> list[Float[Tensor, "_ features"]]:
     """k-means; clusters of a single sample are left out."""
     if count == 1:
         return [x]
-    found = KMeans(count, n_init=1, random_state=0).fit_predict(x.cpu().numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # units that never vary: fewer clusters will do
+        found = KMeans(count, n_init=1, random_state=0).fit_predict(x.cpu().numpy())
     parts = [x[torch.from_numpy(found == number).to(x.device)] for number in range(count)]
     return [part for part in parts if len(part) > 1] or [x]
 
