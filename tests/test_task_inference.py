@@ -1,5 +1,6 @@
 """Scores that say whose task an input is: each against a slow plain reference."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -445,3 +446,11 @@ def test_of_features_that_vary_in_a_few_directions_half_are_kept_so_that_the_res
         found, torch.cat([_residual(other[None], fitted) for other in others]), rtol=1e-3, atol=0
     )
     assert bool((found > 1e-5).all())
+
+
+def test_units_that_never_vary_are_one_cluster_without_a_word():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted = _local(torch.ones(64, 6), torch.arange(64) % 2, 2, 2, 4)
+    assert bool((_residual(torch.ones(3, 6), fitted) == 0).all())
+    assert bool((_residual(torch.zeros(3, 6), fitted) > 0).all())
