@@ -35,6 +35,7 @@ from lightning_cf.task_inference.watching import watch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no claim within the budget"),
+    pytest.mark.filterwarnings("ignore:.*and so it is with random weights"),  # a step or four teach little
     pytest.mark.filterwarnings("ignore:.*finds too little redundancy"),
     pytest.mark.filterwarnings("ignore::lightning_cf.errors.StructureWarning"),
     pytest.mark.filterwarnings("ignore:Lazy modules are a new feature"),
