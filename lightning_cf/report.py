@@ -70,7 +70,8 @@ def print_summary(results: Mapping[str, Result], root: Path) -> None:
     if chosen.capacity:
         shares = ", ".join(f"{layer} {shares[-1]:.2f}" for layer, shares in chosen.capacity.items())
         print(f"Free units left: {shares}.")
-    print(f"{root}: result.json, accuracy_matrix.png, forgetting.png, capacity.png; a folder for each task in */tasks")
+    pictures = ["accuracy_matrix.png", "forgetting.png", *(["capacity.png"] if chosen.capacity else [])]
+    print(f"{root}: result.json, {', '.join(pictures)}; a folder for each task in */tasks")
 
 
 def write_pictures(results: Mapping[str, Result], folder: Path) -> None:
@@ -90,6 +91,8 @@ def write_unit_pictures(tasks: Path) -> None:
         except ContinualError as error:
             warn(f"{error} Its pictures are left out.", RunWarning)
             continue
+        if not record.layers:
+            continue  # a network that is its output layer alone has no units to show
         units_picture(record).savefig(manifest.parent / "units.png", dpi=150)
         similarity_picture(record).savefig(manifest.parent / "similarity.png", dpi=150)
 
