@@ -111,7 +111,7 @@ class Split:
     why: str = ""
 
 
-def split(loader: Any, share: float, *, name: str, processes: int = 1) -> Split:
+def split(loader: Any, share: float, *, name: str, processes: int = 1, classes: bool = True) -> Split:
     """Holds some of a loader's samples out.
 
     Args:
@@ -119,6 +119,7 @@ def split(loader: Any, share: float, *, name: str, processes: int = 1) -> Split:
         share: of the samples.
         name: of the task, which decides which samples.
         processes: over how many Lightning distributes the rest.
+        classes: whether the task says its classes; else whole numbers that mostly occur once are no labels.
     """
     why = _unlike_plain(loader)
     if why:
@@ -130,7 +131,10 @@ def split(loader: Any, share: float, *, name: str, processes: int = 1) -> Split:
         return Split(
             loader, loader, f"{size} samples in batches of {loader.batch_size}{rest} cannot spare {share:.0%} of them"
         )
-    held = _held(_order(size, count, name), count, _labels(loader.dataset))
+    order = _order(size, count, name)
+    held = _held(order, count, _labels(loader.dataset))
+    if len(held) < count and not classes:
+        held = _held(order, count, None)
     if len(held) < count:
         return Split(loader, loader, f"most of its classes have one sample each, so {size} samples cannot spare any")
     kept = _Rest(size, held)

@@ -169,8 +169,13 @@ class Loaders:
                 elif self.limits.overfits:
                     parts = Split(loader, loader, "overfit_batches trains on the first samples only")
                 else:
-                    name, processes = self.task.name, self.limits.processes
-                    parts = split(loader, self.task.holdout, name=name, processes=processes)
+                    parts = split(
+                        loader,
+                        self.task.holdout,
+                        name=self.task.name,
+                        processes=self.limits.processes,
+                        classes=self.task.classes is not None,
+                    )
                     if not parts.why:
                         self._check_same(loader)
                     if not parts.why and self.limits.suffice(len(loader)) and not self.limits.suffice(len(parts.train)):

@@ -174,6 +174,8 @@ def test_of_a_rare_class_a_sample_stays_to_be_learned_from(rare, kind):
 def test_classes_of_one_sample_each_spare_none():
     parts = split(DataLoader(TensorDataset(torch.randn(40, 3), torch.arange(40)), 4), 0.1, name="a")
     assert parts.train is parts.held and "most of its classes have one sample each" in parts.why
+    parts = split(DataLoader(TensorDataset(torch.randn(40, 3), torch.arange(40)), 4), 0.1, name="a", classes=False)
+    assert (len(parts.held.sampler), len(parts.train.sampler), parts.why) == (4, 36, "")  # whole numbers to be guessed
 
 
 class Draws(LightningDataModule):
