@@ -58,8 +58,8 @@ def _end(stopped: Stopped) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     distributed = sys.modules.get("torch.distributed")
-    several = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if distributed is not None and several and distributed.get_world_size() > 1:
+    grouped = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if grouped and distributed.get_world_size() > 1:  # type: ignore[union-attr]
         os._exit(stopped.status)  # the others were ended, and nobody would answer what torch may ask them at its end
     sys.exit(stopped.status)
 

@@ -97,8 +97,8 @@ class Task(LightningDataModule):
         """Void labels that a warning named."""
         self._draws: dict[str, Draws] = {}
         """What the data draw when they are set up: for all stages, under no name, or for one alone."""
-        self._set_first: dict[str, str] = {}
-        """The attributes that the first setup of the data set, with its stage."""
+        self._set_first: tuple[str, set[str]] | None = None
+        """The stage of the data's first setup, and the attributes that it set."""
         check_same_lightning(f"Task '{name}'", data)
         self.data = data if isinstance(data, LightningDataModule) else _Loaders(name, data)
         # Lightning asks of each hook whether it is overridden, so only those that the data overrides are passed on.
@@ -194,19 +194,15 @@ class Task(LightningDataModule):
         are drawn: the same draws for the samples of several stages would make them the same samples.
         """
         name, before = str(getattr(stage, "value", stage)), dict(vars(self.data))
-        draws = self._draws[name] if name in self._draws else self._draws.setdefault("", Draws())
-        with draws.repeated() as again:
+        with self._draws.setdefault(name if name in self._draws else "", Draws()).repeated() as again:
             self.data.setup(stage)
-        if not self._set_first:
-            self._set_first = {key: name for key, value in vars(self.data).items() if before.get(key) is not value}
-        elif any(again) and name not in self._draws and self._of_its_own(name, before):
+        changed = {key for key, value in vars(self.data).items() if before.get(key) is not value}
+        if self._set_first is None:
+            self._set_first = name, changed
+        first, shared = self._set_first
+        if any(again) and name not in (first, *self._draws) and shared.isdisjoint(changed):
             with self._draws.setdefault(name, Draws()).repeated():
                 self.data.setup(stage)
-
-    def _of_its_own(self, name: str, before: Mapping[str, Any]) -> bool:
-        """Whether setting the data up for a stage left all that it had set for the first one."""
-        first = {*self._set_first.values()}
-        return name not in first and all(vars(self.data).get(key) is before.get(key) for key in self._set_first)
 
     def _teardown(self, stage: Any = None) -> None:
         self.task_loaders.drop(*STAGES)
