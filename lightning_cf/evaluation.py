@@ -129,7 +129,10 @@ class Scorer:
         """
         task = self.task
         if self.metric is None:
-            raise ContinualError(f"Task '{task.name}' has no data to score it on; give it a test or validation loader.")
+            raise ContinualError(
+                f"Task '{task.name}': no batch came of {self.what}. Give it a validation or test loader that has"
+                " samples."
+            )
         if not self.counted:
             ignored = ", ".join(map(str, sorted(self._left_out)))
             raise ContinualError(

@@ -141,8 +141,9 @@ class PartitionOptions:
             united = " ".join(dict.fromkeys(found.message() for found in structure.mixings if found.collapsed))
             raise ContinualError(
                 f"partition: {given} no layer to partition; a layer whose units all share one fate"
-                " counts as excluded. isolation='perturb' keeps units apart that isolation='exact' has to unite."
-                + (f" {united}" if united else "")
+                " counts as excluded. Units that are added to or multiplied with each other, as a gate's with what it"
+                " scales, share one fate under either isolation"
+                + (f"; isolation='perturb' keeps apart those that an operation mixes. {united}" if united else ".")
             )
         return chosen
 

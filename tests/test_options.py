@@ -203,6 +203,27 @@ def test_no_layer_left_is_refused():
             PartitionOptions(**options).partitioned(structure)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_units_that_a_gate_scales_are_told_from_those_that_an_operation_mixes(apart):
+    structure = trace(Gated(), torch.randn(4, 6), apart=apart)
+    with pytest.raises(ContinualError, match=r"no layer to partition.* multiplied .* under either isolation") as found:
+        PartitionOptions().partitioned(structure)
+    assert ("isolation='perturb' keeps apart" in str(found.value)) is not apart  # which would refuse it as well
+
+
+class Gated(nn.Module):
+    """Experts, summed with the weights of a gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 5) for _ in range(3))
+        self.gate, self.head = nn.Linear(6, 3), nn.Linear(5, 2)
+
+    def forward(self, x):
+        given = torch.stack([expert(x) for expert in self.experts], dim=1)
+        return self.head((self.gate(x).softmax(-1)[..., None] * given).sum(1))
+
+
 # How many units
 
 

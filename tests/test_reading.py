@@ -601,6 +601,14 @@ def test_none_in_place_of_a_loader_is_named(stages, found):
         fit(Net(), Task("a", {"train": loader()} | stages, classes=[0, 1]))
 
 
+def test_a_validation_loader_without_samples_is_told():
+    nothing = DataLoader(TensorDataset(*(x[:0] for x in numbers(16))), batch_size=8)
+    with pytest.raises(
+        ContinualError, match=r"Task 'a': no batch came of .* validation or test loader that has samples"
+    ):
+        fit(Net(), Task("a", {"train": loader(), "val": nothing}, classes=[0, 1]))
+
+
 @pytest.mark.parametrize("none", [{}, [], ()])
 def test_no_validation_loaders_are_no_validation(none):
     task = Task("a", {"train": loader(), "val": none}, classes=[0, 1])
