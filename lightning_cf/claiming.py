@@ -22,9 +22,9 @@ from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.options import PartitionOptions
 from lightning_cf.outcome import GroupOutcome, Outcome
 from lightning_cf.partition import Partition, partition, partition_into
-from lightning_cf.randomness import keyed_generator
 from lightning_cf.similarity import Similarity
 from lightning_cf.structure import Structure, UnitGroup, layer_of, named_tensors
+from lightning_cf.utilities.randomness import keyed_generator
 
 
 class PartitionWarning(ContinualWarning):

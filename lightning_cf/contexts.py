@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lightning_cf.lightning_api import LightningModule, isolate_rng
-from lightning_cf.randomness import derive_seed, seed_torch
+from lightning_cf.utilities.randomness import derive_seed, seed_torch
 
 
 @contextmanager

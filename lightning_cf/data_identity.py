@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
 from lightning_cf.contexts import seeded
-from lightning_cf.describing import UNKNOWN, constructor_names, content_sha256, describe, made_from, sketch
 from lightning_cf.loaders import STAGES
 from lightning_cf.tasks import Task
+from lightning_cf.utilities.describing import UNKNOWN, constructor_names, content_sha256, describe, made_from, sketch
 
 _PLAIN = (bool, int, float, str, Tensor, np.ndarray)
 

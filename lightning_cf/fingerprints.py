@@ -11,8 +11,8 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from lightning_cf.ledger import FREE, NeuronLedger
-from lightning_cf.randomness import keyed_generator
 from lightning_cf.structure import Structure, layer_of, lookup, named_tensors
+from lightning_cf.utilities.randomness import keyed_generator
 
 SAMPLES = 256
 """How many values are kept of a tensor; of one that computes outputs, all up to ``ALL``."""

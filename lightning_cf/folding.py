@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_cf.finite import rows_finite
-from lightning_cf.randomness import keyed_generator
+from lightning_cf.utilities.randomness import keyed_generator
 
 Features = Float[Tensor, "samples features"]
 Inputs = Float[Tensor, "rows units"]

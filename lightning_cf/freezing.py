@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from lightning_cf.hooks import Hook
+from lightning_cf.utilities.hooks import Hook
 
 
 @runtime_checkable

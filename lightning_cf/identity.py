@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
-from lightning_cf.describing import UNKNOWN, constructor_names, describe, is_library, made_from, without_address
 from lightning_cf.errors import ContinualError
 from lightning_cf.lightning_api import (
     BaseFinetuning,
@@ -29,6 +28,14 @@ from lightning_cf.lightning_api import (
     isolate_rng,
 )
 from lightning_cf.tasks import Task, supervised
+from lightning_cf.utilities.describing import (
+    UNKNOWN,
+    constructor_names,
+    describe,
+    is_library,
+    made_from,
+    without_address,
+)
 
 FIXED = ("method", "isolation", "order", "tasks", "parameters", "network")
 """What no ``allow`` can change: what was learned would not fit."""

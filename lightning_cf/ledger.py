@@ -13,10 +13,10 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from lightning_cf.errors import CapacityError, ContinualError, check_list, check_path
-from lightning_cf.files import load_tensors
 from lightning_cf.levels import FREE as FREE
 from lightning_cf.levels import Levels
 from lightning_cf.structure import NO_UNIT, Entries, Structure, lookup
+from lightning_cf.utilities.files import load_tensors
 
 NO_OWNER = -2
 """Stands for what no unit computes, such as the network's input."""

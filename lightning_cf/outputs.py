@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.hooks import Hook
 from lightning_cf.structure import Structure, layer_of
+from lightning_cf.utilities.hooks import Hook
 
 MASKED = -1
 

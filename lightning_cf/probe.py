@@ -17,7 +17,6 @@ from lightning_cf.blame import first_moved
 from lightning_cf.errors import LeakError
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.levels import Levels
-from lightning_cf.randomness import keyed_generator, seed_torch
 from lightning_cf.structure import (
     LAYERS,
     Forward,
@@ -30,6 +29,7 @@ from lightning_cf.structure import (
     same_state,
     samples,
 )
+from lightning_cf.utilities.randomness import keyed_generator, seed_torch
 from lightning_cf.ways import running_way
 
 SHAKEN = 2**24

@@ -16,9 +16,14 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from lightning_cf.describing import content_sha256
 from lightning_cf.errors import ContinualError, RunWarning, warn
-from lightning_cf.files import (
+from lightning_cf.finite import described, not_finite
+from lightning_cf.identity import check_same, differences
+from lightning_cf.ledger import NeuronLedger
+from lightning_cf.records import MANIFEST, record_sha256
+from lightning_cf.state import ContinualState
+from lightning_cf.utilities.describing import content_sha256
+from lightning_cf.utilities.files import (
     file_sha256,
     load_tensors,
     make_folder,
@@ -28,11 +33,6 @@ from lightning_cf.files import (
     write_json,
     writing,
 )
-from lightning_cf.finite import described, not_finite
-from lightning_cf.identity import check_same, differences
-from lightning_cf.ledger import NeuronLedger
-from lightning_cf.records import MANIFEST, record_sha256
-from lightning_cf.state import ContinualState
 
 __all__ = ["RunProgress", "RunStore", "read_json", "write_atomically"]
 

@@ -19,7 +19,6 @@ from lightning_cf.finite import rows_finite
 from lightning_cf.inferring import Kept, input_of, positions_of, view_of, watch_task, why_no_labels
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.lightning_api import LightningModule, isolate_rng
-from lightning_cf.randomness import keyed_generator
 from lightning_cf.state import ContinualState
 from lightning_cf.structure import call, eval_mode, same_state
 from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference, View, read
@@ -28,6 +27,7 @@ from lightning_cf.task_inference.trained import Trained, heads_of
 from lightning_cf.task_inference.variants import VARIANTS, differs, strange
 from lightning_cf.tasks import Task
 from lightning_cf.training_batches import first_batch
+from lightning_cf.utilities.randomness import keyed_generator
 
 FEW = 1024
 """How many samples a strategy gets that cannot be fitted on a batch: the batch again and again."""

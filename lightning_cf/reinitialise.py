@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_cf.ledger import FREE, NeuronLedger
-from lightning_cf.randomness import derive_seed, seed_torch
 from lightning_cf.structure import Structure
+from lightning_cf.utilities.randomness import derive_seed, seed_torch
 
 
 def reinitialise_free(module: nn.Module, structure: Structure, ledger: NeuronLedger, *key: int | str) -> None:

@@ -12,9 +12,9 @@ from uuid import uuid4
 from torch import nn
 
 from lightning_cf.errors import ContinualError, RunWarning, warn
-from lightning_cf.files import load_tensors, make_folder, readable_size, write_bytes
 from lightning_cf.progress import RunProgress, RunStore
 from lightning_cf.run_lock import RunLock
+from lightning_cf.utilities.files import load_tensors, make_folder, readable_size, write_bytes
 
 
 def take_folder(lock: RunLock, store: RunStore, phases: Sequence[str], folders: Sequence[Path]) -> None:

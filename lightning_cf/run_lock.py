@@ -13,8 +13,8 @@ from weakref import WeakValueDictionary
 from filelock import SoftFileLease, Timeout
 
 from lightning_cf.errors import ContinualError, RunWarning, warn
-from lightning_cf.files import read_json, write_json, writing
 from lightning_cf.lightning_api import SLURMEnvironment
+from lightning_cf.utilities.files import read_json, write_json, writing
 
 LEASE = 120.0
 """Seconds without a sign of life after which a run on another machine counts as dead."""

@@ -25,7 +25,6 @@ from lightning_cf.contexts import on_device, seeded
 from lightning_cf.data_identity import data_identity
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_path
 from lightning_cf.evaluation import constant_predictor, evaluate, transferred
-from lightning_cf.files import make_folder, writing
 from lightning_cf.identity import (
     callbacks_identity,
     check_allow,
@@ -39,7 +38,6 @@ from lightning_cf.joint import JointTask, blaming_joint_batches
 from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer, isolate_rng
 from lightning_cf.module import ContinualModule
-from lightning_cf.noting import noting
 from lightning_cf.precision import check_inputs
 from lightning_cf.preflight import (
     check_classes,
@@ -70,6 +68,8 @@ from lightning_cf.trainers import (
     listed_callbacks,
     make_trainer,
 )
+from lightning_cf.utilities.files import make_folder, writing
+from lightning_cf.utilities.noting import noting
 
 Method = Literal["partition", "finetune", "joint"]
 METHODS = ("partition", "finetune", "joint")

@@ -20,7 +20,6 @@ from lightning_cf.ledger import NeuronLedger
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.options import PartitionOptions
 from lightning_cf.probe import probe
-from lightning_cf.randomness import derive_seed, seed_torch
 from lightning_cf.reading import samples_in
 from lightning_cf.recording import TaskFolders
 from lightning_cf.reinitialise import reinitialise_free
@@ -29,6 +28,7 @@ from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for
 from lightning_cf.structure import eval_mode, named_tensors
 from lightning_cf.tasks import Task
 from lightning_cf.training_batches import training_batches
+from lightning_cf.utilities.randomness import derive_seed, seed_torch
 
 FOLD_SAMPLES = 4096
 """From how many inputs of the task the regression learns what to fold."""

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError, check_count, check_kind
-from lightning_cf.files import load_tensors
-from lightning_cf.randomness import keyed_generator
+from lightning_cf.utilities.files import load_tensors
+from lightning_cf.utilities.randomness import keyed_generator
 
 Basis = Float[Tensor, "inputs dimensions"]
 Bases = Mapping[str, Tensor]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lightning_cf.affine import AffineMaps, Rotation, Scaling, Shear, Translation
 from lightning_cf.errors import ContinualError
 from lightning_cf.perturbation import Affine
-from lightning_cf.randomness import keyed_generator
+from lightning_cf.utilities.randomness import keyed_generator
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 7))
 keys = st.integers(0, 999)

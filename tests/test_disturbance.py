@@ -11,9 +11,9 @@ from lightning_cf.affine import Rotation
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.perturbation import Ablate, Affine, InSubspace, Noise, Resample
-from lightning_cf.randomness import keyed_generator
 from lightning_cf.structure import NO_UNIT, named_tensors
 from lightning_cf.tracing import trace
+from lightning_cf.utilities.randomness import keyed_generator
 
 
 def tied():

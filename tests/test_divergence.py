@@ -31,12 +31,12 @@ from lightning_cf import (
     TaskInferenceCallback,
 )
 from lightning_cf.callbacks.divergence import Watch
-from lightning_cf.describing import content_sha256
 from lightning_cf.finite import not_finite
 from lightning_cf.inferring import inference_of
 from lightning_cf.progress import _CONTENT
 from lightning_cf.state import state_of
 from lightning_cf.structure import named_tensors
+from lightning_cf.utilities.describing import content_sha256
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no claim within the budget"),

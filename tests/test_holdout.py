@@ -17,7 +17,7 @@ from lightning_cf import SequentialTaskRunner, Task
 from lightning_cf.errors import DataWarning
 from lightning_cf.holdout import MOST, PartSampler, split
 from lightning_cf.joint import JointTask
-from lightning_cf.randomness import keyed_generator
+from lightning_cf.utilities.randomness import keyed_generator
 
 
 def held_before(size, share=0.1, name="a"):

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from lightning_cf.affine import Rotation, Scaling, Shear, Translation
 from lightning_cf.errors import ContinualError
 from lightning_cf.perturbation import Ablate, Affine, Compose, InSubspace, Mixture, Noise, Perturbation, Resample
-from lightning_cf.randomness import keyed_generator
+from lightning_cf.utilities.randomness import keyed_generator
 
 PERTURBATIONS = [Resample(), Noise(), Noise(scale=0.1), Ablate()]
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 9))

@@ -11,9 +11,9 @@ from torch import nn
 from lightning_cf.errors import ContinualError
 from lightning_cf.freezing import Freezer
 from lightning_cf.projection import Projection
-from lightning_cf.randomness import keyed_generator
 from lightning_cf.structure import named_tensors
 from lightning_cf.tracing import trace
+from lightning_cf.utilities.randomness import keyed_generator
 
 ELEMENTWISE = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_cf.randomness import derive_seed, keyed_generator, seed_torch
+from lightning_cf.utilities.randomness import derive_seed, keyed_generator, seed_torch
 
 keys = st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=4)
 

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from test_cli import here
 
-from lightning_cf.files import read_json
 from lightning_cf.sweep import _job
+from lightning_cf.utilities.files import read_json
 
 TINY = [
     *("epochs=1", "invariance_epochs=1", "model.network.hidden=[12]", "compare=false", "tasks.order=[0,1]"),
@@ -89,7 +89,7 @@ def test_what_allow_cannot_name_is_refused(tmp_path, monkeypatch, capsys, allow,
 @pytest.mark.parametrize("name", ["job.json", "result.json"])
 @pytest.mark.parametrize("harm", [delete, truncate])
 def test_a_job_whose_files_are_damaged_counts_as_failed(tmp_path, name, harm):
-    from lightning_cf.files import write_json
+    from lightning_cf.utilities.files import write_json
 
     result = {
         "average_accuracy": 1.0,

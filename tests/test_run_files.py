@@ -11,10 +11,10 @@ from lightning.pytorch import Callback
 from runs import HARMS, pair, run_of, swap
 
 from lightning_cf import ContinualError, PartitionRecord, RunWarning
-from lightning_cf.files import read_json, write_json
 from lightning_cf.ledger import FREE
 from lightning_cf.progress import RunStore
 from lightning_cf.report import write_unit_pictures
+from lightning_cf.utilities.files import read_json, write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
 
@@ -271,8 +271,8 @@ def test_documents_are_known_by_their_checksum(tmp_path):
 @pytest.mark.parametrize("name", ["../outside.npy", "/etc/outside.npy", "partition-0/../../outside.npy", "", "x.npy"])
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_record_names_its_own_files_only(folders, tmp_path, name, checked):
-    from lightning_cf.files import with_checksum
     from lightning_cf.records import complete_record
+    from lightning_cf.utilities.files import with_checksum
 
     root, _ = folders
     shutil.copytree(root / "finished/tasks/00-a", tmp_path / "record")

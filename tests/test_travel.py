@@ -24,9 +24,9 @@ from lightning_cf import (
     Task,
     TaskInferenceCallback,
 )
-from lightning_cf.hooks import Hook
 from lightning_cf.state import keep_ledger, ledger_of
 from lightning_cf.structure import eval_mode
+from lightning_cf.utilities.hooks import Hook
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_cf.hooks import Hook
 from lightning_cf.inferring import positions_of
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.outputs import column_axis
-from lightning_cf.randomness import keyed_generator
 from lightning_cf.structure import eval_mode, layer_of
 from lightning_cf.task_inference import Readout, Sites, View, read
 from lightning_cf.task_inference.trained import Trained
 from lightning_cf.task_inference.variants import VARIANTS, differs, strange
 from lightning_cf.tasks import Task
+from lightning_cf.utilities.hooks import Hook
+from lightning_cf.utilities.randomness import keyed_generator
 
 
 class Heads:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_cf.averaging import exact_averages
 from lightning_cf.callbacks.session import ContinualCallback, task_of
-from lightning_cf.describing import describe
 from lightning_cf.errors import ContinualError, ContinualWarning, FrozenWarning, check_flag, warn
 from lightning_cf.freezing import Freezer, FrozenEntries
 from lightning_cf.ledger import FREE
@@ -22,6 +21,7 @@ from lightning_cf.state import ContinualState, ledger_of, state_for, state_of
 from lightning_cf.structure import UnitGroup, named_tensors
 from lightning_cf.subspace import Subspace, check_subspace
 from lightning_cf.tasks import Task
+from lightning_cf.utilities.describing import describe
 
 
 class MaskedGradientCallback(ContinualCallback):

@@ -13,7 +13,6 @@ from lightning_cf.callbacks.best import discount_scores
 from lightning_cf.callbacks.divergence import look_at_outputs
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.claiming import PartitionWarning, warn_of_cost
-from lightning_cf.describing import describe
 from lightning_cf.errors import (
     ContinualError,
     check_choice,
@@ -35,6 +34,7 @@ from lightning_cf.state import ContinualState, ledger_of, state_for, state_of
 from lightning_cf.steps import decide_together, partition_task, remember_claim, seal_task
 from lightning_cf.structure import named_tensors
 from lightning_cf.tasks import Task
+from lightning_cf.utilities.describing import describe
 
 START_KEY = "lightning_cf_start"
 """Where a Lightning checkpoint holds the weights at the current task's start, if a partition needs them."""

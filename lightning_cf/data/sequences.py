@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from lightning_cf.data.images import ImageData, ImageSplits, Transform
 from lightning_cf.errors import ContinualError, check_count, check_kind, check_list, check_number
-from lightning_cf.randomness import keyed_generator
 from lightning_cf.tasks import Task
+from lightning_cf.utilities.randomness import keyed_generator
 
 
 def split_tasks(

@@ -7,9 +7,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_cf.randomness import keyed_generator
 from lightning_cf.task_inference.readout import View
 from lightning_cf.task_inference.strategies import Fitted, Strategy
+from lightning_cf.utilities.randomness import keyed_generator
 
 BATCH, LR = 128, 0.003
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.finite import not_finite, rows_finite
-from lightning_cf.randomness import keyed_generator
 from lightning_cf.task_inference.combined import STRATEGIES
 from lightning_cf.task_inference.readout import Readout, View, read
 from lightning_cf.task_inference.sites import Sites, kept
 from lightning_cf.task_inference.strategies import CHOICES
 from lightning_cf.task_inference.trained import Trained, heads_of
 from lightning_cf.task_inference.variants import changed
+from lightning_cf.utilities.randomness import keyed_generator
 
 REJECTED = 0.01
 """Share of a task's own held-out inputs that its threshold takes for none of the known ones."""
