@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_cf.folding import Moments, Sample, fold, input_moments
 from lightning_cf.ledger import FREE, NeuronLedger
-from lightning_cf.structure import NO_UNIT, Entries, Structure, lookup
+from lightning_cf.network.structure import NO_UNIT, Entries, Structure, lookup
 
 Passes = Callable[[], Iterator[Callable[[], Any]]]
 """Gives forward passes over a task's data, one a batch."""

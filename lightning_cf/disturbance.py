@@ -12,8 +12,8 @@ from torch import Generator, Tensor, nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.network.structure import Rows, Structure, UnitGroup, lookup, named_tensors
 from lightning_cf.perturbation import InSubspace, Perturbation
-from lightning_cf.structure import Rows, Structure, UnitGroup, lookup, named_tensors
 
 
 class Disturbance:

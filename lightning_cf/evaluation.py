@@ -15,8 +15,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.lightning_api import LightningModule
+from lightning_cf.network.structure import eval_mode, in_precision_of
 from lightning_cf.reading import samples_in
-from lightning_cf.structure import eval_mode, in_precision_of
 from lightning_cf.targets import (
     IGNORED,
     check_finite,

@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from lightning_cf.ledger import FREE, NeuronLedger
-from lightning_cf.structure import Structure, layer_of, lookup, named_tensors
+from lightning_cf.network.structure import Structure, layer_of, lookup, named_tensors
 from lightning_cf.utilities.randomness import keyed_generator
 
 SAMPLES = 256

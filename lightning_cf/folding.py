@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_cf.finite import rows_finite
+from lightning_cf.network.finite import rows_finite
 from lightning_cf.utilities.randomness import keyed_generator
 
 Features = Float[Tensor, "samples features"]

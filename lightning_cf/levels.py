@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from lightning_cf.structure import Entries, Structure, lookup
+from lightning_cf.network.structure import Entries, Structure, lookup
 
 FREE = -1
 

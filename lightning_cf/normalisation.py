@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from torch.utils._pytree import tree_structure as structure_of_tree
 
 from lightning_cf.ledger import FREE
-from lightning_cf.reductions import Reduction
+from lightning_cf.network.tracing.reductions import Reduction
 
 _PLAN = "_levels"
 

@@ -17,9 +17,9 @@ from lightning_cf.errors import (
     check_number,
     check_share,
 )
+from lightning_cf.network.structure import Structure, UnitGroup
 from lightning_cf.partition import CLUSTERS, REPRESENTATIVES, Clusters, Representative
 from lightning_cf.similarity import PairMeasure
-from lightning_cf.structure import Structure, UnitGroup
 
 Measure = Literal["weight", "update", "activation"] | PairMeasure
 MEASURES = ("weight", "update", "activation")

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from lightning_cf.network.structure import UnitGroup
 from lightning_cf.partition import Partition
 from lightning_cf.similarity import Similarity
-from lightning_cf.structure import UnitGroup
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.structure import Structure, layer_of
+from lightning_cf.network.structure import Structure, layer_of
 from lightning_cf.utilities.hooks import Hook
 
 MASKED = -1

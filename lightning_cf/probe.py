@@ -17,7 +17,7 @@ from lightning_cf.blame import first_moved
 from lightning_cf.errors import LeakError
 from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.levels import Levels
-from lightning_cf.structure import (
+from lightning_cf.network.structure import (
     LAYERS,
     Forward,
     Structure,
@@ -29,8 +29,8 @@ from lightning_cf.structure import (
     same_state,
     samples,
 )
+from lightning_cf.network.ways import running_way
 from lightning_cf.utilities.randomness import keyed_generator, seed_torch
-from lightning_cf.ways import running_way
 
 SHAKEN = 2**24
 """How many entries of one tensor are randomised at once, whole rows of it; bounds the memory that a probe takes."""

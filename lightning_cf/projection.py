@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.structure import UnitGroup
+from lightning_cf.network.structure import UnitGroup
 from lightning_cf.subspace import exact_dtype
 
 

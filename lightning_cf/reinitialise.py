@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_cf.ledger import FREE, NeuronLedger
-from lightning_cf.structure import Structure
+from lightning_cf.network.structure import Structure
 from lightning_cf.utilities.randomness import derive_seed, seed_torch
 
 

@@ -12,8 +12,8 @@ import torch
 from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.evaluation import Scorer, judge, predict
 from lightning_cf.lightning_api import LightningModule, isolate_rng
+from lightning_cf.network.structure import eval_mode, same_state
 from lightning_cf.reading import samples_in
-from lightning_cf.structure import eval_mode, same_state
 from lightning_cf.targets import finite, strange
 from lightning_cf.tasks import Task, supervised
 from lightning_cf.training_batches import first_batch, settle

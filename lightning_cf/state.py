@@ -19,20 +19,29 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, DivergenceError, StructureError, StructureWarning, check_kind, warn
 from lightning_cf.evaluation import on_device
-from lightning_cf.finite import Snapshot, described, in_forward_order, infinite_on_purpose, not_finite
-from lightning_cf.foreign_heads import check_foreign_heads
 from lightning_cf.ledger import Isolation, NeuronLedger
 from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
+from lightning_cf.network.finite import Snapshot, described, in_forward_order, infinite_on_purpose, not_finite
+from lightning_cf.network.foreign_heads import check_foreign_heads
+from lightning_cf.network.structure import (
+    Forward,
+    Structure,
+    UnitGroup,
+    call,
+    eval_mode,
+    named_tensors,
+    same_state,
+    samples,
+)
+from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.ways import Ways
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.outcome import Outcome
 from lightning_cf.outputs import OutputView, head_of, heads_of
-from lightning_cf.structure import Forward, Structure, UnitGroup, call, eval_mode, named_tensors, same_state, samples
 from lightning_cf.subspace import GivenSubspace, Subspace
 from lightning_cf.targets import checked_pair
 from lightning_cf.tasks import Task, required_arguments, supervised
-from lightning_cf.tracing import trace
 from lightning_cf.training_batches import first_batch
-from lightning_cf.ways import Ways
 
 _ATTRIBUTE = "_continual_state"
 _PENDING = "_continual_ledger"

@@ -18,6 +18,7 @@ from lightning_cf.fingerprints import keep_fingerprints
 from lightning_cf.inferring import remember_task
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
+from lightning_cf.network.structure import eval_mode, named_tensors
 from lightning_cf.options import PartitionOptions
 from lightning_cf.probe import probe
 from lightning_cf.reading import samples_in
@@ -25,7 +26,6 @@ from lightning_cf.recording import TaskFolders
 from lightning_cf.reinitialise import reinitialise_free
 from lightning_cf.scoring_check import warn_of_constant
 from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
-from lightning_cf.structure import eval_mode, named_tensors
 from lightning_cf.tasks import Task
 from lightning_cf.training_batches import training_batches
 from lightning_cf.utilities.randomness import derive_seed, seed_torch

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from lightning_cf.structure import Structure
+from lightning_cf.network.structure import Structure
 
 FEWEST = 4
 """Zeros in a tensor that are no accident."""

@@ -11,7 +11,7 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import predict
 from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.loaders import pairs_in
-from lightning_cf.structure import eval_mode
+from lightning_cf.network.structure import eval_mode
 from lightning_cf.tasks import Task, supervised
 
 

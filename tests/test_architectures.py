@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_cf import Classifier, ContinualError
 from lightning_cf.ledger import FREE
+from lightning_cf.network.structure import named_tensors
 from lightning_cf.state import state_of
-from lightning_cf.structure import named_tensors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no claim within the budget"),

@@ -20,8 +20,8 @@ from lightning_cf import (
 )
 from lightning_cf.claiming import PartitionWarning
 from lightning_cf.ledger import FREE
+from lightning_cf.network.structure import named_tensors
 from lightning_cf.state import keep_ledger, state_of
-from lightning_cf.structure import named_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
 

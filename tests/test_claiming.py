@@ -9,9 +9,9 @@ from torch import nn
 
 from lightning_cf.claiming import Claimer, PartitionWarning, warn_of_cost
 from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.network.structure import call
+from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.options import PartitionOptions
-from lightning_cf.structure import call
-from lightning_cf.tracing import trace
 
 
 class Bench:

@@ -10,9 +10,9 @@ from torch import nn
 
 from lightning_cf.directions import DirectionLearner
 from lightning_cf.freezing import Freezer
-from lightning_cf.structure import named_tensors
+from lightning_cf.network.structure import named_tensors
+from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.subspace import LearnedSubspace
-from lightning_cf.tracing import trace
 from lightning_cf.utilities.randomness import keyed_generator
 
 NAN = float("nan")

@@ -17,9 +17,9 @@ from lightning_cf import StructureError
 from lightning_cf.errors import StructureWarning
 from lightning_cf.exactness import check_exact
 from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.normalisation import Levels, make_owner_aware, nested_layer_norm, nested_rms_norm
 from lightning_cf.state import state_of
-from lightning_cf.tracing import trace
 
 WIDTH, EPS = 12, 1e-6
 

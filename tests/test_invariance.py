@@ -26,9 +26,9 @@ from lightning_cf import (
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.ledger import FREE
 from lightning_cf.models import MLP
+from lightning_cf.network.structure import named_tensors
 from lightning_cf.options import PartitionOptions
 from lightning_cf.state import state_of
-from lightning_cf.structure import named_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
 

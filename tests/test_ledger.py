@@ -6,8 +6,8 @@ from torch import nn
 
 from lightning_cf.errors import CapacityError, ContinualError
 from lightning_cf.ledger import CHECKPOINT_KEY, FREE, NeuronLedger
-from lightning_cf.structure import Entries, named_tensors
-from lightning_cf.tracing import trace
+from lightning_cf.network.structure import Entries, named_tensors
+from lightning_cf.network.tracing.tracer import trace
 
 
 def network():

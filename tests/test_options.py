@@ -16,8 +16,8 @@ from networks import build
 from torch import nn
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.options import MEASURES, PartitionKeywords, PartitionOptions
-from lightning_cf.tracing import trace
 
 
 def _label(value):

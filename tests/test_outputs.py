@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.outputs import OutputView, grow_head, head_of
-from lightning_cf.tracing import trace
 
 LOWEST = torch.finfo(torch.float32).min
 

@@ -25,9 +25,9 @@ from lightning_cf import (
     TaskInferenceCallback,
 )
 from lightning_cf.inferring import inference_of, predict_any, watch_task
+from lightning_cf.network.structure import named_tensors
 from lightning_cf.rehearsal import rehearse
 from lightning_cf.state import state_for, state_of
-from lightning_cf.structure import named_tensors
 from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, read
 from lightning_cf.task_inference.readout import Recorder
 from lightning_cf.task_inference.strategies import Strategy

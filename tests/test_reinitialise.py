@@ -7,8 +7,8 @@ from networks import build
 from torch import nn
 
 from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.reinitialise import reinitialise_free
-from lightning_cf.tracing import trace
 
 
 def prepared(make):

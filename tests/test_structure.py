@@ -6,8 +6,8 @@ import torch
 from networks import NETWORKS, build
 from torch import nn
 
-from lightning_cf.structure import NO_UNIT, Rows, eval_mode, lookup, named_tensors, samples
-from lightning_cf.tracing import trace
+from lightning_cf.network.structure import NO_UNIT, Rows, eval_mode, lookup, named_tensors, samples
+from lightning_cf.network.tracing.tracer import trace
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_cf import ContinualError
 from lightning_cf.ledger import NeuronLedger
+from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.task_inference import STRATEGIES, Sites, Strategy, TaskInference, View, read, register
 from lightning_cf.task_inference.autoencoder import InputAutoencoder
 from lightning_cf.task_inference.combined import Sum
@@ -21,7 +22,6 @@ from lightning_cf.task_inference.rotations import Rotations
 from lightning_cf.task_inference.statistics import InputSubspaces, LocalSubspaces, Mahalanobis, _local, _residual
 from lightning_cf.task_inference.trained import heads_of
 from lightning_cf.task_inference.variants import VARIANTS
-from lightning_cf.tracing import trace
 
 
 def view(samples=40, inputs=6, hidden=(5, 4), classes=2, seed=0):

@@ -12,9 +12,9 @@ from torch.nn.utils import parametrizations
 
 from lightning_cf.errors import LeakError, StructureError
 from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.network.structure import NO_UNIT, named_tensors
+from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.probe import probe
-from lightning_cf.structure import NO_UNIT, named_tensors
-from lightning_cf.tracing import trace
 
 
 def half_owned(structure, seed):

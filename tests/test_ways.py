@@ -34,11 +34,11 @@ from lightning_cf.errors import FrozenWarning, StructureError
 from lightning_cf.exactness import check_exact
 from lightning_cf.ledger import FREE
 from lightning_cf.models import MLP
+from lightning_cf.network.structure import named_tensors
 from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.probe import probe
 from lightning_cf.reinitialise import reinitialise_free
 from lightning_cf.state import keep_ledger, state_for, state_of
-from lightning_cf.structure import named_tensors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no claim within the budget"),

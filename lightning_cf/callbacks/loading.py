@@ -11,9 +11,9 @@ from lightning_cf.errors import ContinualError, LedgerWarning, warn
 from lightning_cf.fingerprints import Difference, differences
 from lightning_cf.ledger import NeuronLedger
 from lightning_cf.lightning_api import LightningModule, isolate_rng
+from lightning_cf.network.structure import Structure, named_tensors
 from lightning_cf.outputs import fit_head
 from lightning_cf.state import keep_ledger, ledger_of
-from lightning_cf.structure import Structure, named_tensors
 from lightning_cf.traces import rows_cut_off
 
 OTHER = 0.5

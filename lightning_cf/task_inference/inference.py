@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.finite import not_finite, rows_finite
+from lightning_cf.network.finite import not_finite, rows_finite
 from lightning_cf.task_inference.combined import STRATEGIES
 from lightning_cf.task_inference.readout import Readout, View, read
 from lightning_cf.task_inference.sites import Sites, kept

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_cf.claim_folding import consumers, input_units
 from lightning_cf.ledger import FREE, NeuronLedger
-from lightning_cf.structure import NO_UNIT, Structure, layer_of
+from lightning_cf.network.structure import NO_UNIT, Structure, layer_of
 
 DEPTH = 2
 """How many layers of a chain are kept."""

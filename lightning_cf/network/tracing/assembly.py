@@ -10,9 +10,9 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from lightning_cf.errors import StructureError
-from lightning_cf.labels import NONE, Units, compress
-from lightning_cf.shadows import UNUSED, Origin
-from lightning_cf.structure import NO_UNIT, Entries, Mixing, Role, Rows, Structure, UnitGroup, layer_of
+from lightning_cf.network.structure import NO_UNIT, Entries, Mixing, Role, Rows, Structure, UnitGroup, layer_of
+from lightning_cf.network.tracing.labels import NONE, Units, compress
+from lightning_cf.network.tracing.shadows import UNUSED, Origin
 
 
 @dataclass(frozen=True)

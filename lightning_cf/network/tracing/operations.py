@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from lightning_cf.rules.call import Rule
-from lightning_cf.rules.contractions import bilinear, contract, convolution, embedding
-from lightning_cf.rules.elementwise import as_complex, as_real, constant, fill, glu, pointwise, state
-from lightning_cf.rules.mixtures import along, col2im, sample, scatter, unpool, weight_norm, windows
-from lightning_cf.rules.movements import move
-from lightning_cf.rules.norms import batch_norm, group_norm, layer_norm
-from lightning_cf.rules.unknown import read, unite
+from lightning_cf.network.tracing.rules.call import Rule
+from lightning_cf.network.tracing.rules.contractions import bilinear, contract, convolution, embedding
+from lightning_cf.network.tracing.rules.elementwise import as_complex, as_real, constant, fill, glu, pointwise, state
+from lightning_cf.network.tracing.rules.mixtures import along, col2im, sample, scatter, unpool, weight_norm, windows
+from lightning_cf.network.tracing.rules.movements import move
+from lightning_cf.network.tracing.rules.norms import batch_norm, group_norm, layer_norm
+from lightning_cf.network.tracing.rules.unknown import read, unite
 
 aten = torch.ops.aten
 

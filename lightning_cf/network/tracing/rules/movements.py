@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.rules.call import Call, Rule, Tracer
-from lightning_cf.rules.unknown import unite
-from lightning_cf.shadows import Origin, Shadow
+from lightning_cf.network.tracing.rules.call import Call, Rule, Tracer
+from lightning_cf.network.tracing.rules.unknown import unite
+from lightning_cf.network.tracing.shadows import Origin, Shadow
 
 
 def move(index: str | None = None) -> Rule:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_cf.labels import NONE, sole_along
-from lightning_cf.rules.call import Call, Tracer
-from lightning_cf.shadows import Shadow, laid_out_like
+from lightning_cf.network.tracing.labels import NONE, sole_along
+from lightning_cf.network.tracing.rules.call import Call, Tracer
+from lightning_cf.network.tracing.shadows import Shadow, laid_out_like
 
 
 def batch_norm(tracer: Tracer, call: Call) -> None:

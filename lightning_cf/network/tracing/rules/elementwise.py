@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_cf.rules.call import Call, Tracer
-from lightning_cf.shadows import Origin, Shadow, laid_out_like
-from lightning_cf.structure import Role
+from lightning_cf.network.structure import Role
+from lightning_cf.network.tracing.rules.call import Call, Tracer
+from lightning_cf.network.tracing.shadows import Origin, Shadow, laid_out_like
 
 aten = torch.ops.aten
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.labels import NONE, Labels, Units
-from lightning_cf.reductions import Reduction
-from lightning_cf.rules.call import aten
-from lightning_cf.shadows import Level, Shadows
+from lightning_cf.network.tracing.labels import NONE, Labels, Units
+from lightning_cf.network.tracing.reductions import Reduction
+from lightning_cf.network.tracing.rules.call import aten
+from lightning_cf.network.tracing.shadows import Level, Shadows
 
 
 @dataclass

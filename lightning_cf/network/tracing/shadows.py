@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cf.labels import NONE, Labels, sole
+from lightning_cf.network.tracing.labels import NONE, Labels, sole
 
 UNUSED = -1
 """Stands for an entry of which nothing is known."""

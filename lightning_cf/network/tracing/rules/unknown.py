@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from lightning_cf.labels import NONE
-from lightning_cf.rules.call import Call, Tracer
-from lightning_cf.rules.elementwise import constant
-from lightning_cf.shadows import Shadow, laid_out_like
+from lightning_cf.network.tracing.labels import NONE
+from lightning_cf.network.tracing.rules.call import Call, Tracer
+from lightning_cf.network.tracing.rules.elementwise import constant
+from lightning_cf.network.tracing.shadows import Shadow, laid_out_like
 
 
 def unite(tracer: Tracer, call: Call) -> None:

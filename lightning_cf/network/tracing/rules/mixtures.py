@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_cf.labels import NONE
-from lightning_cf.rules.call import Call, Rule, Tracer
-from lightning_cf.rules.elementwise import joined_origins
-from lightning_cf.rules.unknown import unite
-from lightning_cf.shadows import Shadow, laid_out_like
+from lightning_cf.network.tracing.labels import NONE
+from lightning_cf.network.tracing.rules.call import Call, Rule, Tracer
+from lightning_cf.network.tracing.rules.elementwise import joined_origins
+from lightning_cf.network.tracing.rules.unknown import unite
+from lightning_cf.network.tracing.shadows import Shadow, laid_out_like
 
 
 def along(argument: str = "dim", *, keeps: bool = False) -> Rule:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_cf.labels import Units
-from lightning_cf.shadows import Shadows
-from lightning_cf.structure import Role
+from lightning_cf.network.structure import Role
+from lightning_cf.network.tracing.labels import Units
+from lightning_cf.network.tracing.shadows import Shadows
 
 aten = torch.ops.aten
 

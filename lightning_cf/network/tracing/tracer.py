@@ -24,19 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.assembly import Found, Use, assemble
 from lightning_cf.errors import StructureError
-from lightning_cf.labels import NONE, Units, sole_along
-from lightning_cf.normalisation import make_owner_aware, owner_aware_norms
-from lightning_cf.operations import is_movement, rule_of
-from lightning_cf.reaching import WHOLE, Reaching
-from lightning_cf.reductions import Reduction
-from lightning_cf.rules.call import Call
-from lightning_cf.rules.elementwise import pointwise
-from lightning_cf.rules.formulas import Formulas
-from lightning_cf.rules.norms import by_owners, normalise
-from lightning_cf.shadows import Origin, Pending, Shadow, Shadows, laid_out_like
-from lightning_cf.structure import (
+from lightning_cf.network.structure import (
     LAYERS,
     Forward,
     Role,
@@ -47,7 +36,18 @@ from lightning_cf.structure import (
     same_state,
     samples,
 )
-from lightning_cf.ways import running_way, ways_of
+from lightning_cf.network.tracing.assembly import Found, Use, assemble
+from lightning_cf.network.tracing.labels import NONE, Units, sole_along
+from lightning_cf.network.tracing.operations import is_movement, rule_of
+from lightning_cf.network.tracing.reaching import WHOLE, Reaching
+from lightning_cf.network.tracing.reductions import Reduction
+from lightning_cf.network.tracing.rules.call import Call
+from lightning_cf.network.tracing.rules.elementwise import pointwise
+from lightning_cf.network.tracing.rules.formulas import Formulas
+from lightning_cf.network.tracing.rules.norms import by_owners, normalise
+from lightning_cf.network.tracing.shadows import Origin, Pending, Shadow, Shadows, laid_out_like
+from lightning_cf.network.ways import running_way, ways_of
+from lightning_cf.normalisation import make_owner_aware, owner_aware_norms
 
 
 def trace(

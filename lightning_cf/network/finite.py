@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from lightning_cf.errors import DivergenceError
 from lightning_cf.ledger import FREE, NeuronLedger
+from lightning_cf.network.structure import Structure, layer_of, lookup, named_tensors
 from lightning_cf.reinitialise import reinitialise_free
-from lightning_cf.structure import Structure, layer_of, lookup, named_tensors
 
 _MULTIPLIED = {"weight", "scale", "statistic"}
 """What a tensor is where a number that is not finite makes outputs that are none; masks may well hold -inf."""

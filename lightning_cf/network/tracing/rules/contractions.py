@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_cf.labels import NONE
-from lightning_cf.rules.call import Call, Rule, Tracer
-from lightning_cf.rules.unknown import unite
+from lightning_cf.network.tracing.labels import NONE
+from lightning_cf.network.tracing.rules.call import Call, Rule, Tracer
+from lightning_cf.network.tracing.rules.unknown import unite
 
 
 def contract(first: str, second: str, bias: str | None = None) -> Rule:
