@@ -16,9 +16,9 @@ from lightning_cf.errors import (
     StructureError,
     StructureWarning,
 )
-from lightning_cf.ledger import NeuronLedger
 from lightning_cf.models import Classifier
 from lightning_cf.module import ContinualModule
+from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.perturbation import Ablate, Affine, Compose, InSubspace, Mixture, Noise, Resample
 from lightning_cf.records import PartitionRecord
 from lightning_cf.result import Result

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.freezing import FrozenEntries
 from lightning_cf.lightning_api import LightningModule, StochasticWeightAveraging, Trainer, WeightAveraging
 from lightning_cf.network.structure import named_tensors
+from lightning_cf.ownership.freezing import FrozenEntries
 
 
 def check_averaging(trainer: Trainer, module: LightningModule) -> None:

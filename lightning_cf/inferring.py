@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning, warn
 from lightning_cf.evaluation import forward_context, on_device, predict
-from lightning_cf.ledger import NeuronLedger
 from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
 from lightning_cf.network.finite import rows_finite
 from lightning_cf.network.structure import call, in_precision_of
+from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.state import ContinualState, ledger_of
 from lightning_cf.targets import one_hot_labels
 from lightning_cf.task_inference import STRATEGIES, Known, Prediction, Sites, TaskInference, View

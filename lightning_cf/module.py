@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_cf.errors import ContinualError, LedgerWarning, check_kind, warn
 from lightning_cf.inferring import predict_any
-from lightning_cf.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.lightning_api import Callback, LightningModule, check_same_lightning
+from lightning_cf.ownership.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.state import keep_ledger, ledger_of, state_for
 from lightning_cf.task_inference import Prediction
 from lightning_cf.tasks import Task

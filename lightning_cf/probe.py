@@ -15,8 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_cf.blame import first_moved
 from lightning_cf.errors import LeakError
-from lightning_cf.ledger import FREE, NeuronLedger
-from lightning_cf.levels import Levels
 from lightning_cf.network.structure import (
     LAYERS,
     Forward,
@@ -30,6 +28,8 @@ from lightning_cf.network.structure import (
     samples,
 )
 from lightning_cf.network.ways import running_way
+from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.levels import Levels
 from lightning_cf.utilities.randomness import keyed_generator, seed_torch
 
 SHAKEN = 2**24

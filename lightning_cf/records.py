@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_cf.errors import ContinualError, check_path
-from lightning_cf.ledger import Isolation
+from lightning_cf.ownership.ledger import Isolation
 from lightning_cf.partition import Partition
 from lightning_cf.similarity import Similarity
 from lightning_cf.stored_similarity import StoredSimilarity, damaged, read_array, write_array, write_tiles

@@ -16,10 +16,10 @@ from torch import Tensor
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import forward_context, on_device, predict
 from lightning_cf.inferring import Kept, input_of, positions_of, view_of, watch_task, why_no_labels
-from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.network.finite import rows_finite
 from lightning_cf.network.structure import call, eval_mode, same_state
+from lightning_cf.ownership.ledger import FREE, NeuronLedger
 from lightning_cf.state import ContinualState
 from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference, View, read
 from lightning_cf.task_inference.inference import variants_of

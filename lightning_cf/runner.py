@@ -35,9 +35,9 @@ from lightning_cf.identity import (
 )
 from lightning_cf.inferring import highest_output, inference_of
 from lightning_cf.joint import JointTask, blaming_joint_batches
-from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer, isolate_rng
 from lightning_cf.module import ContinualModule
+from lightning_cf.ownership.ledger import ISOLATIONS, Isolation
 from lightning_cf.precision import check_inputs
 from lightning_cf.preflight import (
     check_classes,

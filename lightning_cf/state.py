@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, DivergenceError, StructureError, StructureWarning, check_kind, warn
 from lightning_cf.evaluation import on_device
-from lightning_cf.ledger import Isolation, NeuronLedger
 from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
 from lightning_cf.network.finite import Snapshot, described, in_forward_order, infinite_on_purpose, not_finite
 from lightning_cf.network.foreign_heads import check_foreign_heads
@@ -35,9 +34,10 @@ from lightning_cf.network.structure import (
 )
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.network.ways import Ways
-from lightning_cf.normalisation import make_owner_aware
 from lightning_cf.outcome import Outcome
-from lightning_cf.outputs import OutputView, head_of, heads_of
+from lightning_cf.ownership.ledger import Isolation, NeuronLedger
+from lightning_cf.ownership.output_view import OutputView, head_of, heads_of
+from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 from lightning_cf.subspace import GivenSubspace, Subspace
 from lightning_cf.targets import checked_pair
 from lightning_cf.tasks import Task, required_arguments, supervised

@@ -14,16 +14,16 @@ from lightning_cf.claim_folding import cut_claimed
 from lightning_cf.claiming import Claimer, warn_of_cost
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import judge, predict
-from lightning_cf.fingerprints import keep_fingerprints
 from lightning_cf.inferring import remember_task
-from lightning_cf.ledger import NeuronLedger
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.network.structure import eval_mode, named_tensors
 from lightning_cf.options import PartitionOptions
+from lightning_cf.ownership.fingerprints import keep_fingerprints
+from lightning_cf.ownership.fresh_start import reinitialise_free
+from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.probe import probe
 from lightning_cf.reading import samples_in
 from lightning_cf.recording import TaskFolders
-from lightning_cf.reinitialise import reinitialise_free
 from lightning_cf.scoring_check import warn_of_constant
 from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.tasks import Task

@@ -19,8 +19,8 @@ from lightning_cf import (
     Task,
 )
 from lightning_cf.claiming import PartitionWarning
-from lightning_cf.ledger import FREE
 from lightning_cf.network.structure import named_tensors
+from lightning_cf.ownership.ledger import FREE
 from lightning_cf.state import keep_ledger, state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")

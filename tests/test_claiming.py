@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from lightning_cf.claiming import Claimer, PartitionWarning, warn_of_cost
-from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.network.structure import call
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.options import PartitionOptions
+from lightning_cf.ownership.ledger import FREE, NeuronLedger
 
 
 class Bench:

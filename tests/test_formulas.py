@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from lightning_cf import StructureError
 from lightning_cf.errors import StructureWarning
 from lightning_cf.exactness import check_exact
-from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.network.tracing.tracer import trace
-from lightning_cf.normalisation import Levels, make_owner_aware, nested_layer_norm, nested_rms_norm
+from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.owner_aware_norms import Levels, make_owner_aware, nested_layer_norm, nested_rms_norm
 from lightning_cf.state import state_of
 
 WIDTH, EPS = 12, 1e-6
@@ -216,7 +216,7 @@ def test_compiled_code_takes_them_by_owners_too():
     script = """
 import torch
 from torch import nn
-from lightning_cf.normalisation import make_owner_aware
+from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 
 class Norm(nn.Module):
     def forward(self, x):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_cf.ledger import FREE, NO_OWNER
-from lightning_cf.normalisation import (
+from lightning_cf.ownership.ledger import FREE, NO_OWNER
+from lightning_cf.ownership.owner_aware_norms import (
     Levels,
     make_owner_aware,
     nested_group_norm,
@@ -201,7 +201,7 @@ def test_the_fused_transformer_layer_is_not_used(masked):
 def test_it_compiles():
     script = """
 import torch
-from lightning_cf.normalisation import make_owner_aware
+from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 norm, x = torch.nn.LayerNorm(8), torch.randn(4, 8)
 make_owner_aware(norm, {"": torch.tensor([0, 0, 0, 1, 1, -1, -1, -1])})
 assert torch.equal(torch.compile(norm, backend="eager", fullgraph=True)(x), norm(x))

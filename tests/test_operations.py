@@ -12,10 +12,10 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_cf.exactness import check_exact
-from lightning_cf.ledger import NeuronLedger
 from lightning_cf.network.structure import NO_UNIT
 from lightning_cf.network.tracing.operations import TABLE
 from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.ownership.ledger import NeuronLedger
 
 pytestmark = pytest.mark.filterwarnings("ignore:index_reduce")  # a beta function of torch, which says so once a process
 

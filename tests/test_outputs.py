@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.tracing.tracer import trace
-from lightning_cf.outputs import OutputView, grow_head, head_of
+from lightning_cf.ownership.output_view import OutputView, grow_head, head_of
 
 LOWEST = torch.finfo(torch.float32).min
 

@@ -6,9 +6,9 @@ import torch
 from networks import build
 from torch import nn
 
-from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.network.tracing.tracer import trace
-from lightning_cf.reinitialise import reinitialise_free
+from lightning_cf.ownership.fresh_start import reinitialise_free
+from lightning_cf.ownership.ledger import FREE, NeuronLedger
 
 
 def prepared(make):

@@ -29,8 +29,8 @@ from lightning_cf import (
 )
 from lightning_cf.data import permuted_tasks
 from lightning_cf.evaluation import evaluate
-from lightning_cf.ledger import FREE
 from lightning_cf.models import MLP
+from lightning_cf.ownership.ledger import FREE
 from lightning_cf.state import state_of
 from lightning_cf.steps import synchronise, weights_sha256
 

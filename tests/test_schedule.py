@@ -57,7 +57,7 @@ def record(module, key):
 @pytest.fixture
 def seals(monkeypatch):
     """How often each task was sealed."""
-    from lightning_cf.ledger import NeuronLedger
+    from lightning_cf.ownership.ledger import NeuronLedger
 
     names, seal = [], NeuronLedger.seal
 

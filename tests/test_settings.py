@@ -27,7 +27,7 @@ from lightning_cf import (
     PartitionCallback,
     Task,
 )
-from lightning_cf.ledger import FREE
+from lightning_cf.ownership.ledger import FREE
 from lightning_cf.state import state_of
 
 pytestmark = [

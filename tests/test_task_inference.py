@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_cf import ContinualError
-from lightning_cf.ledger import NeuronLedger
 from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.task_inference import STRATEGIES, Sites, Strategy, TaskInference, View, read, register
 from lightning_cf.task_inference.autoencoder import InputAutoencoder
 from lightning_cf.task_inference.combined import Sum

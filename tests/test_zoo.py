@@ -12,9 +12,9 @@ from torch.func import functional_call
 
 from lightning_cf.errors import StructureError
 from lightning_cf.exactness import check_exact
-from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.network.tracing.tracer import trace
-from lightning_cf.normalisation import make_owner_aware
+from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_cf.errors.StructureWarning"),

@@ -12,9 +12,9 @@ from lightning_cf.callbacks.session import ContinualCallback
 from lightning_cf.directions import DirectionLearner
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, check_count
-from lightning_cf.ledger import FREE
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.network.structure import named_tensors
+from lightning_cf.ownership.ledger import FREE
 from lightning_cf.perturbation import Perturbation, Resample, check_perturbation
 from lightning_cf.state import ContinualState, state_of
 from lightning_cf.subspace import LearnedSubspace, Subspace, check_subspace

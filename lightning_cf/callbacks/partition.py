@@ -25,10 +25,10 @@ from lightning_cf.errors import (
     warn,
 )
 from lightning_cf.exactness import check_exact
-from lightning_cf.ledger import ISOLATIONS, Isolation
 from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
 from lightning_cf.network.structure import named_tensors
 from lightning_cf.options import PartitionKeywords, PartitionOptions
+from lightning_cf.ownership.ledger import ISOLATIONS, Isolation
 from lightning_cf.recording import TaskFolders
 from lightning_cf.scoring_check import check_scoring
 from lightning_cf.state import ContinualState, ledger_of, state_for, state_of

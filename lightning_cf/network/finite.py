@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_cf.errors import DivergenceError
-from lightning_cf.ledger import FREE, NeuronLedger
 from lightning_cf.network.structure import Structure, layer_of, lookup, named_tensors
-from lightning_cf.reinitialise import reinitialise_free
+from lightning_cf.ownership.fresh_start import reinitialise_free
+from lightning_cf.ownership.ledger import FREE, NeuronLedger
 
 _MULTIPLIED = {"weight", "scale", "statistic"}
 """What a tensor is where a number that is not finite makes outputs that are none; masks may well hold -inf."""

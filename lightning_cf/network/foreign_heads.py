@@ -9,7 +9,7 @@ from torch import nn
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.structure import Forward, Structure, call
 from lightning_cf.network.tracing.tracer import steps
-from lightning_cf.outputs import column_axis, head_columns, is_known
+from lightning_cf.ownership.output_view import column_axis, head_columns, is_known
 
 
 def check_foreign_heads(module: nn.Module, structure: Structure, example: Any, forward: Forward = call) -> None:

@@ -47,7 +47,7 @@ from lightning_cf.network.tracing.rules.formulas import Formulas
 from lightning_cf.network.tracing.rules.norms import by_owners, normalise
 from lightning_cf.network.tracing.shadows import Origin, Pending, Shadow, Shadows, laid_out_like
 from lightning_cf.network.ways import running_way, ways_of
-from lightning_cf.normalisation import make_owner_aware, owner_aware_norms
+from lightning_cf.ownership.owner_aware_norms import make_owner_aware, owner_aware_norms
 
 
 def trace(

@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_unflatten
 from torch.utils._pytree import tree_structure as structure_of_tree
 
-from lightning_cf.ledger import FREE
 from lightning_cf.network.tracing.reductions import Reduction
+from lightning_cf.ownership.ledger import FREE
 
 _PLAN = "_levels"
 

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from lightning_cf.errors import CapacityError, ContinualError, check_list, check_path
-from lightning_cf.levels import FREE as FREE
-from lightning_cf.levels import Levels
 from lightning_cf.network.structure import NO_UNIT, Entries, Structure, lookup
+from lightning_cf.ownership.levels import FREE as FREE
+from lightning_cf.ownership.levels import Levels
 from lightning_cf.utilities.files import load_tensors
 
 NO_OWNER = -2
