@@ -16,11 +16,11 @@ from common import write_section
 from torch import nn
 
 from lightning_cf.claiming import Claimer
+from lightning_cf.exactness.probe import probe
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.options import PartitionOptions
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.partition import TILE, partition, partition_into
-from lightning_cf.probe import probe
 from lightning_cf.similarity import Similarity
 
 MIB = 2**20

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightning_cf import StructureError
 from lightning_cf.errors import StructureWarning
-from lightning_cf.exactness import check_exact
+from lightning_cf.exactness.check import check_exact
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.ownership.ledger import FREE, NeuronLedger
 from lightning_cf.ownership.owner_aware_norms import Levels, make_owner_aware, nested_layer_norm, nested_rms_norm

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_cf.exactness import check_exact
+from lightning_cf.exactness.check import check_exact
 from lightning_cf.network.structure import NO_UNIT
 from lightning_cf.network.tracing.operations import TABLE
 from lightning_cf.network.tracing.tracer import trace

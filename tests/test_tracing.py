@@ -11,10 +11,10 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
 from lightning_cf.errors import LeakError, StructureError
+from lightning_cf.exactness.probe import probe
 from lightning_cf.network.structure import NO_UNIT, named_tensors
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.ownership.ledger import FREE, NeuronLedger
-from lightning_cf.probe import probe
 
 
 def half_owned(structure, seed):

@@ -24,7 +24,7 @@ from lightning_cf.errors import (
     check_text,
     warn,
 )
-from lightning_cf.exactness import check_exact
+from lightning_cf.exactness.check import check_exact
 from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
 from lightning_cf.network.structure import named_tensors
 from lightning_cf.options import PartitionKeywords, PartitionOptions

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import StructureError, StructureWarning, warn
+from lightning_cf.exactness.probe import Leak, first_leak, replaced
+from lightning_cf.exactness.readings import OPERATIONS, decides_nothing
 from lightning_cf.network.structure import Forward, Mixing, Structure, call, layer_of, samples
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.ownership.ledger import FREE, NeuronLedger, TaskEntry
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
-from lightning_cf.probe import Leak, first_leak, replaced
-from lightning_cf.readings import OPERATIONS, decides_nothing
 from lightning_cf.utilities.randomness import keyed_generator
 
 DRAWS = 2

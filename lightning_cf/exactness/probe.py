@@ -13,8 +13,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.blame import first_moved
 from lightning_cf.errors import LeakError
+from lightning_cf.exactness.blame import first_moved
 from lightning_cf.network.structure import (
     LAYERS,
     Forward,
