@@ -62,7 +62,7 @@ def run(make, seed: int, *, aware: bool) -> tuple[float, float]:
     tasks = split_tasks(digits(), batch_size=32)
     with ExitStack() as stack:
         if not aware:  # norms stay plain: what is claimed goes on depending on what is free, and nobody looks
-            stack.enter_context(patch("lightning_cf.claiming.make_owner_aware", lambda *_: None))
+            stack.enter_context(patch("lightning_cf.partition.claim.make_owner_aware", lambda *_: None))
             stack.enter_context(patch("lightning_cf.steps.probe", lambda *_: None))
         first = 0.0
         for task in tasks:

@@ -15,13 +15,13 @@ import torch
 from common import write_section
 from torch import nn
 
-from lightning_cf.claiming import Claimer
 from lightning_cf.exactness.probe import probe
 from lightning_cf.network.tracing.tracer import trace
-from lightning_cf.options import PartitionOptions
 from lightning_cf.ownership.ledger import NeuronLedger
-from lightning_cf.partition import TILE, partition, partition_into
-from lightning_cf.similarity import Similarity
+from lightning_cf.partition.claim import Claimer
+from lightning_cf.partition.clusters import TILE, partition, partition_into
+from lightning_cf.partition.options import PartitionOptions
+from lightning_cf.partition.similarity import Similarity
 
 MIB = 2**20
 

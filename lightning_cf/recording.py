@@ -10,9 +10,9 @@ from torch import nn
 
 from lightning_cf.errors import ContinualError, RunWarning, warn
 from lightning_cf.network.structure import Structure, named_tensors
-from lightning_cf.options import PartitionOptions
-from lightning_cf.outcome import Outcome
 from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.partition.options import PartitionOptions
+from lightning_cf.partition.outcome import Outcome
 from lightning_cf.records import LayerRecord, PartitionRecord, complete_record
 
 

@@ -34,10 +34,10 @@ from lightning_cf.network.structure import (
 )
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.network.ways import Ways
-from lightning_cf.outcome import Outcome
 from lightning_cf.ownership.ledger import Isolation, NeuronLedger
 from lightning_cf.ownership.output_view import OutputView, head_of, heads_of
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
+from lightning_cf.partition.outcome import Outcome
 from lightning_cf.subspace import GivenSubspace, Subspace
 from lightning_cf.targets import checked_pair
 from lightning_cf.tasks import Task, required_arguments, supervised

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_cf.claim_folding import cut_claimed
-from lightning_cf.claiming import Claimer, warn_of_cost
 from lightning_cf.errors import ContinualError
 from lightning_cf.evaluation import judge, predict
 from lightning_cf.exactness.probe import probe
 from lightning_cf.inferring import remember_task
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.network.structure import eval_mode, named_tensors
-from lightning_cf.options import PartitionOptions
 from lightning_cf.ownership.fingerprints import keep_fingerprints
 from lightning_cf.ownership.fresh_start import reinitialise_free
 from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.partition.claim import Claimer, warn_of_cost
+from lightning_cf.partition.folding import cut_claimed
+from lightning_cf.partition.options import PartitionOptions
 from lightning_cf.reading import samples_in
 from lightning_cf.recording import TaskFolders
 from lightning_cf.scoring_check import warn_of_constant

@@ -14,7 +14,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.similarity import Similarity
+from lightning_cf.partition.similarity import Similarity
 from lightning_cf.utilities.files import file_sha256, writing
 
 TILE = 1024

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.options import MEASURES
+from lightning_cf.partition.options import MEASURES
+from lightning_cf.partition.similarity import Similarity
 from lightning_cf.records import LayerRecord, PartitionRecord
-from lightning_cf.similarity import Similarity
 
 MOST_ARROWS, MOST_UNITS, MOST_BOUNDS = 400, 512, 40
 SAMPLE = 1024

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from lightning_cf import InvarianceCallback, MaskedGradientCallback, PartitionCallback, TaskInferenceCallback
-from lightning_cf.options import PartitionKeywords
+from lightning_cf.partition.options import PartitionKeywords
 from lightning_cf.perturbation import Perturbation
 
 CONF = Path(__file__).parent.parent / "conf"

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_cf import folding
-from lightning_cf.folding import InputRecorder, Moments, Sample, fold, input_moments
+from lightning_cf.partition.regression import InputRecorder, Moments, Sample, fold, input_moments
 
 CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 

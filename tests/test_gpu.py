@@ -11,8 +11,8 @@ from learning import NETWORKS, classifier, fit, own_logits, quiet_trainer, tasks
 from lightning_cf import ContinualModule, SequentialTaskRunner, TaskInferenceCallback
 from lightning_cf.cli import main
 from lightning_cf.inferring import inference_of
-from lightning_cf.partition import partition_into
-from lightning_cf.similarity import Similarity
+from lightning_cf.partition.clusters import partition_into
+from lightning_cf.partition.similarity import Similarity
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),

@@ -26,8 +26,8 @@ from lightning_cf import (
 from lightning_cf.disturbance import Disturbance
 from lightning_cf.models import MLP
 from lightning_cf.network.structure import named_tensors
-from lightning_cf.options import PartitionOptions
 from lightning_cf.ownership.ledger import FREE
+from lightning_cf.partition.options import PartitionOptions
 from lightning_cf.state import state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")

@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.tracing.tracer import trace
-from lightning_cf.options import MEASURES, PartitionKeywords, PartitionOptions
+from lightning_cf.partition.options import MEASURES, PartitionKeywords, PartitionOptions
 
 
 def _label(value):

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import connect, lead, magnitude, thresholds, unit_groups
 
-from lightning_cf.components import Forest, spanning_forest
 from lightning_cf.errors import ContinualError
-from lightning_cf.partition import (
+from lightning_cf.partition.clusters import (
     CLUSTERS,
     TILE,
     Partition,
@@ -17,7 +16,8 @@ from lightning_cf.partition import (
     partition,
     partition_into,
 )
-from lightning_cf.similarity import Similarity
+from lightning_cf.partition.similarity import Similarity
+from lightning_cf.partition.spanning_forest import Forest, spanning_forest
 
 
 @st.composite
@@ -35,7 +35,7 @@ def random_group(seed, units=30, inputs=3):
 
 def in_tiles_of(size):
     """Small tiles, and not more similarities kept than one has."""
-    return patch.multiple("lightning_cf.partition", TILE=size, KEPT=size)
+    return patch.multiple("lightning_cf.partition.clusters", TILE=size, KEPT=size)
 
 
 @given(cases())
@@ -97,7 +97,7 @@ def test_leaders_are_counted_as_they_lead(case, tile, most, measured):
     measure = (lambda v, b, w, c: -torch.cdist(v, w) - (b[:, None] - c).abs()) if measured else None
     s = Similarity(*group, bias_weight, measure).kept()
     near = -torch.tensor([0.0, 0.5, 1.0, 2.0]) if measured else torch.tensor([threshold, 0.9, 0.0, -1.0])
-    with patch("lightning_cf.partition.TILE", tile):
+    with patch("lightning_cf.partition.clusters.TILE", tile):
         count = _leader_counter(s, most)
         assert [count(float(t)) for t in near] == [len(_lead(s, float(t), most)[0]) for t in near]
 

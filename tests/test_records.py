@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from references import similarity as slow_similarity
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.partition import Partition
+from lightning_cf.partition.clusters import Partition
+from lightning_cf.partition.similarity import Similarity
 from lightning_cf.records import LayerRecord, PartitionRecord, complete_record
-from lightning_cf.similarity import Similarity
 
 ALL = slice(None)
 

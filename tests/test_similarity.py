@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from references import similarity, thresholds, unit_groups
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.partition import CLUSTERS, partition, partition_into
-from lightning_cf.similarity import Similarity
+from lightning_cf.partition.clusters import CLUSTERS, partition, partition_into
+from lightning_cf.partition.similarity import Similarity
 
 bias_weights = st.sampled_from([0.0, 0.5, 1.0])
 
@@ -209,7 +209,7 @@ def test_the_formula_given_as_a_measure_changes_nothing(group, bias_weight, data
         return torch.tensor(both, dtype=torch.float64)[: len(a), len(a) :]
 
     builtin = partition(Similarity(*group, bias_weight), threshold, limit=limit, clusters=clusters)
-    with patch("lightning_cf.partition.TILE", data.draw(st.sampled_from([2, 1024]))):
+    with patch("lightning_cf.partition.clusters.TILE", data.draw(st.sampled_from([2, 1024]))):
         found = partition(Similarity(*group, measure=formula), threshold, limit=limit, clusters=clusters)
     assert torch.equal(found.representative, builtin.representative)
 

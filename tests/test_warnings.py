@@ -13,8 +13,8 @@ from torch import nn
 
 import lightning_cf
 from lightning_cf import MaskedGradientCallback, SequentialTaskRunner, StructureWarning
-from lightning_cf.claiming import PartitionWarning
 from lightning_cf.errors import ContinualWarning, FrozenWarning
+from lightning_cf.partition.claim import PartitionWarning
 from lightning_cf.progress_bar import RunBar
 from lightning_cf.run_log import logged_warnings
 from lightning_cf.utilities.noting import noting

@@ -32,7 +32,7 @@ from lightning_cf import (
 )
 from lightning_cf.cli import main
 from lightning_cf.models import CNN, MLP, ResNet
-from lightning_cf.options import PartitionOptions
+from lightning_cf.partition.options import PartitionOptions
 
 pytestmark = [
     pytest.mark.usefixtures("unchecked", "somewhere"),

@@ -12,7 +12,6 @@ from lightning_cf.averaging import restart_averages, take_averages
 from lightning_cf.callbacks.best import discount_scores
 from lightning_cf.callbacks.divergence import look_at_outputs
 from lightning_cf.callbacks.session import ContinualCallback, task_of
-from lightning_cf.claiming import PartitionWarning, warn_of_cost
 from lightning_cf.errors import (
     ContinualError,
     check_choice,
@@ -27,8 +26,9 @@ from lightning_cf.errors import (
 from lightning_cf.exactness.check import check_exact
 from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
 from lightning_cf.network.structure import named_tensors
-from lightning_cf.options import PartitionKeywords, PartitionOptions
 from lightning_cf.ownership.ledger import ISOLATIONS, Isolation
+from lightning_cf.partition.claim import PartitionWarning, warn_of_cost
+from lightning_cf.partition.options import PartitionKeywords, PartitionOptions
 from lightning_cf.recording import TaskFolders
 from lightning_cf.scoring_check import check_scoring
 from lightning_cf.state import ContinualState, ledger_of, state_for, state_of
@@ -68,7 +68,7 @@ class PartitionCallback(ContinualCallback):
         ledger: a checkpoint whose ledger the module takes up where it has none, for a plain module whose weights were
             loaded from it (see ``keep_ledger``).
         options: how units are compared and how many are claimed, the fields of
-            :class:`~lightning_cf.options.PartitionOptions`: ``measure``, ``threshold``, ``tolerance``, ``min_claim``,
+            :class:`~lightning_cf.partition.options.PartitionOptions`: ``measure``, ``threshold``, ``tolerance``, ``min_claim``,
             ``max_claim``, ``reserve_tasks``, ``clusters``, ``representative``, ``fold``, ``reinitialise``, ``layers``,
             ``exclude``.
     """

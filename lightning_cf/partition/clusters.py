@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from lightning_cf.components import Forest, spanning_forest
 from lightning_cf.errors import ContinualError
-from lightning_cf.similarity import Similarity
+from lightning_cf.partition.similarity import Similarity
+from lightning_cf.partition.spanning_forest import Forest, spanning_forest
 
 Clusters = Literal["leader", "components"]
 CLUSTERS = ("leader", "components")

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from lightning_cf.folding import Moments, Sample, fold, input_moments
 from lightning_cf.network.structure import NO_UNIT, Entries, Structure, lookup
 from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.partition.regression import Moments, Sample, fold, input_moments
 
 Passes = Callable[[], Iterator[Callable[[], Any]]]
 """Gives forward passes over a task's data, one a batch."""

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lightning_cf.network.structure import UnitGroup
-from lightning_cf.partition import Partition
-from lightning_cf.similarity import Similarity
+from lightning_cf.partition.clusters import Partition
+from lightning_cf.partition.similarity import Similarity
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,18 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from lightning_cf.activations import unit_outputs
-from lightning_cf.claim_folding import Passes, consumer_moments, cut_claimed, fold_claimed
 from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning, warn
-from lightning_cf.folding import Moments, Sample
 from lightning_cf.network.structure import Structure, UnitGroup, layer_of, named_tensors
-from lightning_cf.options import PartitionOptions
-from lightning_cf.outcome import GroupOutcome, Outcome
 from lightning_cf.ownership.freezing import FrozenEntries
 from lightning_cf.ownership.ledger import FREE, NeuronLedger, Phase
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
-from lightning_cf.partition import Partition, partition, partition_into
-from lightning_cf.similarity import Similarity
+from lightning_cf.partition.clusters import Partition, partition, partition_into
+from lightning_cf.partition.folding import Passes, consumer_moments, cut_claimed, fold_claimed
+from lightning_cf.partition.options import PartitionOptions
+from lightning_cf.partition.outcome import GroupOutcome, Outcome
+from lightning_cf.partition.regression import Moments, Sample
+from lightning_cf.partition.similarity import Similarity
+from lightning_cf.partition.unit_outputs import unit_outputs
 from lightning_cf.utilities.randomness import keyed_generator
 
 

@@ -12,7 +12,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 from torch import Tensor
 
-from lightning_cf.similarity import Similarity
+from lightning_cf.partition.similarity import Similarity
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from lightning_cf.claim_folding import Passes, consumers, input_units
 from lightning_cf.errors import ContinualError
-from lightning_cf.folding import Features, InputRecorder, Inputs
 from lightning_cf.network.finite import rows_finite
 from lightning_cf.network.structure import Structure, UnitGroup
+from lightning_cf.partition.folding import Passes, consumers, input_units
+from lightning_cf.partition.regression import Features, InputRecorder, Inputs
 
 
 def unit_outputs(
