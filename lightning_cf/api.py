@@ -1,6 +1,5 @@
 """The public names, as ``lightning_cf`` gives them."""
 
-from lightning_cf.affine import Rotation, Scaling, Shear, Translation
 from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback, TaskInferenceCallback
 from lightning_cf.errors import (
     CapacityError,
@@ -16,10 +15,11 @@ from lightning_cf.errors import (
     StructureError,
     StructureWarning,
 )
+from lightning_cf.invariance.affine import Rotation, Scaling, Shear, Translation
+from lightning_cf.invariance.perturbations import Ablate, Affine, Compose, InSubspace, Mixture, Noise, Resample
 from lightning_cf.models import Classifier
 from lightning_cf.module import ContinualModule
 from lightning_cf.ownership.ledger import NeuronLedger
-from lightning_cf.perturbation import Ablate, Affine, Compose, InSubspace, Mixture, Noise, Resample
 from lightning_cf.records import PartitionRecord
 from lightning_cf.result import Result
 from lightning_cf.runner import SequentialTaskRunner

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, DivergenceError, StructureError, StructureWarning, check_kind, warn
 from lightning_cf.evaluation import on_device
+from lightning_cf.invariance.disturbance import Disturbance
 from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
 from lightning_cf.network.finite import Snapshot, described, in_forward_order, infinite_on_purpose, not_finite
 from lightning_cf.network.foreign_heads import check_foreign_heads

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_cf.affine import AffineMaps, Rotation, Scaling, Shear, Translation
 from lightning_cf.errors import ContinualError
-from lightning_cf.perturbation import Affine
+from lightning_cf.invariance.affine import AffineMaps, Rotation, Scaling, Shear, Translation
+from lightning_cf.invariance.perturbations import Affine
 from lightning_cf.utilities.randomness import keyed_generator
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 7))

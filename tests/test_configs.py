@@ -11,8 +11,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from lightning_cf import InvarianceCallback, MaskedGradientCallback, PartitionCallback, TaskInferenceCallback
+from lightning_cf.invariance.perturbations import Perturbation
 from lightning_cf.partition.options import PartitionKeywords
-from lightning_cf.perturbation import Perturbation
 
 CONF = Path(__file__).parent.parent / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))

@@ -7,12 +7,12 @@ from networks import NETWORKS, Wired, build, flat
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_cf.affine import Rotation
-from lightning_cf.disturbance import Disturbance
+from lightning_cf.invariance.affine import Rotation
+from lightning_cf.invariance.disturbance import Disturbance
+from lightning_cf.invariance.perturbations import Ablate, Affine, InSubspace, Noise, Resample
 from lightning_cf.network.structure import NO_UNIT, named_tensors
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.ownership.ledger import FREE, NeuronLedger
-from lightning_cf.perturbation import Ablate, Affine, InSubspace, Noise, Resample
 from lightning_cf.utilities.randomness import keyed_generator
 
 

@@ -23,7 +23,7 @@ from lightning_cf import (
     Rotation,
     TaskInferenceCallback,
 )
-from lightning_cf.disturbance import Disturbance
+from lightning_cf.invariance.disturbance import Disturbance
 from lightning_cf.models import MLP
 from lightning_cf.network.structure import named_tensors
 from lightning_cf.ownership.ledger import FREE

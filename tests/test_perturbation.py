@@ -6,9 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from lightning_cf.affine import Rotation, Scaling, Shear, Translation
 from lightning_cf.errors import ContinualError
-from lightning_cf.perturbation import Ablate, Affine, Compose, InSubspace, Mixture, Noise, Perturbation, Resample
+from lightning_cf.invariance.affine import Rotation, Scaling, Shear, Translation
+from lightning_cf.invariance.perturbations import (
+    Ablate,
+    Affine,
+    Compose,
+    InSubspace,
+    Mixture,
+    Noise,
+    Perturbation,
+    Resample,
+)
 from lightning_cf.utilities.randomness import keyed_generator
 
 PERTURBATIONS = [Resample(), Noise(), Noise(scale=0.1), Ablate()]

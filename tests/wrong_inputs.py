@@ -1101,7 +1101,7 @@ COMMANDS = [
     ("partition.monitor=null", "partition: monitor must be a text that is not blank, got None."),
     (
         "partition._target_=lightning_cf.Noise",
-        "partition: lightning_cf.perturbation.Noise cannot be made: Noise.__init__() got an",
+        "partition: lightning_cf.invariance.perturbations.Noise cannot be made: Noise.__init__() got an",
     ),
     ("partition=5", "Config group override must be a string or a list. Got int"),
     ("invariance.perturbation=5", "invariance: perturbation must be callable, such as Noise(scale=1.0), got 5."),

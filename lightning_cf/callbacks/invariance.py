@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lightning_cf.callbacks.session import ContinualCallback
 from lightning_cf.directions import DirectionLearner
-from lightning_cf.disturbance import Disturbance
 from lightning_cf.errors import ContinualError, check_count
+from lightning_cf.invariance.disturbance import Disturbance
+from lightning_cf.invariance.perturbations import Perturbation, Resample, check_perturbation
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.network.structure import named_tensors
 from lightning_cf.ownership.ledger import FREE
-from lightning_cf.perturbation import Perturbation, Resample, check_perturbation
 from lightning_cf.state import ContinualState, state_of
 from lightning_cf.subspace import LearnedSubspace, Subspace, check_subspace
 from lightning_cf.utilities.describing import describe, without_address
@@ -30,7 +30,7 @@ class InvarianceCallback(ContinualCallback):
     outputs and is skipped; INVARIANCE is then fine-tuning of the claimed units on their own.
 
     Args:
-        perturbation: how; default :class:`~lightning_cf.perturbation.Resample`, which kept most in benchmarks.
+        perturbation: how; default :class:`~lightning_cf.invariance.perturbations.Resample`, which kept most in benchmarks.
         subspace: what holds the perturbation (paragraph 21); give :class:`MaskedGradientCallback` the same one.
         every_n_steps: a new perturbation every so many optimiser steps, held in between. Default: each step.
         every_n_batches: or every so many batches, which differ from steps where gradients accumulate.

@@ -1,7 +1,7 @@
 """Ways to disturb the redundant units while the others train (US 12387107, paragraph 20).
 
 Paragraph 20 names random noise, and affine transformations that change the direction of a unit's weight vector; the
-random ones are in :mod:`lightning_cf.affine`. In the formulas ``w`` is that vector, ``D`` its number of inputs, ``|w|``
+random ones are in :mod:`lightning_cf.invariance.affine`. In the formulas ``w`` is that vector, ``D`` its number of inputs, ``|w|``
 its length.
 """
 
@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from lightning_cf.affine import AffineMaps, AffinePerturbation, Vectors, standard_normal, widened
 from lightning_cf.errors import ContinualError, check_function, check_kind, check_list, check_number
+from lightning_cf.invariance.affine import AffineMaps, AffinePerturbation, Vectors, standard_normal, widened
 
 
 @runtime_checkable

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Generator, Tensor, nn
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.invariance.perturbations import InSubspace, Perturbation
 from lightning_cf.network.structure import Rows, Structure, UnitGroup, lookup, named_tensors
 from lightning_cf.ownership.ledger import FREE, NeuronLedger
-from lightning_cf.perturbation import InSubspace, Perturbation
 
 
 class Disturbance:
