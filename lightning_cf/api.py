@@ -24,7 +24,7 @@ from lightning_cf.records import PartitionRecord
 from lightning_cf.result import Result
 from lightning_cf.runner import SequentialTaskRunner
 from lightning_cf.state import keep_ledger
-from lightning_cf.subspace import GivenSubspace, LearnedSubspace, RandomSubspace
+from lightning_cf.subspaces.subspace import GivenSubspace, LearnedSubspace, RandomSubspace
 from lightning_cf.task_inference import Prediction
 from lightning_cf.tasks import Task
 

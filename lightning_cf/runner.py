@@ -57,7 +57,7 @@ from lightning_cf.run_lock import RunLock
 from lightning_cf.scoring_check import check_scoring
 from lightning_cf.state import ContinualState, state_for
 from lightning_cf.steps import decide_together, seal_task, synchronise, weights_sha256
-from lightning_cf.subspace import LearnedSubspace
+from lightning_cf.subspaces.subspace import LearnedSubspace
 from lightning_cf.task_inference import Strategy, TaskInference
 from lightning_cf.tasks import Batches, Task
 from lightning_cf.trainers import (

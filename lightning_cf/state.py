@@ -38,7 +38,7 @@ from lightning_cf.ownership.ledger import Isolation, NeuronLedger
 from lightning_cf.ownership.output_view import OutputView, head_of, heads_of
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 from lightning_cf.partition.outcome import Outcome
-from lightning_cf.subspace import GivenSubspace, Subspace
+from lightning_cf.subspaces.subspace import GivenSubspace, Subspace
 from lightning_cf.targets import checked_pair
 from lightning_cf.tasks import Task, required_arguments, supervised
 from lightning_cf.training_batches import first_batch

@@ -12,7 +12,7 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.network.structure import named_tensors
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.ownership.freezing import Freezer
-from lightning_cf.projection import Projection
+from lightning_cf.subspaces.projection import Projection
 from lightning_cf.utilities.randomness import keyed_generator
 
 ELEMENTWISE = {

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.subspace import GivenSubspace, LearnedSubspace, RandomSubspace, Subspace, count_of
+from lightning_cf.subspaces.subspace import GivenSubspace, LearnedSubspace, RandomSubspace, Subspace, count_of
 from lightning_cf.utilities.randomness import keyed_generator
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12))

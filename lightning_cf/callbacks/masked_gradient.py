@@ -17,9 +17,9 @@ from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
 from lightning_cf.network.structure import UnitGroup, named_tensors
 from lightning_cf.ownership.freezing import Freezer, FrozenEntries
 from lightning_cf.ownership.ledger import FREE
-from lightning_cf.projection import Projection
 from lightning_cf.state import ContinualState, ledger_of, state_for, state_of
-from lightning_cf.subspace import Subspace, check_subspace
+from lightning_cf.subspaces.projection import Projection
+from lightning_cf.subspaces.subspace import Subspace, check_subspace
 from lightning_cf.tasks import Task
 from lightning_cf.utilities.describing import describe
 

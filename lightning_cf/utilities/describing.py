@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_cf.subspace import GivenSubspace
+from lightning_cf.subspaces.subspace import GivenSubspace
 
 UNKNOWN = "?"
 """Stands for what cannot be known to be the same, so that it is never taken for a difference."""

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.structure import UnitGroup
-from lightning_cf.subspace import exact_dtype
+from lightning_cf.subspaces.subspace import exact_dtype
 
 
 class Projection:

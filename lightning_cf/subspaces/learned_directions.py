@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cf.network.structure import Rows, UnitGroup, named_tensors
-from lightning_cf.subspace import LearnedSubspace, count_of, exact_dtype
+from lightning_cf.subspaces.subspace import LearnedSubspace, count_of, exact_dtype
 from lightning_cf.utilities.randomness import keyed_generator
 
 
