@@ -20,7 +20,7 @@ from lightning_cf.invariance.perturbations import Ablate, Affine, Compose, InSub
 from lightning_cf.models import Classifier
 from lightning_cf.module import ContinualModule
 from lightning_cf.ownership.ledger import NeuronLedger
-from lightning_cf.records import PartitionRecord
+from lightning_cf.records.record import PartitionRecord
 from lightning_cf.result import Result
 from lightning_cf.runner import SequentialTaskRunner
 from lightning_cf.state import keep_ledger

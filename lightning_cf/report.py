@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lightning_cf.errors import ContinualError, RunWarning, warn
-from lightning_cf.records import PartitionRecord
+from lightning_cf.records.record import PartitionRecord
 from lightning_cf.result import Result
 from lightning_cf.unit_pictures import similarity_picture, units_picture
 

@@ -49,8 +49,8 @@ from lightning_cf.preflight import (
     load_pretrained,
 )
 from lightning_cf.progress import FoundState, RunProgress, RunStore
-from lightning_cf.recording import TaskFolders
-from lightning_cf.records import MANIFEST
+from lightning_cf.records.record import MANIFEST
+from lightning_cf.records.recording import TaskFolders
 from lightning_cf.result import Result
 from lightning_cf.run_folder import check_room, size_of, take_folder, tell_damage, tell_differences
 from lightning_cf.run_lock import RunLock

@@ -23,7 +23,7 @@ from lightning_cf.partition.claim import Claimer, warn_of_cost
 from lightning_cf.partition.folding import cut_claimed
 from lightning_cf.partition.options import PartitionOptions
 from lightning_cf.reading import samples_in
-from lightning_cf.recording import TaskFolders
+from lightning_cf.records.recording import TaskFolders
 from lightning_cf.scoring_check import warn_of_constant
 from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.tasks import Task

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from lightning_cf.errors import ContinualError
 from lightning_cf.partition.options import MEASURES
 from lightning_cf.partition.similarity import Similarity
-from lightning_cf.records import LayerRecord, PartitionRecord
+from lightning_cf.records.record import LayerRecord, PartitionRecord
 
 MOST_ARROWS, MOST_UNITS, MOST_BOUNDS = 400, 512, 40
 SAMPLE = 1024

@@ -17,7 +17,7 @@ from references import similarity as slow_similarity
 from lightning_cf.errors import ContinualError
 from lightning_cf.partition.clusters import Partition
 from lightning_cf.partition.similarity import Similarity
-from lightning_cf.records import LayerRecord, PartitionRecord, complete_record
+from lightning_cf.records.record import LayerRecord, PartitionRecord, complete_record
 
 ALL = slice(None)
 
@@ -118,7 +118,7 @@ def files_of(folder):
 
 
 def tiles_of(size):
-    return patch("lightning_cf.stored_similarity.TILE", size)
+    return patch("lightning_cf.records.similarity_tiles.TILE", size)
 
 
 class Killed(BaseException):
@@ -388,7 +388,7 @@ def test_a_first_record_cut_off_is_refused(tmp_path, call):
 
 
 @pytest.mark.parametrize(
-    "moment", [*(("numpy.save", call) for call in range(14)), ("lightning_cf.records.write_atomically", 0)]
+    "moment", [*(("numpy.save", call) for call in range(14)), ("lightning_cf.records.record.write_atomically", 0)]
 )
 def test_a_record_cut_off_leaves_the_older_one(tmp_path, moment):
     older = stored_with(tmp_path, 3)

@@ -271,7 +271,7 @@ def test_documents_are_known_by_their_checksum(tmp_path):
 @pytest.mark.parametrize("name", ["../outside.npy", "/etc/outside.npy", "partition-0/../../outside.npy", "", "x.npy"])
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_record_names_its_own_files_only(folders, tmp_path, name, checked):
-    from lightning_cf.records import complete_record
+    from lightning_cf.records.record import complete_record
     from lightning_cf.utilities.files import with_checksum
 
     root, _ = folders

@@ -17,7 +17,7 @@ from references import similarity as slow_similarity
 from lightning_cf.errors import ContinualError
 from lightning_cf.partition.clusters import Partition
 from lightning_cf.partition.similarity import Similarity
-from lightning_cf.records import LayerRecord, PartitionRecord, StoredSimilarity, complete_record
+from lightning_cf.records.record import LayerRecord, PartitionRecord, StoredSimilarity, complete_record
 from lightning_cf.unit_pictures import similarity_picture, units_picture
 
 CLAIMED, REDUNDANT, EARLIER = "#1b6ca8", "#f0b27a", "#b5b5b5"

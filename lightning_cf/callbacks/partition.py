@@ -29,7 +29,7 @@ from lightning_cf.network.structure import named_tensors
 from lightning_cf.ownership.ledger import ISOLATIONS, Isolation
 from lightning_cf.partition.claim import PartitionWarning, warn_of_cost
 from lightning_cf.partition.options import PartitionKeywords, PartitionOptions
-from lightning_cf.recording import TaskFolders
+from lightning_cf.records.recording import TaskFolders
 from lightning_cf.scoring_check import check_scoring
 from lightning_cf.state import ContinualState, ledger_of, state_for, state_of
 from lightning_cf.steps import decide_together, partition_task, remember_claim, seal_task
@@ -62,7 +62,7 @@ class PartitionCallback(ContinualCallback):
         isolation: ``"exact"`` sets the weights from redundant into claimed units to zero for good: earlier outputs
             never change. ``"perturb"`` leaves everything connected, as the patent's text does.
         records: folder in which every partition is recorded, in a folder a task (see
-            :class:`~lightning_cf.records.PartitionRecord`); default none.
+            :class:`~lightning_cf.records.record.PartitionRecord`); default none.
         similarity_matrix: whether the records hold the similarity of every two units.
         seed: what the re-initialised units and randomly chosen representatives depend on.
         ledger: a checkpoint whose ledger the module takes up where it has none, for a plain module whose weights were

@@ -13,7 +13,7 @@ from lightning_cf.network.structure import Structure, named_tensors
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.partition.options import PartitionOptions
 from lightning_cf.partition.outcome import Outcome
-from lightning_cf.records import LayerRecord, PartitionRecord, complete_record
+from lightning_cf.records.record import LayerRecord, PartitionRecord, complete_record
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lightning_cf.errors import ContinualError, check_path
 from lightning_cf.ownership.ledger import Isolation
 from lightning_cf.partition.clusters import Partition
 from lightning_cf.partition.similarity import Similarity
-from lightning_cf.stored_similarity import StoredSimilarity, damaged, read_array, write_array, write_tiles
+from lightning_cf.records.similarity_tiles import StoredSimilarity, damaged, read_array, write_array, write_tiles
 from lightning_cf.utilities.files import make_folder, with_checksum, without_checksum, write_atomically, writing
 
 VERSION, MANIFEST = 1, "partition.json"
