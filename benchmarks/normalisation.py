@@ -15,10 +15,10 @@ from torch import nn
 
 from lightning_cf import Classifier, InvarianceCallback, MaskedGradientCallback, PartitionCallback
 from lightning_cf.data import digits, split_tasks
-from lightning_cf.evaluation import evaluate
 from lightning_cf.ownership.ledger import FREE
 from lightning_cf.ownership.owner_aware_norms import Levels, nested_layer_norm
 from lightning_cf.state import state_of
+from lightning_cf.tasks.evaluation import evaluate
 
 SEEDS = (0, 1, 2)
 

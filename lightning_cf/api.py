@@ -26,7 +26,7 @@ from lightning_cf.runner import SequentialTaskRunner
 from lightning_cf.state import keep_ledger
 from lightning_cf.subspaces.subspace import GivenSubspace, LearnedSubspace, RandomSubspace
 from lightning_cf.task_inference import Prediction
-from lightning_cf.tasks import Task
+from lightning_cf.tasks.task import Task
 
 __all__ = [
     "Ablate",

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError, ContinualWarning, warn
-from lightning_cf.evaluation import predict
 from lightning_cf.inferring import Kept, bare_heads, positions_of, watch_task, why_no_labels
 from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.network.structure import eval_mode
@@ -17,8 +16,9 @@ from lightning_cf.state import ContinualState
 from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, check_strategies, read
 from lightning_cf.task_inference.strategies import CHOICES, NEEDS
 from lightning_cf.task_inference.trained import changes_input
-from lightning_cf.tasks import Task
-from lightning_cf.training_batches import first_batch
+from lightning_cf.tasks.evaluation import predict
+from lightning_cf.tasks.task import Task
+from lightning_cf.tasks.training_batches import first_batch
 
 ORDER = ("reconstruction_logits", "subspaces", "energy")
 """The best ones first, as measured in benchmarks; the first one is trained with the network."""

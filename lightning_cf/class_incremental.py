@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from lightning_cf.evaluation import predict
 from lightning_cf.inferring import Kept
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.structure import eval_mode
 from lightning_cf.task_inference import TaskInference
-from lightning_cf.tasks import Batches, Task
+from lightning_cf.tasks.evaluation import predict
+from lightning_cf.tasks.task import Batches, Task
 
 
 @dataclass

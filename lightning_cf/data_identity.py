@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
-from lightning_cf.contexts import seeded
-from lightning_cf.loaders import STAGES
-from lightning_cf.tasks import Task
+from lightning_cf.tasks.contexts import seeded
+from lightning_cf.tasks.loaders import STAGES
+from lightning_cf.tasks.task import Task
 from lightning_cf.utilities.describing import UNKNOWN, constructor_names, content_sha256, describe, made_from, sketch
 
 _PLAIN = (bool, int, float, str, Tensor, np.ndarray)

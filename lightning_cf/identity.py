@@ -27,7 +27,7 @@ from lightning_cf.lightning_api import (
     WeightAveraging,
     isolate_rng,
 )
-from lightning_cf.tasks import Task, supervised
+from lightning_cf.tasks.task import Task, supervised
 from lightning_cf.utilities.describing import (
     UNKNOWN,
     constructor_names,

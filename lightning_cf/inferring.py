@@ -14,20 +14,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning, warn
-from lightning_cf.evaluation import forward_context, on_device, predict
 from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
 from lightning_cf.network.finite import rows_finite
 from lightning_cf.network.structure import call, in_precision_of
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.state import ContinualState, ledger_of
-from lightning_cf.targets import one_hot_labels
 from lightning_cf.task_inference import STRATEGIES, Known, Prediction, Sites, TaskInference, View
 from lightning_cf.task_inference.inference import read_all, variants_of
 from lightning_cf.task_inference.sites import Watched
 from lightning_cf.task_inference.trained import heads_of
 from lightning_cf.task_inference.watching import watch
-from lightning_cf.tasks import Task
-from lightning_cf.training_batches import training_batches
+from lightning_cf.tasks.evaluation import forward_context, on_device, predict
+from lightning_cf.tasks.targets import one_hot_labels
+from lightning_cf.tasks.task import Task
+from lightning_cf.tasks.training_batches import training_batches
 
 Samples = tuple[View, Int64[Tensor, "samples"]]
 """A task's view of some samples, and their labels from 0 on."""

@@ -14,7 +14,7 @@ from lightning_cf.lightning_api import Callback, LightningModule, check_same_lig
 from lightning_cf.ownership.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.state import keep_ledger, ledger_of, state_for
 from lightning_cf.task_inference import Prediction
-from lightning_cf.tasks import Task
+from lightning_cf.tasks.task import Task
 from lightning_cf.widening import add_classes, fit_heads, follow_head, grow, note_heads
 
 

@@ -14,7 +14,6 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.evaluation import forward_context, on_device, predict
 from lightning_cf.inferring import Kept, input_of, positions_of, view_of, watch_task, why_no_labels
 from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.network.finite import rows_finite
@@ -25,8 +24,9 @@ from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference,
 from lightning_cf.task_inference.inference import variants_of
 from lightning_cf.task_inference.trained import Trained, heads_of
 from lightning_cf.task_inference.variants import VARIANTS, differs, strange
-from lightning_cf.tasks import Task
-from lightning_cf.training_batches import first_batch
+from lightning_cf.tasks.evaluation import forward_context, on_device, predict
+from lightning_cf.tasks.task import Task
+from lightning_cf.tasks.training_batches import first_batch
 from lightning_cf.utilities.randomness import keyed_generator
 
 FEW = 1024

@@ -15,7 +15,7 @@ from lightning_cf.metrics import AccuracyMatrix
 from lightning_cf.progress import RunProgress
 from lightning_cf.state import ContinualState
 from lightning_cf.steps import weights_sha256
-from lightning_cf.tasks import Task
+from lightning_cf.tasks.task import Task
 
 
 def scenario_of(tasks: Sequence[Task]) -> str:

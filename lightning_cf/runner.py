@@ -21,10 +21,8 @@ from lightning_cf.callbacks.divergence import WatchingCallback
 from lightning_cf.callbacks.loading import warn_of_traces
 from lightning_cf.callbacks.session import check_launch, check_strategy
 from lightning_cf.class_incremental import score_strategies
-from lightning_cf.contexts import on_device, seeded
 from lightning_cf.data_identity import data_identity
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_path
-from lightning_cf.evaluation import constant_predictor, evaluate, transferred
 from lightning_cf.identity import (
     callbacks_identity,
     check_allow,
@@ -54,12 +52,14 @@ from lightning_cf.records.recording import TaskFolders
 from lightning_cf.result import Result
 from lightning_cf.run_folder import check_room, size_of, take_folder, tell_damage, tell_differences
 from lightning_cf.run_lock import RunLock
-from lightning_cf.scoring_check import check_scoring
 from lightning_cf.state import ContinualState, state_for
 from lightning_cf.steps import decide_together, seal_task, synchronise, weights_sha256
 from lightning_cf.subspaces.subspace import LearnedSubspace
 from lightning_cf.task_inference import Strategy, TaskInference
-from lightning_cf.tasks import Batches, Task
+from lightning_cf.tasks.contexts import on_device, seeded
+from lightning_cf.tasks.evaluation import constant_predictor, evaluate, transferred
+from lightning_cf.tasks.scoring_check import check_scoring
+from lightning_cf.tasks.task import Batches, Task
 from lightning_cf.trainers import (
     MakeTrainer,
     check_trains,

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError, DivergenceError, StructureError, StructureWarning, check_kind, warn
-from lightning_cf.evaluation import on_device
 from lightning_cf.invariance.disturbance import Disturbance
 from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
 from lightning_cf.network.finite import Snapshot, described, in_forward_order, infinite_on_purpose, not_finite
@@ -39,9 +38,10 @@ from lightning_cf.ownership.output_view import OutputView, head_of, heads_of
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 from lightning_cf.partition.outcome import Outcome
 from lightning_cf.subspaces.subspace import GivenSubspace, Subspace
-from lightning_cf.targets import checked_pair
-from lightning_cf.tasks import Task, required_arguments, supervised
-from lightning_cf.training_batches import first_batch
+from lightning_cf.tasks.evaluation import on_device
+from lightning_cf.tasks.targets import checked_pair
+from lightning_cf.tasks.task import Task, required_arguments, supervised
+from lightning_cf.tasks.training_batches import first_batch
 
 _ATTRIBUTE = "_continual_state"
 _PENDING = "_continual_ledger"

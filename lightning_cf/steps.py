@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.evaluation import judge, predict
 from lightning_cf.exactness.probe import probe
 from lightning_cf.inferring import remember_task
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
@@ -22,12 +21,13 @@ from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.partition.claim import Claimer, warn_of_cost
 from lightning_cf.partition.folding import cut_claimed
 from lightning_cf.partition.options import PartitionOptions
-from lightning_cf.reading import samples_in
 from lightning_cf.records.recording import TaskFolders
-from lightning_cf.scoring_check import warn_of_constant
 from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
-from lightning_cf.tasks import Task
-from lightning_cf.training_batches import training_batches
+from lightning_cf.tasks.evaluation import judge, predict
+from lightning_cf.tasks.reading import samples_in
+from lightning_cf.tasks.scoring_check import warn_of_constant
+from lightning_cf.tasks.task import Task
+from lightning_cf.tasks.training_batches import training_batches
 from lightning_cf.utilities.randomness import derive_seed, seed_torch
 
 FOLD_SAMPLES = 4096

@@ -22,7 +22,6 @@ from lightning_cf import (
     Task,
     TaskInferenceCallback,
 )
-from lightning_cf.contexts import seeded
 from lightning_cf.data import permuted_tasks
 from lightning_cf.inferring import inference_of, predict_any, view_of
 from lightning_cf.models import CNN, MLP
@@ -31,6 +30,7 @@ from lightning_cf.state import state_of
 from lightning_cf.task_inference import STRATEGIES, Sites, Strategy, View, read
 from lightning_cf.task_inference.reconstruction import Reconstruction
 from lightning_cf.task_inference.trained import changes_input
+from lightning_cf.tasks.contexts import seeded
 from lightning_cf.utilities.randomness import keyed_generator
 
 pytestmark = [

@@ -13,9 +13,9 @@ from toys import Counted, Net, fit, loader, numbers
 
 from lightning_cf import SequentialTaskRunner, Task, TaskInferenceCallback
 from lightning_cf.errors import ContinualError, DataWarning
-from lightning_cf.reading import Limits
 from lightning_cf.state import state_of
-from lightning_cf.streams import reads_once
+from lightning_cf.tasks.reading import Limits
+from lightning_cf.tasks.streams import reads_once
 
 
 def batches(count=36):
@@ -322,7 +322,7 @@ def test_one_reading_is_two_batches():
 
 
 def test_training_data_without_end_that_judge_are_read_up_to_a_bound(monkeypatch):
-    monkeypatch.setattr("lightning_cf.reading.WITHOUT_LENGTH", 64)
+    monkeypatch.setattr("lightning_cf.tasks.reading.WITHOUT_LENGTH", 64)
     task = Task("a", {"train": DataLoader(Counted(), 16)}, classes=[0, 1])
     with pytest.warns(DataWarning, match=r"may have no end: read up to 64 samples.*limit_val_batches") as told:
         assert [sum(len(y) for _, y in task.judging_batches()) for _ in range(2)] == [64, 64]
@@ -344,7 +344,7 @@ class Drawn10e9(torch.utils.data.Dataset):
 
 
 def test_a_data_set_of_any_length_is_read_as_far_as_steps_take(monkeypatch):
-    monkeypatch.setattr("lightning_cf.reading.WITHOUT_LENGTH", 64)
+    monkeypatch.setattr("lightning_cf.tasks.reading.WITHOUT_LENGTH", 64)
     data = Drawn10e9()
     task = Task("a", {"train": DataLoader(data, 16), "val": loader()}, classes=[0, 1])
     for batches, read in [(2, 64), (8, 128)]:

@@ -15,9 +15,9 @@ from lightning_cf import (
     NeuronLedger,
     PartitionCallback,
 )
-from lightning_cf.evaluation import evaluate
 from lightning_cf.partition.claim import PartitionWarning
 from lightning_cf.state import state_of
+from lightning_cf.tasks.evaluation import evaluate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no claim within the budget"),

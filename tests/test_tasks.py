@@ -15,8 +15,8 @@ from torch.utils.data import (
 )
 
 from lightning_cf.errors import ContinualError, DataWarning
-from lightning_cf.holdout import PartSampler
-from lightning_cf.tasks import Task
+from lightning_cf.tasks.holdout import PartSampler
+from lightning_cf.tasks.task import Task
 
 HOOKS = ["prepare_data", "setup", "teardown", "val_dataloader", "test_dataloader", "predict_dataloader"]
 HOOKS += ["transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer", "on_exception"]

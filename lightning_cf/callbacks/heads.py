@@ -21,7 +21,7 @@ from lightning_cf.ownership.output_view import column_axis
 from lightning_cf.task_inference import Readout, Sites, View, read
 from lightning_cf.task_inference.trained import Trained
 from lightning_cf.task_inference.variants import VARIANTS, differs, strange
-from lightning_cf.tasks import Task
+from lightning_cf.tasks.task import Task
 from lightning_cf.utilities.hooks import Hook
 from lightning_cf.utilities.randomness import keyed_generator
 

@@ -20,7 +20,7 @@ from lightning_cf.ownership.ledger import FREE
 from lightning_cf.state import ContinualState, ledger_of, state_for, state_of
 from lightning_cf.subspaces.projection import Projection
 from lightning_cf.subspaces.subspace import Subspace, check_subspace
-from lightning_cf.tasks import Task
+from lightning_cf.tasks.task import Task
 from lightning_cf.utilities.describing import describe
 
 

@@ -29,7 +29,7 @@ from lightning_cf.ownership.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.partition.claim import PartitionWarning
 from lightning_cf.precision import check_inputs
 from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
-from lightning_cf.tasks import Task
+from lightning_cf.tasks.task import Task
 from lightning_cf.widening import follow_head, note_heads
 
 

@@ -13,7 +13,6 @@ from lightning_cf.callbacks.divergence import watch_of
 from lightning_cf.callbacks.heads import Heads
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.choosing import choose_strategies
-from lightning_cf.contexts import seeded
 from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_number, warn
 from lightning_cf.inferring import finite_samples, inference_of, keep_inference, look, unseen
 from lightning_cf.lightning_api import LightningModule, Trainer
@@ -23,8 +22,9 @@ from lightning_cf.state import ContinualState, state_of
 from lightning_cf.task_inference import STRATEGIES, Strategy, TaskInference, register
 from lightning_cf.task_inference.strategies import CHOICES
 from lightning_cf.task_inference.trained import heads_of
-from lightning_cf.tasks import Task
-from lightning_cf.training_batches import training_batches
+from lightning_cf.tasks.contexts import seeded
+from lightning_cf.tasks.task import Task
+from lightning_cf.tasks.training_batches import training_batches
 from lightning_cf.utilities.describing import describe
 
 

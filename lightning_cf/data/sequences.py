@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_cf.data.images import ImageData, ImageSplits, Transform
 from lightning_cf.errors import ContinualError, check_count, check_kind, check_list, check_number
-from lightning_cf.tasks import Task
+from lightning_cf.tasks.task import Task
 from lightning_cf.utilities.randomness import keyed_generator
 
 

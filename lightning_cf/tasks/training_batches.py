@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.evaluation import predict
 from lightning_cf.lightning_api import LightningModule, isolate_rng
-from lightning_cf.loaders import pairs_in
 from lightning_cf.network.structure import eval_mode
-from lightning_cf.tasks import Task, supervised
+from lightning_cf.tasks.evaluation import predict
+from lightning_cf.tasks.loaders import pairs_in
+from lightning_cf.tasks.task import Task, supervised
 
 
 @torch.no_grad()

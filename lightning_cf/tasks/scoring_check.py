@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from lightning_cf.errors import ContinualError, DataWarning, warn
-from lightning_cf.evaluation import Scorer, judge, predict
 from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.network.structure import eval_mode, same_state
-from lightning_cf.reading import samples_in
-from lightning_cf.targets import finite, strange
-from lightning_cf.tasks import Task, supervised
-from lightning_cf.training_batches import first_batch, settle
+from lightning_cf.tasks.evaluation import Scorer, judge, predict
+from lightning_cf.tasks.reading import samples_in
+from lightning_cf.tasks.targets import finite, strange
+from lightning_cf.tasks.task import Task, supervised
+from lightning_cf.tasks.training_batches import first_batch, settle
 
 SCANNED = 2048
 """Over how many judging samples labels are looked at before training."""

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_cf.errors import ContinualError, DataWarning, warn
-from lightning_cf.holdout import Split, samples_of, split
 from lightning_cf.lightning_api import (
     CombinedLoader,
     LightningDataModule,
@@ -18,12 +17,13 @@ from lightning_cf.lightning_api import (
     is_overridden,
     isolate_rng,
 )
-from lightning_cf.reading import Limits, Reading, flat, several, side_by_side
-from lightning_cf.streams import reads_once
-from lightning_cf.targets import Place, labels_of, left_out, strange
+from lightning_cf.tasks.holdout import Split, samples_of, split
+from lightning_cf.tasks.reading import Limits, Reading, flat, several, side_by_side
+from lightning_cf.tasks.streams import reads_once
+from lightning_cf.tasks.targets import Place, labels_of, left_out, strange
 
 if TYPE_CHECKING:
-    from lightning_cf.tasks import Task
+    from lightning_cf.tasks.task import Task
 
 STAGES = ("train", "val", "test")
 

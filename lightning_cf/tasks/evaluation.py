@@ -16,8 +16,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.structure import eval_mode, in_precision_of
-from lightning_cf.reading import samples_in
-from lightning_cf.targets import (
+from lightning_cf.tasks.reading import samples_in
+from lightning_cf.tasks.targets import (
     IGNORED,
     check_finite,
     check_for_accuracy,
@@ -29,7 +29,7 @@ from lightning_cf.targets import (
     strange,
     unreachable,
 )
-from lightning_cf.tasks import Batches, Task, supervised
+from lightning_cf.tasks.task import Batches, Task, supervised
 
 
 def on_device(module: LightningModule, task: Task, batch: Any) -> Any:

@@ -10,12 +10,12 @@ import numpy as np
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_cf.contexts import Draws
 from lightning_cf.errors import ContinualError, check_function, check_kind, check_list, check_share, check_text
 from lightning_cf.lightning_api import LightningDataModule, LightningModule, check_same_lightning, is_overridden
-from lightning_cf.loaders import STAGES, Loaders
-from lightning_cf.reading import Reading
-from lightning_cf.targets import left_out, strange
+from lightning_cf.tasks.contexts import Draws
+from lightning_cf.tasks.loaders import STAGES, Loaders
+from lightning_cf.tasks.reading import Reading
+from lightning_cf.tasks.targets import left_out, strange
 
 Batches = Iterable[Any]
 

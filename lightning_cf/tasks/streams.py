@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_cf.lightning_api import isolate_rng
-from lightning_cf.reading import flat, several
+from lightning_cf.tasks.reading import flat, several
 from lightning_cf.utilities.randomness import seed_torch
 
 _ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)

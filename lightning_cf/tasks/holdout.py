@@ -23,7 +23,7 @@ from torch.utils.data import (
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_cf.lightning_api import _is_dataloader_shuffled
-from lightning_cf.reading import resample
+from lightning_cf.tasks.reading import resample
 from lightning_cf.utilities.randomness import derive_seed, keyed_generator
 
 MOST = 10_000

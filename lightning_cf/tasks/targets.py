@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.errors import ContinualError
 
 if TYPE_CHECKING:
-    from lightning_cf.tasks import Task
+    from lightning_cf.tasks.task import Task
 
 IGNORED = -100
 """The label that torch's losses leave out by default; no class has it."""
