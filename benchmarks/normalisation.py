@@ -15,9 +15,9 @@ from torch import nn
 
 from lightning_cf import Classifier, InvarianceCallback, MaskedGradientCallback, PartitionCallback
 from lightning_cf.data import digits, split_tasks
+from lightning_cf.learner.state import state_of
 from lightning_cf.ownership.ledger import FREE
 from lightning_cf.ownership.owner_aware_norms import Levels, nested_layer_norm
-from lightning_cf.state import state_of
 from lightning_cf.tasks.evaluation import evaluate
 
 SEEDS = (0, 1, 2)
@@ -63,7 +63,7 @@ def run(make, seed: int, *, aware: bool) -> tuple[float, float]:
     with ExitStack() as stack:
         if not aware:  # norms stay plain: what is claimed goes on depending on what is free, and nobody looks
             stack.enter_context(patch("lightning_cf.partition.claim.make_owner_aware", lambda *_: None))
-            stack.enter_context(patch("lightning_cf.steps.probe", lambda *_: None))
+            stack.enter_context(patch("lightning_cf.learner.steps.probe", lambda *_: None))
         first = 0.0
         for task in tasks:
             callbacks = [PartitionCallback(after=0.5, reserve_tasks=5), InvarianceCallback(), MaskedGradientCallback()]

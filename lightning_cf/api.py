@@ -17,13 +17,13 @@ from lightning_cf.errors import (
 )
 from lightning_cf.invariance.affine import Rotation, Scaling, Shear, Translation
 from lightning_cf.invariance.perturbations import Ablate, Affine, Compose, InSubspace, Mixture, Noise, Resample
+from lightning_cf.learner.state import keep_ledger
 from lightning_cf.models import Classifier
 from lightning_cf.module import ContinualModule
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.records.record import PartitionRecord
 from lightning_cf.result import Result
 from lightning_cf.runner import SequentialTaskRunner
-from lightning_cf.state import keep_ledger
 from lightning_cf.subspaces.subspace import GivenSubspace, LearnedSubspace, RandomSubspace
 from lightning_cf.task_inference import Prediction
 from lightning_cf.tasks.task import Task

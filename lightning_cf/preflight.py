@@ -14,9 +14,9 @@ from lightning_cf.callbacks import (
     TaskInferenceCallback,
 )
 from lightning_cf.errors import CapacityError, ContinualError, check_kind, check_list
+from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.ownership.ledger import CHECKPOINT_KEY, one_column
-from lightning_cf.state import ContinualState
 from lightning_cf.task_inference import Strategy
 from lightning_cf.tasks.contexts import seeded
 from lightning_cf.tasks.reading import Limits

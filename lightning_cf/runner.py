@@ -31,8 +31,10 @@ from lightning_cf.identity import (
     task_identity,
     trainer_identity,
 )
-from lightning_cf.inferring import highest_output, inference_of
 from lightning_cf.joint import JointTask, blaming_joint_batches
+from lightning_cf.learner.inferring import highest_output, inference_of
+from lightning_cf.learner.state import ContinualState, state_for
+from lightning_cf.learner.steps import decide_together, seal_task, synchronise, weights_sha256
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer, isolate_rng
 from lightning_cf.module import ContinualModule
 from lightning_cf.ownership.ledger import ISOLATIONS, Isolation
@@ -52,8 +54,6 @@ from lightning_cf.records.recording import TaskFolders
 from lightning_cf.result import Result
 from lightning_cf.run_folder import check_room, size_of, take_folder, tell_damage, tell_differences
 from lightning_cf.run_lock import RunLock
-from lightning_cf.state import ContinualState, state_for
-from lightning_cf.steps import decide_together, seal_task, synchronise, weights_sha256
 from lightning_cf.subspaces.subspace import LearnedSubspace
 from lightning_cf.task_inference import Strategy, TaskInference
 from lightning_cf.tasks.contexts import on_device, seeded

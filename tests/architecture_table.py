@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
+from lightning_cf.learner.state import state_of
 from lightning_cf.network.structure import NO_UNIT, layer_of
-from lightning_cf.state import state_of
 
 PATH = Path(__file__).parent.parent / "docs" / "architectures.md"
 START, END = "<!-- table -->\n", "<!-- end of table -->"

@@ -10,9 +10,9 @@ from learning import fit, own_logits, score, tasks, three
 from torch import nn
 
 from lightning_cf import Classifier, ContinualError
+from lightning_cf.learner.state import state_of
 from lightning_cf.network.structure import named_tensors
 from lightning_cf.ownership.ledger import FREE
-from lightning_cf.state import state_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no claim within the budget"),

@@ -25,13 +25,13 @@ from lightning_cf import (
     SequentialTaskRunner,
     keep_ledger,
 )
+from lightning_cf.learner.state import state_of
 from lightning_cf.models import MLP
 from lightning_cf.network.structure import named_tensors
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.ownership.fingerprints import differences
 from lightning_cf.ownership.ledger import CHECKPOINT_KEY
 from lightning_cf.ownership.traces import rows_cut_off
-from lightning_cf.state import state_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no claim within the budget"),

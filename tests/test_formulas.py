@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from lightning_cf import StructureError
 from lightning_cf.errors import StructureWarning
 from lightning_cf.exactness.check import check_exact
+from lightning_cf.learner.state import state_of
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.ownership.ledger import FREE, NeuronLedger
 from lightning_cf.ownership.owner_aware_norms import Levels, make_owner_aware, nested_layer_norm, nested_rms_norm
-from lightning_cf.state import state_of
 
 WIDTH, EPS = 12, 1e-6
 

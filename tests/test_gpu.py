@@ -10,7 +10,7 @@ from learning import NETWORKS, classifier, fit, own_logits, quiet_trainer, tasks
 
 from lightning_cf import ContinualModule, SequentialTaskRunner, TaskInferenceCallback
 from lightning_cf.cli import main
-from lightning_cf.inferring import inference_of
+from lightning_cf.learner.inferring import inference_of
 from lightning_cf.partition.clusters import partition_into
 from lightning_cf.partition.similarity import Similarity
 

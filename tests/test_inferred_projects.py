@@ -24,9 +24,9 @@ from lightning_cf import (
     Task,
     TaskInferenceCallback,
 )
-from lightning_cf.inferring import inference_of
 from lightning_cf.joint import JointTask
-from lightning_cf.state import state_of
+from lightning_cf.learner.inferring import inference_of
+from lightning_cf.learner.state import state_of
 from lightning_cf.task_inference import STRATEGIES
 from lightning_cf.task_inference.statistics import LocalSubspaces, Mahalanobis
 from lightning_cf.task_inference.strategies import Strategy
@@ -149,7 +149,7 @@ def test_a_class_without_samples_is_left_out(strategy):
 
 
 def test_data_that_come_class_by_class_are_read_on(monkeypatch):
-    monkeypatch.setattr("lightning_cf.inferring.SAMPLES", 64)
+    monkeypatch.setattr("lightning_cf.learner.inferring.SAMPLES", 64)
     x, y = points([0, 1])
     order = y.argsort(stable=True)
     loader = DataLoader(TensorDataset(x[order], y[order]), 16)

@@ -24,11 +24,11 @@ from lightning_cf import (
     TaskInferenceCallback,
 )
 from lightning_cf.invariance.disturbance import Disturbance
+from lightning_cf.learner.state import state_of
 from lightning_cf.models import MLP
 from lightning_cf.network.structure import named_tensors
 from lightning_cf.ownership.ledger import FREE
 from lightning_cf.partition.options import PartitionOptions
-from lightning_cf.state import state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
 

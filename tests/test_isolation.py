@@ -7,10 +7,10 @@ from torch import nn
 
 from lightning_cf import Classifier, ContinualModule, NeuronLedger, keep_ledger
 from lightning_cf.callbacks import MaskedGradientCallback
+from lightning_cf.learner.state import state_of
 from lightning_cf.network.structure import named_tensors
 from lightning_cf.ownership.freezing import Freezer
 from lightning_cf.ownership.ledger import FREE
-from lightning_cf.state import state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
 

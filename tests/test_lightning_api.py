@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_cf import *
 from lightning_cf.lightning_api import NAME
-from lightning_cf.steps import weights_sha256
+from lightning_cf.learner.steps import weights_sha256
 
 assert NAME == "{name}", NAME
 

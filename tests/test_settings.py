@@ -27,8 +27,8 @@ from lightning_cf import (
     PartitionCallback,
     Task,
 )
+from lightning_cf.learner.state import state_of
 from lightning_cf.ownership.ledger import FREE
-from lightning_cf.state import state_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),

@@ -19,8 +19,8 @@ from lightning_cf import (
     StructureWarning,
     Task,
 )
+from lightning_cf.learner.state import state_of
 from lightning_cf.network.structure import named_tensors
-from lightning_cf.state import state_of
 
 INSTALLED = importlib.util.find_spec("transformers") is not None
 

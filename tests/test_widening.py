@@ -23,8 +23,8 @@ from lightning_cf import (
     keep_ledger,
 )
 from lightning_cf.data import permuted_tasks
+from lightning_cf.learner.state import state_of
 from lightning_cf.models import MLP
-from lightning_cf.state import state_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no claim within the budget"),

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.errors import ContinualError, DivergenceError, DivergenceWarning, warn
 from lightning_cf.exactness.overflow import overflow
 from lightning_cf.label_watch import label_watch_of
+from lightning_cf.learner.state import ContinualState, state_of
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer
 from lightning_cf.network.finite import Snapshot, described, not_finite
-from lightning_cf.state import ContinualState, state_of
 
 LOOK = 25
 """After how many batches a GPU, or other processes, are asked whether a loss was not finite."""

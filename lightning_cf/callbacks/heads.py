@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_cf.inferring import positions_of
+from lightning_cf.learner.inferring import positions_of
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.network.structure import eval_mode, layer_of
 from lightning_cf.ownership.output_view import column_axis

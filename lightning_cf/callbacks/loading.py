@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError, LedgerWarning, warn
+from lightning_cf.learner.state import keep_ledger, ledger_of
 from lightning_cf.lightning_api import LightningModule, isolate_rng
 from lightning_cf.network.structure import Structure, named_tensors
 from lightning_cf.ownership.fingerprints import Difference, differences
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.output_view import fit_head
 from lightning_cf.ownership.traces import rows_cut_off
-from lightning_cf.state import keep_ledger, ledger_of
 
 OTHER = 0.5
 """Values that lie further than this share of their size from what a ledger knows are of other weights."""

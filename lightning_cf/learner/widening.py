@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.learner.state import ContinualState
 from lightning_cf.network.structure import Structure, layer_of, named_tensors
 from lightning_cf.ownership.fingerprints import differences
 from lightning_cf.ownership.ledger import FREE, NeuronLedger
 from lightning_cf.ownership.output_view import check_growth, fit_head, grow_head, head_columns, head_of
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
-from lightning_cf.state import ContinualState
 
 
 def follow_head(module: nn.Module, state: ContinualState) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning, warn
+from lightning_cf.learner.state import ContinualState, ledger_of
 from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
 from lightning_cf.network.finite import rows_finite
 from lightning_cf.network.structure import call, in_precision_of
 from lightning_cf.ownership.ledger import NeuronLedger
-from lightning_cf.state import ContinualState, ledger_of
 from lightning_cf.task_inference import STRATEGIES, Known, Prediction, Sites, TaskInference, View
 from lightning_cf.task_inference.inference import read_all, variants_of
 from lightning_cf.task_inference.sites import Watched

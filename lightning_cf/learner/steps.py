@@ -12,7 +12,8 @@ from torch import nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.exactness.probe import probe
-from lightning_cf.inferring import remember_task
+from lightning_cf.learner.inferring import remember_task
+from lightning_cf.learner.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
 from lightning_cf.network.structure import eval_mode, named_tensors
 from lightning_cf.ownership.fingerprints import keep_fingerprints
@@ -22,7 +23,6 @@ from lightning_cf.partition.claim import Claimer, warn_of_cost
 from lightning_cf.partition.folding import cut_claimed
 from lightning_cf.partition.options import PartitionOptions
 from lightning_cf.records.recording import TaskFolders
-from lightning_cf.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.tasks.evaluation import judge, predict
 from lightning_cf.tasks.reading import samples_in
 from lightning_cf.tasks.scoring_check import warn_of_constant
