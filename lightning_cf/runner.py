@@ -19,6 +19,7 @@ from lightning_cf.callbacks import (
 )
 from lightning_cf.callbacks.divergence import WatchingCallback
 from lightning_cf.callbacks.loading import warn_of_traces
+from lightning_cf.callbacks.precision import check_inputs
 from lightning_cf.callbacks.session import check_launch, check_strategy
 from lightning_cf.class_incremental import score_strategies
 from lightning_cf.data_identity import data_identity
@@ -38,7 +39,6 @@ from lightning_cf.learner.steps import decide_together, seal_task, synchronise, 
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer, isolate_rng
 from lightning_cf.module import ContinualModule
 from lightning_cf.ownership.ledger import ISOLATIONS, Isolation
-from lightning_cf.precision import check_inputs
 from lightning_cf.preflight import (
     check_classes,
     check_parts,

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_cf.callbacks.label_watch import label_watch_of
 from lightning_cf.errors import ContinualError, DivergenceError, DivergenceWarning, warn
 from lightning_cf.exactness.overflow import overflow
-from lightning_cf.label_watch import label_watch_of
 from lightning_cf.learner.state import ContinualState, state_of
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer
 from lightning_cf.network.finite import Snapshot, described, not_finite

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cf.averaging import exact_averages
+from lightning_cf.callbacks.averaging import exact_averages
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.errors import ContinualError, ContinualWarning, FrozenWarning, check_flag, warn
 from lightning_cf.learner.state import ContinualState, ledger_of, state_for, state_of

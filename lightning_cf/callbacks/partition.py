@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from lightning_cf.averaging import restart_averages, take_averages
+from lightning_cf.callbacks.averaging import restart_averages, take_averages
 from lightning_cf.callbacks.best import discount_scores
 from lightning_cf.callbacks.divergence import look_at_outputs
 from lightning_cf.callbacks.session import ContinualCallback, task_of

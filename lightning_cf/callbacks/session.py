@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from lightning_cf.averaging import check_averaging
+from lightning_cf.callbacks.averaging import check_averaging
 from lightning_cf.callbacks.divergence import WatchingCallback
 from lightning_cf.callbacks.loading import LoadGuard, check_resumed, check_weights, end_evaluation, warn_of_traces
+from lightning_cf.callbacks.precision import check_inputs
 from lightning_cf.errors import ContinualError, DivergenceWarning, warn
 from lightning_cf.learner.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.learner.widening import follow_head, note_heads
@@ -29,7 +30,6 @@ from lightning_cf.network.finite import described, mend_free, not_finite
 from lightning_cf.ownership.fingerprints import keep_fingerprints
 from lightning_cf.ownership.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.partition.claim import PartitionWarning
-from lightning_cf.precision import check_inputs
 from lightning_cf.tasks.task import Task
 
 
