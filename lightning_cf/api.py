@@ -22,8 +22,8 @@ from lightning_cf.models import Classifier
 from lightning_cf.module import ContinualModule
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.records.record import PartitionRecord
-from lightning_cf.result import Result
-from lightning_cf.runner import SequentialTaskRunner
+from lightning_cf.sequence.result import Result
+from lightning_cf.sequence.runner import SequentialTaskRunner
 from lightning_cf.subspaces.subspace import GivenSubspace, LearnedSubspace, RandomSubspace
 from lightning_cf.task_inference import Prediction
 from lightning_cf.tasks.task import Task

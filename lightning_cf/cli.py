@@ -22,14 +22,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_cf import stopping
 from lightning_cf.errors import ContinualError, RunWarning, check_choice, check_count, check_text, printable, warn
-from lightning_cf.identity import VARIABLE, differences
 from lightning_cf.lightning_api import MisconfigurationException, Trainer, isolate_rng
-from lightning_cf.preflight import check_root
 from lightning_cf.progress_bar import RunBar
 from lightning_cf.report import print_summary, write_pictures, write_unit_pictures
-from lightning_cf.result import Result
 from lightning_cf.run_log import logged_warnings
-from lightning_cf.runner import Method, SequentialTaskRunner
+from lightning_cf.sequence.identity import VARIABLE, differences
+from lightning_cf.sequence.preflight import check_root
+from lightning_cf.sequence.result import Result
+from lightning_cf.sequence.runner import Method, SequentialTaskRunner
 from lightning_cf.stopping import check_stopped, ended_by_signals
 from lightning_cf.sweep import run_job
 from lightning_cf.utilities.files import read_json, write_atomically, write_json

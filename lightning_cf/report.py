@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lightning_cf.errors import ContinualError, RunWarning, warn
 from lightning_cf.records.record import PartitionRecord
-from lightning_cf.result import Result
+from lightning_cf.sequence.result import Result
 from lightning_cf.unit_pictures import similarity_picture, units_picture
 
 LABELS = {"exact": "exact isolation", "perturb": "perturbation only", "finetune": "plain fine-tuning", "joint": "joint"}

@@ -15,7 +15,7 @@ from toys import Net, fit, numbers
 
 from lightning_cf import SequentialTaskRunner, Task
 from lightning_cf.errors import DataWarning
-from lightning_cf.joint import JointTask
+from lightning_cf.sequence.joint import JointTask
 from lightning_cf.tasks.holdout import MOST, PartSampler, split
 from lightning_cf.utilities.randomness import keyed_generator
 

@@ -24,9 +24,9 @@ from lightning_cf import (
     Task,
     TaskInferenceCallback,
 )
-from lightning_cf.joint import JointTask
 from lightning_cf.learner.inferring import inference_of
 from lightning_cf.learner.state import state_of
+from lightning_cf.sequence.joint import JointTask
 from lightning_cf.task_inference import STRATEGIES
 from lightning_cf.task_inference.statistics import LocalSubspaces, Mahalanobis
 from lightning_cf.task_inference.strategies import Strategy

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDat
 from lightning_cf import ContinualError, Task
 from lightning_cf.data.images import ImageData, ImageSplits, TensorImages
 from lightning_cf.errors import DataWarning
-from lightning_cf.joint import JointTask
+from lightning_cf.sequence.joint import JointTask
 
 CALLS = []
 

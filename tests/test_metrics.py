@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_cf.metrics import (
+from lightning_cf.sequence.accuracy_matrix import (
     AccuracyMatrix,
     average_accuracy,
     backward_transfer,

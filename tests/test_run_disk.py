@@ -12,7 +12,7 @@ from runs import pair, run_of
 
 from lightning_cf import ContinualError, SequentialTaskRunner, run_folder
 from lightning_cf.records.recording import TaskFolders
-from lightning_cf.run_lock import SoftFileLease
+from lightning_cf.sequence.run_lock import SoftFileLease
 from lightning_cf.utilities.files import write_atomically, write_bytes
 
 pytestmark = pytest.mark.filterwarnings(

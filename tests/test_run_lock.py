@@ -14,7 +14,7 @@ from runs import pair, run_of
 
 from lightning_cf import ContinualError, RunWarning
 from lightning_cf import run_lock as module
-from lightning_cf.run_lock import RunLock
+from lightning_cf.sequence.run_lock import RunLock
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no claim within the budget"),

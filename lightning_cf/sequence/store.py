@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError, RunWarning, warn
-from lightning_cf.identity import check_same, differences
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.network.finite import described, not_finite
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.records.record import MANIFEST, record_sha256
+from lightning_cf.sequence.identity import check_same, differences
 from lightning_cf.utilities.describing import content_sha256
 from lightning_cf.utilities.files import (
     file_sha256,

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_cf.class_incremental import StrategyScores
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.steps import weights_sha256
-from lightning_cf.metrics import AccuracyMatrix
-from lightning_cf.progress import RunProgress
+from lightning_cf.sequence.accuracy_matrix import AccuracyMatrix
+from lightning_cf.sequence.class_incremental import StrategyScores
+from lightning_cf.sequence.store import RunProgress
 from lightning_cf.tasks.task import Task
 
 

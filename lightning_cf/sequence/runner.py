@@ -21,10 +21,18 @@ from lightning_cf.callbacks.divergence import WatchingCallback
 from lightning_cf.callbacks.loading import warn_of_traces
 from lightning_cf.callbacks.precision import check_inputs
 from lightning_cf.callbacks.session import check_launch, check_strategy
-from lightning_cf.class_incremental import score_strategies
-from lightning_cf.data_identity import data_identity
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_path
-from lightning_cf.identity import (
+from lightning_cf.learner.inferring import highest_output, inference_of
+from lightning_cf.learner.state import ContinualState, state_for
+from lightning_cf.learner.steps import decide_together, seal_task, synchronise, weights_sha256
+from lightning_cf.lightning_api import Callback, LightningModule, Trainer, isolate_rng
+from lightning_cf.module import ContinualModule
+from lightning_cf.ownership.ledger import ISOLATIONS, Isolation
+from lightning_cf.records.record import MANIFEST
+from lightning_cf.records.recording import TaskFolders
+from lightning_cf.sequence.class_incremental import score_strategies
+from lightning_cf.sequence.data_identity import data_identity
+from lightning_cf.sequence.identity import (
     callbacks_identity,
     check_allow,
     network_identity,
@@ -32,14 +40,8 @@ from lightning_cf.identity import (
     task_identity,
     trainer_identity,
 )
-from lightning_cf.joint import JointTask, blaming_joint_batches
-from lightning_cf.learner.inferring import highest_output, inference_of
-from lightning_cf.learner.state import ContinualState, state_for
-from lightning_cf.learner.steps import decide_together, seal_task, synchronise, weights_sha256
-from lightning_cf.lightning_api import Callback, LightningModule, Trainer, isolate_rng
-from lightning_cf.module import ContinualModule
-from lightning_cf.ownership.ledger import ISOLATIONS, Isolation
-from lightning_cf.preflight import (
+from lightning_cf.sequence.joint import JointTask, blaming_joint_batches
+from lightning_cf.sequence.preflight import (
     check_classes,
     check_parts,
     check_root,
@@ -48,19 +50,11 @@ from lightning_cf.preflight import (
     listed_tasks,
     load_pretrained,
 )
-from lightning_cf.progress import FoundState, RunProgress, RunStore
-from lightning_cf.records.record import MANIFEST
-from lightning_cf.records.recording import TaskFolders
-from lightning_cf.result import Result
-from lightning_cf.run_folder import check_room, size_of, take_folder, tell_damage, tell_differences
-from lightning_cf.run_lock import RunLock
-from lightning_cf.subspaces.subspace import LearnedSubspace
-from lightning_cf.task_inference import Strategy, TaskInference
-from lightning_cf.tasks.contexts import on_device, seeded
-from lightning_cf.tasks.evaluation import constant_predictor, evaluate, transferred
-from lightning_cf.tasks.scoring_check import check_scoring
-from lightning_cf.tasks.task import Batches, Task
-from lightning_cf.trainers import (
+from lightning_cf.sequence.result import Result
+from lightning_cf.sequence.run_folder import check_room, size_of, take_folder, tell_damage, tell_differences
+from lightning_cf.sequence.run_lock import RunLock
+from lightning_cf.sequence.store import FoundState, RunProgress, RunStore
+from lightning_cf.sequence.trainers import (
     MakeTrainer,
     check_trains,
     end_processes,
@@ -68,6 +62,12 @@ from lightning_cf.trainers import (
     listed_callbacks,
     make_trainer,
 )
+from lightning_cf.subspaces.subspace import LearnedSubspace
+from lightning_cf.task_inference import Strategy, TaskInference
+from lightning_cf.tasks.contexts import on_device, seeded
+from lightning_cf.tasks.evaluation import constant_predictor, evaluate, transferred
+from lightning_cf.tasks.scoring_check import check_scoring
+from lightning_cf.tasks.task import Batches, Task
 from lightning_cf.utilities.files import make_folder, writing
 from lightning_cf.utilities.noting import noting
 
