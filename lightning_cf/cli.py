@@ -24,7 +24,7 @@ from lightning_cf import stopping
 from lightning_cf.errors import ContinualError, RunWarning, check_choice, check_count, check_text, printable, warn
 from lightning_cf.lightning_api import MisconfigurationException, Trainer, isolate_rng
 from lightning_cf.progress_bar import RunBar
-from lightning_cf.report import print_summary, write_pictures, write_unit_pictures
+from lightning_cf.reporting.tables import print_summary, write_pictures, write_unit_pictures
 from lightning_cf.run_log import logged_warnings
 from lightning_cf.sequence.identity import VARIABLE, differences
 from lightning_cf.sequence.preflight import check_root

@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.report import table
+from lightning_cf.reporting.tables import table
 from lightning_cf.utilities.files import read_json, write_atomically, write_json
 
 _RANK_VARIABLES = (

@@ -12,7 +12,7 @@ from runs import HARMS, pair, run_of, swap
 
 from lightning_cf import ContinualError, PartitionRecord, RunWarning
 from lightning_cf.ownership.ledger import FREE
-from lightning_cf.report import write_unit_pictures
+from lightning_cf.reporting.tables import write_unit_pictures
 from lightning_cf.sequence.store import RunStore
 from lightning_cf.utilities.files import read_json, write_json
 

@@ -18,7 +18,7 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.partition.clusters import Partition
 from lightning_cf.partition.similarity import Similarity
 from lightning_cf.records.record import LayerRecord, PartitionRecord, StoredSimilarity, complete_record
-from lightning_cf.unit_pictures import similarity_picture, units_picture
+from lightning_cf.reporting.unit_pictures import similarity_picture, units_picture
 
 CLAIMED, REDUNDANT, EARLIER = "#1b6ca8", "#f0b27a", "#b5b5b5"
 
@@ -102,7 +102,7 @@ def test_arrows_are_the_units_in_the_plane_of_the_leading_singular_vectors(seed,
 
 def test_the_plane_of_a_large_layer_is_that_of_an_even_sample():
     layer = random_layer(21, 4, owned=2)
-    with patch("lightning_cf.unit_pictures.SAMPLE", 7):
+    with patch("lightning_cf.reporting.unit_pictures.SAMPLE", 7):
         (axis,) = units_picture(record_of(layer)).axes
     vectors = vectors_of(layer).double().numpy()
     sample = vectors[[2, 5, 8, 11, 14, 17, 20]]
@@ -158,7 +158,7 @@ def test_labels_say_how_much_the_plane_shows():
 )
 def test_a_panel_draws_no_more_arrows_than_its_most(claimed, expected):
     layer = random_layer(72, claimed, owned=12)
-    with patch("lightning_cf.unit_pictures.MOST_ARROWS", 10):
+    with patch("lightning_cf.reporting.unit_pictures.MOST_ARROWS", 10):
         (axis,) = units_picture(record_of(layer)).axes
     found = arrows(axis)
     assert {color: len(tips) for color, tips in found.items()} == expected
@@ -284,7 +284,7 @@ class Numbers(StoredSimilarity):
 def test_of_many_units_an_even_sample_of_each_cluster_is_shown(claimed, most):
     layer = replace(random_layer(63, claimed, owned=3), similarity=Numbers(Path(), 60, 60))
     clusters = by_cluster(layer)
-    with patch("lightning_cf.unit_pictures.MOST_UNITS", most):
+    with patch("lightning_cf.reporting.unit_pictures.MOST_UNITS", most):
         axis = similarity_picture(record_of(layer)).axes[0]
     places = (shown(axis)[0] % 100).astype(int).tolist()
     assert (shown(axis)[:, 0] // 100).astype(int).tolist() == places

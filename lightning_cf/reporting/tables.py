@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from lightning_cf.errors import ContinualError, RunWarning, warn
 from lightning_cf.records.record import PartitionRecord
+from lightning_cf.reporting.unit_pictures import similarity_picture, units_picture
 from lightning_cf.sequence.result import Result
-from lightning_cf.unit_pictures import similarity_picture, units_picture
 
 LABELS = {"exact": "exact isolation", "perturb": "perturbation only", "finetune": "plain fine-tuning", "joint": "joint"}
 COLORS = {"exact": "#1b6ca8", "perturb": "#d98324", "finetune": "#8c8c8c", "joint": "#4b8f5a"}
