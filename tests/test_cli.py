@@ -10,7 +10,7 @@ import jaxtyping
 import pytest
 import torch
 
-from lightning_cf.cli import main
+from lightning_cf.cli.main import main
 
 SMALL = ["epochs=2", "invariance_epochs=1", "model.network.hidden=[40]", "compare=false"]
 TWO = "tasks.order=[0,1,2,3]"

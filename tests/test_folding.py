@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from lightning_cf import folding
+from lightning_cf.partition import regression
 from lightning_cf.partition.regression import InputRecorder, Moments, Sample, fold, input_moments
 
 CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -233,5 +233,5 @@ def test_a_sample_of_inputs_folds_like_their_moments():
 def test_wide_layers_are_folded_on_a_sample(monkeypatch):
     monkeypatch.setattr(folding, "WIDE", 10)
     layer = torch.nn.Linear(12, 3)
-    found = folding.input_moments({"weight": layer.weight}, [lambda: layer(torch.randn(300, 12)) for _ in range(20)])
+    found = regression.input_moments({"weight": layer.weight}, [lambda: layer(torch.randn(300, 12)) for _ in range(20)])
     assert found["weight"].rows.shape == (1024, 13)

@@ -9,7 +9,7 @@ import torch
 from learning import NETWORKS, classifier, fit, own_logits, quiet_trainer, tasks, three
 
 from lightning_cf import ContinualModule, SequentialTaskRunner, TaskInferenceCallback
-from lightning_cf.cli import main
+from lightning_cf.cli.main import main
 from lightning_cf.learner.inferring import inference_of
 from lightning_cf.partition.clusters import partition_into
 from lightning_cf.partition.similarity import Similarity

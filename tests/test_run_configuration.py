@@ -6,7 +6,7 @@ import shutil
 import pytest
 from test_cli import here
 
-from lightning_cf.sweep import _job
+from lightning_cf.cli.sweep import _job
 from lightning_cf.utilities.files import read_json
 
 TINY = [

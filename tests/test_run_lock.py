@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from runs import pair, run_of
 
 from lightning_cf import ContinualError, RunWarning
-from lightning_cf import run_lock as module
+from lightning_cf.sequence import run_lock as module
 from lightning_cf.sequence.run_lock import RunLock
 
 pytestmark = [

@@ -13,9 +13,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from test_cli import here
 
-import lightning_cf.cli
-from lightning_cf import MaskedGradientCallback, SequentialTaskRunner, sweep
-from lightning_cf.stopping import Stopped, check_stopped, ended_by_signals, stoppable
+import lightning_cf.cli.main
+from lightning_cf import MaskedGradientCallback, SequentialTaskRunner
+from lightning_cf.cli import sweep
+from lightning_cf.cli.stopping import Stopped, check_stopped, ended_by_signals, stoppable
 
 SMALL = ["epochs=1", "invariance_epochs=1", "model.network.hidden=[20]", "compare=false", "tasks.order=[0,1,2,3]"]
 SMALL += ["task_inference=none", "partition.threshold=0.5"]
@@ -92,20 +93,20 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lightning-cf", *SMALL, f"run={folder}"])
-        lightning_cf.cli.main()
+        lightning_cf.cli.main.main()
     return json.loads((folder / "result.json").read_text())["weights_sha256"]
 
 
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
-        pytest.param((lightning_cf.cli, "_checked", 1), signal.SIGTERM, id="start-up"),
+        pytest.param((lightning_cf.cli.main, "_checked", 1), signal.SIGTERM, id="start-up"),
         pytest.param((MaskedGradientCallback, "on_train_batch_end", 15), signal.SIGTERM, id="training"),
         pytest.param((MaskedGradientCallback, "on_before_optimizer_step", 15), signal.SIGINT, id="step", marks=SLOW),
         pytest.param((MaskedGradientCallback, "on_fit_end", 3), signal.SIGTERM, id="end of a fit", marks=SLOW),
         pytest.param((SequentialTaskRunner, "score", 2), signal.SIGINT, id="scoring"),
         pytest.param((SequentialTaskRunner, "seal", 2), signal.SIGTERM, id="seal", marks=SLOW),
-        pytest.param((lightning_cf.cli, "write_pictures", 1), signal.SIGTERM, id="pictures"),
+        pytest.param((lightning_cf.cli.main, "write_pictures", 1), signal.SIGTERM, id="pictures"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -13,10 +13,10 @@ from torch import nn
 
 import lightning_cf
 from lightning_cf import MaskedGradientCallback, SequentialTaskRunner, StructureWarning
+from lightning_cf.cli.progress_bar import RunBar
+from lightning_cf.cli.run_log import logged_warnings
 from lightning_cf.errors import ContinualWarning, FrozenWarning
 from lightning_cf.partition.claim import PartitionWarning
-from lightning_cf.progress_bar import RunBar
-from lightning_cf.run_log import logged_warnings
 from lightning_cf.utilities.noting import noting
 
 SMALL = ["epochs=1", "invariance_epochs=1", "tasks.order=[0,1]", "task_inference=none"]

@@ -30,7 +30,7 @@ from lightning_cf import (
     Task,
     TaskInferenceCallback,
 )
-from lightning_cf.cli import main
+from lightning_cf.cli.main import main
 from lightning_cf.models import CNN, MLP, ResNet
 from lightning_cf.partition.options import PartitionOptions
 

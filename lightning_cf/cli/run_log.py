@@ -11,9 +11,9 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from lightning_cf.cli.progress_bar import RunBar
 from lightning_cf.errors import ContinualWarning, printable
 from lightning_cf.lightning_api import PossibleUserWarning
-from lightning_cf.progress_bar import RunBar
 
 LOG = "warnings.log"
 

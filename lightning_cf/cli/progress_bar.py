@@ -7,8 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lightning_cf.cli.stopping import check_stopped, take_signals
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer
-from lightning_cf.stopping import check_stopped, take_signals
 
 
 class RunBar:

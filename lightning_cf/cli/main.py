@@ -20,18 +20,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_cf import stopping
+from lightning_cf.cli import stopping
+from lightning_cf.cli.progress_bar import RunBar
+from lightning_cf.cli.run_log import logged_warnings
+from lightning_cf.cli.stopping import check_stopped, ended_by_signals
+from lightning_cf.cli.sweep import run_job
 from lightning_cf.errors import ContinualError, RunWarning, check_choice, check_count, check_text, printable, warn
 from lightning_cf.lightning_api import MisconfigurationException, Trainer, isolate_rng
-from lightning_cf.progress_bar import RunBar
 from lightning_cf.reporting.tables import print_summary, write_pictures, write_unit_pictures
-from lightning_cf.run_log import logged_warnings
 from lightning_cf.sequence.identity import VARIABLE, differences
 from lightning_cf.sequence.preflight import check_root
 from lightning_cf.sequence.result import Result
 from lightning_cf.sequence.runner import Method, SequentialTaskRunner
-from lightning_cf.stopping import check_stopped, ended_by_signals
-from lightning_cf.sweep import run_job
 from lightning_cf.utilities.files import read_json, write_atomically, write_json
 from lightning_cf.utilities.randomness import seed_torch
 
@@ -51,8 +51,9 @@ _ANYWHERE = (
 )
 """Options that do not change what a method's run finds, or that its runner compares by what they lead to."""
 
-_PACKAGED = Path(__file__).parent / "conf"
-_CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "conf"
+_PACKAGE = Path(__file__).parent.parent
+_PACKAGED = _PACKAGE / "conf"
+_CONF = _PACKAGED if _PACKAGED.is_dir() else _PACKAGE.parent / "conf"
 
 
 _FULL = "HYDRA_FULL_ERROR"
