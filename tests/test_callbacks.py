@@ -19,7 +19,7 @@ from lightning_cf import (
     Task,
 )
 from lightning_cf.learner.state import keep_ledger, state_of
-from lightning_cf.network.structure import named_tensors
+from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.ledger import FREE
 from lightning_cf.partition.claim import PartitionWarning
 

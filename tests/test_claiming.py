@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_cf.network.structure import call
+from lightning_cf.network.forward import call
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.ownership.ledger import FREE, NeuronLedger
 from lightning_cf.partition.claim import Claimer, PartitionWarning, warn_of_cost

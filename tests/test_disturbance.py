@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from lightning_cf.invariance.affine import Rotation
 from lightning_cf.invariance.disturbance import Disturbance
 from lightning_cf.invariance.perturbations import Ablate, Affine, InSubspace, Noise, Resample
-from lightning_cf.network.structure import NO_UNIT, named_tensors
+from lightning_cf.network.forward import named_tensors
+from lightning_cf.network.structure import NO_UNIT
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.ownership.ledger import FREE, NeuronLedger
 from lightning_cf.utilities.randomness import keyed_generator

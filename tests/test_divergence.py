@@ -34,7 +34,7 @@ from lightning_cf.callbacks.divergence import Watch
 from lightning_cf.learner.inferring import inference_of
 from lightning_cf.learner.state import state_of
 from lightning_cf.network.finite import not_finite
-from lightning_cf.network.structure import named_tensors
+from lightning_cf.network.forward import named_tensors
 from lightning_cf.sequence.store import _CONTENT
 from lightning_cf.utilities.describing import content_sha256
 

@@ -16,7 +16,7 @@ from lightning_cf.callbacks.heads import aside
 from lightning_cf.learner.inferring import inference_of, view_of
 from lightning_cf.learner.state import state_of
 from lightning_cf.models import MLP
-from lightning_cf.network.structure import eval_mode, named_tensors
+from lightning_cf.network.forward import eval_mode, named_tensors
 from lightning_cf.task_inference import STRATEGIES, Sites, View, read
 from lightning_cf.task_inference.trained import heads_of
 from lightning_cf.task_inference.variants import VARIANTS, differs, strange

@@ -26,7 +26,7 @@ from lightning_cf import (
 from lightning_cf.invariance.disturbance import Disturbance
 from lightning_cf.learner.state import state_of
 from lightning_cf.models import MLP
-from lightning_cf.network.structure import named_tensors
+from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.ledger import FREE
 from lightning_cf.partition.options import PartitionOptions
 

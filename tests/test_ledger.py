@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lightning_cf.errors import CapacityError, ContinualError
-from lightning_cf.network.structure import Entries, named_tensors
+from lightning_cf.network.forward import named_tensors
+from lightning_cf.network.structure import Entries
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.ownership.ledger import CHECKPOINT_KEY, FREE, NeuronLedger
 

@@ -9,7 +9,7 @@ from networks import FixedFeatures, build
 from torch import nn
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.network.structure import named_tensors
+from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.ownership.freezing import Freezer
 from lightning_cf.subspaces.projection import Projection

@@ -6,7 +6,8 @@ import torch
 from networks import NETWORKS, build
 from torch import nn
 
-from lightning_cf.network.structure import NO_UNIT, Rows, eval_mode, lookup, named_tensors, samples
+from lightning_cf.network.forward import eval_mode, named_tensors, samples
+from lightning_cf.network.structure import NO_UNIT, Rows, lookup
 from lightning_cf.network.tracing.tracer import trace
 
 

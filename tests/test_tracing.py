@@ -12,7 +12,8 @@ from torch.nn.utils import parametrizations
 
 from lightning_cf.errors import LeakError, StructureError
 from lightning_cf.exactness.probe import probe
-from lightning_cf.network.structure import NO_UNIT, named_tensors
+from lightning_cf.network.forward import named_tensors
+from lightning_cf.network.structure import NO_UNIT
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.ownership.ledger import FREE, NeuronLedger
 

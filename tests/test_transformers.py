@@ -20,7 +20,7 @@ from lightning_cf import (
     Task,
 )
 from lightning_cf.learner.state import state_of
-from lightning_cf.network.structure import named_tensors
+from lightning_cf.network.forward import named_tensors
 
 INSTALLED = importlib.util.find_spec("transformers") is not None
 

@@ -25,7 +25,7 @@ from lightning_cf import (
     TaskInferenceCallback,
 )
 from lightning_cf.learner.state import keep_ledger, ledger_of
-from lightning_cf.network.structure import eval_mode
+from lightning_cf.network.forward import eval_mode
 from lightning_cf.utilities.hooks import Hook
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -34,7 +34,7 @@ from lightning_cf.exactness.check import check_exact
 from lightning_cf.exactness.probe import probe
 from lightning_cf.learner.state import keep_ledger, state_for, state_of
 from lightning_cf.models import MLP
-from lightning_cf.network.structure import named_tensors
+from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.fresh_start import reinitialise_free
 from lightning_cf.ownership.ledger import FREE
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware

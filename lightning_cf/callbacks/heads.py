@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_cf.learner.inferring import positions_of
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
-from lightning_cf.network.structure import eval_mode, layer_of
+from lightning_cf.network.forward import eval_mode
+from lightning_cf.network.structure import layer_of
 from lightning_cf.ownership.output_view import column_axis
 from lightning_cf.task_inference import Readout, Sites, View, read
 from lightning_cf.task_inference.trained import Trained

@@ -10,7 +10,8 @@ from torch import Tensor
 from lightning_cf.errors import ContinualError, LedgerWarning, warn
 from lightning_cf.learner.state import keep_ledger, ledger_of
 from lightning_cf.lightning_api import LightningModule, isolate_rng
-from lightning_cf.network.structure import Structure, named_tensors
+from lightning_cf.network.forward import named_tensors
+from lightning_cf.network.structure import Structure
 from lightning_cf.ownership.fingerprints import Difference, differences
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.output_view import fit_head

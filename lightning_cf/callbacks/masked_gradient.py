@@ -15,7 +15,8 @@ from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.errors import ContinualError, ContinualWarning, FrozenWarning, check_flag, warn
 from lightning_cf.learner.state import ContinualState, ledger_of, state_for, state_of
 from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
-from lightning_cf.network.structure import UnitGroup, named_tensors
+from lightning_cf.network.forward import named_tensors
+from lightning_cf.network.structure import UnitGroup
 from lightning_cf.ownership.freezing import Freezer, FrozenEntries
 from lightning_cf.ownership.ledger import FREE
 from lightning_cf.subspaces.projection import Projection

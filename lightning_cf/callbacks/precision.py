@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
-from lightning_cf.network.structure import in_precision_of
+from lightning_cf.network.forward import in_precision_of
 
 
 def check_inputs(trainer: Trainer, module: LightningModule, task: str, batch: Any) -> None:

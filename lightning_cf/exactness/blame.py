@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.network.structure import Forward, Structure, lookup, samples
+from lightning_cf.network.forward import Forward, samples
+from lightning_cf.network.structure import Structure, lookup
 from lightning_cf.network.tracing.tracer import following, named, plain_kernels, steps
 from lightning_cf.ownership.ledger import FREE
 from lightning_cf.ownership.levels import Levels

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.errors import StructureError, StructureWarning, warn
 from lightning_cf.exactness.probe import Leak, first_leak, replaced
 from lightning_cf.exactness.readings import OPERATIONS, decides_nothing
-from lightning_cf.network.structure import Forward, Mixing, Structure, call, layer_of, samples
+from lightning_cf.network.forward import Forward, call, samples
+from lightning_cf.network.structure import Mixing, Structure, layer_of
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.ownership.ledger import FREE, NeuronLedger, TaskEntry
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_cf.lightning_api import isolate_rng
 from lightning_cf.network.finite import Snapshot
-from lightning_cf.network.structure import Forward, eval_mode, same_state, samples
+from lightning_cf.network.forward import Forward, eval_mode, same_state, samples
 
 WIDE = 1e30
 """Numbers of a type that goes further than this are too large near its end: other inputs give larger ones."""

@@ -15,18 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import LeakError
 from lightning_cf.exactness.blame import first_moved
-from lightning_cf.network.structure import (
-    LAYERS,
-    Forward,
-    Structure,
-    call,
-    eval_mode,
-    layer_of,
-    lookup,
-    named_tensors,
-    same_state,
-    samples,
-)
+from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors, same_state, samples
+from lightning_cf.network.structure import LAYERS, Structure, layer_of, lookup
 from lightning_cf.network.ways import running_way
 from lightning_cf.ownership.ledger import FREE, NeuronLedger
 from lightning_cf.ownership.levels import Levels

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.lightning_api import isolate_rng
-from lightning_cf.network.structure import Forward, eval_mode, same_state
+from lightning_cf.network.forward import Forward, eval_mode, same_state
 
 _READS = {
     *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.is_nonzero, torch.is_nonzero),

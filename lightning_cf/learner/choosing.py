@@ -12,7 +12,7 @@ from lightning_cf.learner.inferring import Kept, bare_heads, positions_of, watch
 from lightning_cf.learner.rehearsal import rehearse
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, isolate_rng
-from lightning_cf.network.structure import eval_mode
+from lightning_cf.network.forward import eval_mode
 from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, check_strategies, read
 from lightning_cf.task_inference.strategies import CHOICES, NEEDS
 from lightning_cf.task_inference.trained import changes_input

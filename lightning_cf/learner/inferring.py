@@ -17,7 +17,7 @@ from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarn
 from lightning_cf.learner.state import ContinualState, ledger_of
 from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
 from lightning_cf.network.finite import rows_finite
-from lightning_cf.network.structure import call, in_precision_of
+from lightning_cf.network.forward import call, in_precision_of
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.task_inference import STRATEGIES, Known, Prediction, Sites, TaskInference, View
 from lightning_cf.task_inference.inference import read_all, variants_of

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.learner.inferring import input_of
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
-from lightning_cf.network.structure import call, same_state
+from lightning_cf.network.forward import call, same_state
 from lightning_cf.task_inference import Sites, read
 from lightning_cf.tasks.evaluation import forward_context, on_device, predict
 from lightning_cf.tasks.task import Task, supervised

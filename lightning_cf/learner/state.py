@@ -21,16 +21,8 @@ from lightning_cf.invariance.disturbance import Disturbance
 from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
 from lightning_cf.network.finite import Snapshot, described, in_forward_order, infinite_on_purpose, not_finite
 from lightning_cf.network.foreign_heads import check_foreign_heads
-from lightning_cf.network.structure import (
-    Forward,
-    Structure,
-    UnitGroup,
-    call,
-    eval_mode,
-    named_tensors,
-    same_state,
-    samples,
-)
+from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors, same_state, samples
+from lightning_cf.network.structure import Structure, UnitGroup
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.network.ways import Ways
 from lightning_cf.ownership.ledger import Isolation, NeuronLedger

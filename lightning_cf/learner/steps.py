@@ -15,7 +15,7 @@ from lightning_cf.exactness.probe import probe
 from lightning_cf.learner.inferring import remember_task
 from lightning_cf.learner.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
-from lightning_cf.network.structure import eval_mode, named_tensors
+from lightning_cf.network.forward import eval_mode, named_tensors
 from lightning_cf.ownership.fingerprints import keep_fingerprints
 from lightning_cf.ownership.fresh_start import reinitialise_free
 from lightning_cf.ownership.ledger import NeuronLedger

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_cf.errors import DivergenceError
-from lightning_cf.network.structure import Structure, layer_of, lookup, named_tensors
+from lightning_cf.network.forward import named_tensors
+from lightning_cf.network.structure import Structure, layer_of, lookup
 from lightning_cf.ownership.fresh_start import reinitialise_free
 from lightning_cf.ownership.ledger import FREE, NeuronLedger
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.network.structure import Forward, Structure, call
+from lightning_cf.network.forward import Forward, call
+from lightning_cf.network.structure import Structure
 from lightning_cf.network.tracing.tracer import steps
 from lightning_cf.ownership.output_view import column_axis, head_columns, is_known
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.network.structure import Forward
+from lightning_cf.network.forward import Forward
 
 _RUNNING: ContextVar[int] = ContextVar("way", default=0)
 

@@ -13,7 +13,8 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning, warn
-from lightning_cf.network.structure import Structure, UnitGroup, layer_of, named_tensors
+from lightning_cf.network.forward import named_tensors
+from lightning_cf.network.structure import Structure, UnitGroup, layer_of
 from lightning_cf.ownership.freezing import FrozenEntries
 from lightning_cf.ownership.ledger import FREE, NeuronLedger, Phase
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from lightning_cf.errors import ContinualError, RunWarning, warn
-from lightning_cf.network.structure import Structure, named_tensors
+from lightning_cf.network.forward import named_tensors
+from lightning_cf.network.structure import Structure
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.partition.options import PartitionOptions
 from lightning_cf.partition.outcome import Outcome

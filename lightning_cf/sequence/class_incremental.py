@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from lightning_cf.learner.inferring import Kept
 from lightning_cf.lightning_api import LightningModule
-from lightning_cf.network.structure import eval_mode
+from lightning_cf.network.forward import eval_mode
 from lightning_cf.task_inference import TaskInference
 from lightning_cf.tasks.evaluation import predict
 from lightning_cf.tasks.task import Batches, Task

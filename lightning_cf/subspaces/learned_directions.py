@@ -12,7 +12,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_cf.network.structure import Rows, UnitGroup, named_tensors
+from lightning_cf.network.forward import named_tensors
+from lightning_cf.network.structure import Rows, UnitGroup
 from lightning_cf.subspaces.subspace import LearnedSubspace, count_of, exact_dtype
 from lightning_cf.utilities.randomness import keyed_generator
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.finite import rows_finite
-from lightning_cf.network.structure import eval_mode
+from lightning_cf.network.forward import eval_mode
 from lightning_cf.ownership.output_view import column_axis
 from lightning_cf.task_inference.sites import Sites
 

@@ -11,7 +11,8 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_cf.network.structure import eval_mode, layer_of, same_state
+from lightning_cf.network.forward import eval_mode, same_state
+from lightning_cf.network.structure import layer_of
 from lightning_cf.task_inference.readout import Recorder
 from lightning_cf.task_inference.sites import Watched
 

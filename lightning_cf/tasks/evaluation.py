@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.lightning_api import LightningModule
-from lightning_cf.network.structure import eval_mode, in_precision_of
+from lightning_cf.network.forward import eval_mode, in_precision_of
 from lightning_cf.tasks.reading import samples_in
 from lightning_cf.tasks.targets import (
     IGNORED,

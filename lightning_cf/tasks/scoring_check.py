@@ -11,7 +11,7 @@ import torch
 
 from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.lightning_api import LightningModule, isolate_rng
-from lightning_cf.network.structure import eval_mode, same_state
+from lightning_cf.network.forward import eval_mode, same_state
 from lightning_cf.tasks.evaluation import Scorer, judge, predict
 from lightning_cf.tasks.reading import samples_in
 from lightning_cf.tasks.targets import finite, strange

@@ -9,7 +9,7 @@ import torch
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.lightning_api import LightningModule, isolate_rng
-from lightning_cf.network.structure import eval_mode
+from lightning_cf.network.forward import eval_mode
 from lightning_cf.tasks.evaluation import predict
 from lightning_cf.tasks.loaders import pairs_in
 from lightning_cf.tasks.task import Task, supervised

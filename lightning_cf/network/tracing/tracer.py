@@ -25,17 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import StructureError
-from lightning_cf.network.structure import (
-    LAYERS,
-    Forward,
-    Role,
-    Structure,
-    call,
-    eval_mode,
-    named_tensors,
-    same_state,
-    samples,
-)
+from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors, same_state, samples
+from lightning_cf.network.structure import LAYERS, Role, Structure
 from lightning_cf.network.tracing.assembly import Found, Use, assemble
 from lightning_cf.network.tracing.labels import NONE, Units, sole_along
 from lightning_cf.network.tracing.operations import is_movement, rule_of

@@ -1,0 +1,81 @@
+"""How a network is run without a trace of it being left: in eval mode, on a few samples, its tensors by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+Forward = Callable[[nn.Module, Any], Any]
+"""Runs a network on an example."""
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; a tensor that is shared appears once, under its first name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module into eval mode, and afterwards every submodule back into its own mode.
+
+    Meanwhile nothing runs compiled: compiled code does not look whether hooks came or went.
+    """
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for child, training in modes.items():
+            child.training = training
+
+
+@contextmanager
+def same_state(module: nn.Module) -> Iterator[None]:
+    """Puts buffers back afterwards that forward passes meanwhile wrote, or put others in the place of."""
+    kept = [
+        (child, name, x, x.detach().clone())
+        for child in module.modules()
+        for name, x in child._buffers.items()
+        if x is not None and not is_lazy(x)
+    ]
+    try:
+        yield
+    finally:
+        for child, name, x, values in kept:
+            child._buffers[name] = x
+            if not torch.equal(x, values):
+                x.detach().copy_(values)
+
+
+def call(module: nn.Module, example: Any) -> Any:
+    """``module(example)``, or ``module(*example)`` for a tuple."""
+    return module(*example) if isinstance(example, tuple) else module(example)
+
+
+def in_precision_of(module: nn.Module, batch: Any) -> Any:
+    """A batch with its floating-point tensors in the precision of the module's parameters."""
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+    def convert(x: Tensor) -> Tensor:
+        return x.to(dtype) if dtype is not None and x.is_floating_point() else x
+
+    return tree_map_only(Tensor, convert, batch)
+
+
+def samples(module: nn.Module, example: Any, count: int, start: int = 0) -> Any:
+    """Some samples of a batch, on the module's device; tensors of another length than the first stay whole."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    example = in_precision_of(module, example)
+    batch = next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim), None)
+
+    def cut(x: Tensor) -> Tensor:
+        return (x[start : start + count] if x.ndim and len(x) == batch else x).detach().to(device)
+
+    return tree_map_only(Tensor, cut, example)
