@@ -40,7 +40,6 @@ if TYPE_CHECKING or NAME == "lightning.pytorch":
     from lightning.pytorch.utilities.data import _is_dataloader_shuffled
     from lightning.pytorch.utilities.exceptions import SIGTERMException
     from lightning.pytorch.utilities.model_helpers import is_overridden
-    from lightning.pytorch.utilities.seed import isolate_rng
 else:
     from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning_fabric.utilities.data import _replace_dunder_methods, sized_len
@@ -64,7 +63,6 @@ else:
     from pytorch_lightning.utilities.data import _is_dataloader_shuffled
     from pytorch_lightning.utilities.exceptions import SIGTERMException
     from pytorch_lightning.utilities.model_helpers import is_overridden
-    from pytorch_lightning.utilities.seed import isolate_rng
 
 __all__ = [
     "BaseFinetuning",
@@ -93,7 +91,6 @@ __all__ = [
     "_replace_dunder_methods",
     "check_same_lightning",
     "is_overridden",
-    "isolate_rng",
     "sized_len",
 ]
 

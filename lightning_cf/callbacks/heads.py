@@ -15,16 +15,16 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_cf.learner.inferring import positions_of
-from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
+from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.network.forward import eval_mode
+from lightning_cf.network.output_heads import column_axis
 from lightning_cf.network.structure import layer_of
-from lightning_cf.ownership.output_view import column_axis
 from lightning_cf.task_inference import Readout, Sites, View, read
 from lightning_cf.task_inference.trained import Trained
 from lightning_cf.task_inference.variants import VARIANTS, differs, strange
 from lightning_cf.tasks.task import Task
 from lightning_cf.utilities.hooks import Hook
-from lightning_cf.utilities.randomness import keyed_generator
+from lightning_cf.utilities.randomness import isolated_generators, keyed_generator
 
 
 class Heads:
@@ -198,7 +198,7 @@ def aside(module: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(eval_mode(module))
-        stack.enter_context(isolate_rng())
+        stack.enter_context(isolated_generators())
         for child in module.modules():
             if isinstance(child, nn.RNNBase):
                 child.train()  # cuDNN has no backward pass in eval mode

@@ -13,13 +13,13 @@ from lightning_cf.errors import ContinualError, check_count
 from lightning_cf.invariance.disturbance import Disturbance
 from lightning_cf.invariance.perturbations import Perturbation, Resample, check_perturbation
 from lightning_cf.learner.state import ContinualState, state_of
-from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
+from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.ledger import FREE
 from lightning_cf.subspaces.learned_directions import DirectionLearner
 from lightning_cf.subspaces.subspace import LearnedSubspace, Subspace, check_subspace
 from lightning_cf.utilities.describing import describe, without_address
-from lightning_cf.utilities.randomness import keyed_generator
+from lightning_cf.utilities.randomness import isolated_generators, keyed_generator
 
 
 class InvarianceCallback(ContinualCallback):
@@ -30,7 +30,7 @@ class InvarianceCallback(ContinualCallback):
     outputs and is skipped; INVARIANCE is then fine-tuning of the claimed units on their own.
 
     Args:
-        perturbation: how; default :class:`~lightning_cf.invariance.perturbations.Resample`, which kept most in benchmarks.
+        perturbation: how; default :class:`lightning_cf.Resample`, which kept most in benchmarks.
         subspace: what holds the perturbation (paragraph 21); give :class:`MaskedGradientCallback` the same one.
         every_n_steps: a new perturbation every so many optimiser steps, held in between. Default: each step.
         every_n_batches: or every so many batches, which differ from steps where gradients accumulate.
@@ -152,7 +152,7 @@ class InvarianceCallback(ContinualCallback):
         """Perturbs once and puts back: what cannot work on these layers is found before the first step."""
         generator = keyed_generator(self.seed, "trial")
         try:
-            with isolate_rng():
+            with isolated_generators():
                 Disturbance(module, state.structure, state.ledger, self.perturbation, generator, self._bases).undo()
         except ContinualError:
             raise

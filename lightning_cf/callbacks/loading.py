@@ -9,13 +9,14 @@ from torch import Tensor
 
 from lightning_cf.errors import ContinualError, LedgerWarning, warn
 from lightning_cf.learner.state import keep_ledger, ledger_of
-from lightning_cf.lightning_api import LightningModule, isolate_rng
+from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import named_tensors
+from lightning_cf.network.output_heads import fit_head
 from lightning_cf.network.structure import Structure
 from lightning_cf.ownership.fingerprints import Difference, differences
 from lightning_cf.ownership.ledger import NeuronLedger
-from lightning_cf.ownership.output_view import fit_head
 from lightning_cf.ownership.traces import rows_cut_off
+from lightning_cf.utilities.randomness import isolated_generators
 
 OTHER = 0.5
 """Values that lie further than this share of their size from what a ledger knows are of other weights."""
@@ -65,7 +66,7 @@ class LoadGuard:
         for layer, columns in self.ledger.heads.items():
             head: Any = self.module.get_submodule(layer)
             if len(head.weight) != len(columns):
-                with isolate_rng():
+                with isolated_generators():
                     fit_head(head, len(columns))
         for name, tensor in named_tensors(self.module).items():
             tensor.copy_(self.before[name])

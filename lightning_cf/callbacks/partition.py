@@ -68,9 +68,9 @@ class PartitionCallback(ContinualCallback):
         ledger: a checkpoint whose ledger the module takes up where it has none, for a plain module whose weights were
             loaded from it (see ``keep_ledger``).
         options: how units are compared and how many are claimed, the fields of
-            :class:`~lightning_cf.partition.options.PartitionOptions`: ``measure``, ``threshold``, ``tolerance``, ``min_claim``,
-            ``max_claim``, ``reserve_tasks``, ``clusters``, ``representative``, ``fold``, ``reinitialise``, ``layers``,
-            ``exclude``.
+            :class:`~lightning_cf.partition.PartitionOptions`: ``measure``, ``threshold``, ``tolerance``,
+            ``min_claim``, ``max_claim``, ``reserve_tasks``, ``clusters``, ``representative``, ``fold``,
+            ``reinitialise``, ``layers``, ``exclude``.
     """
 
     partitions = True

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
+from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.network.forward import in_precision_of
+from lightning_cf.utilities.randomness import isolated_generators
 
 
 def check_inputs(trainer: Trainer, module: LightningModule, task: str, batch: Any) -> None:
@@ -48,7 +49,7 @@ def _failure(trainer: Trainer, module: LightningModule, batch: Any) -> Exception
     """What a training step on a copy of the module raises, if anything; it logs nothing and moves nothing."""
     context: AbstractContextManager[Any] = trainer.precision_plugin.train_step_context()
     try:
-        with isolate_rng(), warnings.catch_warnings(), torch.enable_grad(), context:
+        with isolated_generators(), warnings.catch_warnings(), torch.enable_grad(), context:
             warnings.simplefilter("ignore")  # about logging without a Trainer
             trial = copy.deepcopy(module)
             trial.train()

@@ -1,1 +1,4 @@
-"""TODO."""
+"""The command ``lightning-cf``.
+
+Begin with :mod:`lightning_cf.cli.main`, which is loaded last: signals are answered before.
+"""

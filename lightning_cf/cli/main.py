@@ -26,14 +26,14 @@ from lightning_cf.cli.run_log import logged_warnings
 from lightning_cf.cli.stopping import check_stopped, ended_by_signals
 from lightning_cf.cli.sweep import run_job
 from lightning_cf.errors import ContinualError, RunWarning, check_choice, check_count, check_text, printable, warn
-from lightning_cf.lightning_api import MisconfigurationException, Trainer, isolate_rng
+from lightning_cf.lightning_api import MisconfigurationException, Trainer
 from lightning_cf.reporting.tables import print_summary, write_pictures, write_unit_pictures
 from lightning_cf.sequence.identity import VARIABLE, differences
 from lightning_cf.sequence.preflight import check_root
 from lightning_cf.sequence.result import Result
 from lightning_cf.sequence.runner import Method, SequentialTaskRunner
 from lightning_cf.utilities.files import read_json, write_atomically, write_json
-from lightning_cf.utilities.randomness import seed_torch
+from lightning_cf.utilities.randomness import isolated_generators, seed_torch
 
 VERBS = ("train",)
 
@@ -148,7 +148,7 @@ def _train(config: DictConfig, root: Path, resolved: dict[str, Any], bar: RunBar
 def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> SequentialTaskRunner:
     options: Any = OmegaConf.to_container(config.tasks, resolve=True)
     tasks = instantiate({key: value for key, value in options.items() if key not in ("shape", "classes")})
-    with isolate_rng():
+    with isolated_generators():
         seed_torch(config.seed)
         module = instantiate(config.model)
     method: Method = "finetune" if name == "finetune" else "joint" if name == "joint" else "partition"

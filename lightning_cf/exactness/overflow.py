@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.lightning_api import isolate_rng
 from lightning_cf.network.finite import Snapshot
 from lightning_cf.network.forward import Forward, eval_mode, same_state, samples
+from lightning_cf.utilities.randomness import isolated_generators
 
 WIDE = 1e30
 """Numbers of a type that goes further than this are too large near its end: other inputs give larger ones."""
@@ -34,7 +34,7 @@ def overflow(module: nn.Module, example: Any, forward: Forward, before: Snapshot
         forward: how to run the network on the example.
         before: the earlier numbers.
     """
-    with eval_mode(module), same_state(module), isolate_rng():
+    with eval_mode(module), same_state(module), isolated_generators():
         example = samples(module, example, 16)
         found = _overflowing(module, example, forward)
         if not found:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.lightning_api import isolate_rng
 from lightning_cf.network.forward import Forward, eval_mode, same_state
+from lightning_cf.utilities.randomness import isolated_generators
 
 _READS = {
     *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.is_nonzero, torch.is_nonzero),
@@ -36,7 +36,7 @@ def decides_nothing(module: nn.Module, example: Any, forward: Forward) -> bool:
         example: an input whose first axis is the batch.
         forward: how to run the network on it.
     """
-    with isolate_rng(), eval_mode(module), same_state(module), warnings.catch_warnings():
+    with isolated_generators(), eval_mode(module), same_state(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             plain = _outputs(forward(module, example))

@@ -1,8 +1,8 @@
 """Ways to disturb the redundant units while the others train (US 12387107, paragraph 20).
 
 Paragraph 20 names random noise, and affine transformations that change the direction of a unit's weight vector; the
-random ones are in :mod:`lightning_cf.invariance.affine`. In the formulas ``w`` is that vector, ``D`` its number of inputs, ``|w|``
-its length.
+random ones are in :mod:`lightning_cf.invariance.affine`. In the formulas ``w`` is that vector, ``D`` its number of
+inputs, ``|w|`` its length.
 """
 
 from __future__ import annotations

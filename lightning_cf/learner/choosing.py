@@ -11,7 +11,7 @@ from lightning_cf.errors import ContinualError, ContinualWarning, warn
 from lightning_cf.learner.inferring import Kept, bare_heads, positions_of, watch_task, why_no_labels
 from lightning_cf.learner.rehearsal import rehearse
 from lightning_cf.learner.state import ContinualState
-from lightning_cf.lightning_api import LightningModule, isolate_rng
+from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import eval_mode
 from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, check_strategies, read
 from lightning_cf.task_inference.strategies import CHOICES, NEEDS
@@ -19,6 +19,7 @@ from lightning_cf.task_inference.trained import changes_input
 from lightning_cf.tasks.evaluation import predict
 from lightning_cf.tasks.task import Task
 from lightning_cf.tasks.training_batches import first_batch
+from lightning_cf.utilities.randomness import isolated_generators
 
 ORDER = ("reconstruction_logits", "subspaces", "energy")
 """The best ones first, as measured in benchmarks; the first one is trained with the network."""
@@ -96,7 +97,7 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     bare = bare_heads(state)
     if bare:
         return f"the output layer '{bare[0]}' has no weight of its own.", []
-    with eval_mode(module), torch.no_grad(), isolate_rng():
+    with eval_mode(module), torch.no_grad(), isolated_generators():
         batch = first_batch(module, task)
         watched = watch_task(module, task, state, batch)
         sites = Sites.of(module, state.structure, state.ledger, task.name, watched)

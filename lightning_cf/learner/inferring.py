@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning, warn
 from lightning_cf.learner.state import ContinualState, ledger_of
-from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
+from lightning_cf.lightning_api import LightningModule, is_overridden
 from lightning_cf.network.finite import rows_finite
 from lightning_cf.network.forward import call, in_precision_of
 from lightning_cf.ownership.ledger import NeuronLedger
@@ -28,6 +28,7 @@ from lightning_cf.tasks.evaluation import forward_context, on_device, predict
 from lightning_cf.tasks.targets import one_hot_labels
 from lightning_cf.tasks.task import Task
 from lightning_cf.tasks.training_batches import training_batches
+from lightning_cf.utilities.randomness import isolated_generators
 
 Samples = tuple[View, Int64[Tensor, "samples"]]
 """A task's view of some samples, and their labels from 0 on."""
@@ -68,7 +69,7 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState, *,
         return
     known = None
     if task.classes is not None and task.name not in inference.left_out:
-        with isolate_rng():
+        with isolated_generators():
             sites, training = look(module, task, state, training_batches(module, task), SAMPLES)
             variants, held_out = variants_of(inference.strategies), None
             if sites is not None and training is not None:
@@ -122,7 +123,7 @@ def look(
     first = next(batches, None)
     if first is None:
         return None, None
-    with isolate_rng():
+    with isolated_generators():
         watched = watch_task(module, task, state, first)
     sites = Sites.of(module, state.structure, state.ledger, task.name, watched)
     return sites, view_of(module, task, sites, chain([first], batches), count)

@@ -11,12 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_cf.learner.inferring import input_of
 from lightning_cf.learner.state import ContinualState
-from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
+from lightning_cf.lightning_api import LightningModule, is_overridden
 from lightning_cf.network.forward import call, same_state
 from lightning_cf.task_inference import Sites, read
 from lightning_cf.tasks.evaluation import forward_context, on_device, predict
 from lightning_cf.tasks.task import Task, supervised
 from lightning_cf.tasks.training_batches import first_batch
+from lightning_cf.utilities.randomness import isolated_generators
 
 
 def forward_is_told(module: LightningModule, state: ContinualState, task: Task) -> bool:
@@ -32,7 +33,7 @@ def forward_is_told(module: LightningModule, state: ContinualState, task: Task) 
     def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((args, kwargs))
 
-    with isolate_rng(), same_state(module):
+    with isolated_generators(), same_state(module):
         batch = first_batch(module, task)
         with module.register_forward_pre_hook(note, with_kwargs=True):
             scored = _outputs(module, state, task, partial(predict, module, task, batch))

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_cf.errors import ContinualError
 from lightning_cf.learner.inferring import Kept, input_of, positions_of, view_of, watch_task, why_no_labels
 from lightning_cf.learner.state import ContinualState
-from lightning_cf.lightning_api import LightningModule, isolate_rng
+from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.finite import rows_finite
 from lightning_cf.network.forward import call, eval_mode, same_state
 from lightning_cf.ownership.ledger import FREE, NeuronLedger
@@ -27,7 +27,7 @@ from lightning_cf.task_inference.variants import VARIANTS, differs, strange
 from lightning_cf.tasks.evaluation import forward_context, on_device, predict
 from lightning_cf.tasks.task import Task
 from lightning_cf.tasks.training_batches import first_batch
-from lightning_cf.utilities.randomness import keyed_generator
+from lightning_cf.utilities.randomness import isolated_generators, keyed_generator
 
 FEW = 1024
 """How many samples a strategy gets that cannot be fitted on a batch: the batch again and again."""
@@ -50,7 +50,7 @@ def rehearse(module: LightningModule, state: ContinualState, task: Task, inferen
         what failed; empty where all of it worked.
     """
     try:
-        with torch.no_grad(), isolate_rng(), eval_mode(module), same_state(module), warnings.catch_warnings():
+        with torch.no_grad(), isolated_generators(), eval_mode(module), same_state(module), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _rehearse(module, state, task, TaskInference.from_state_dict(inference.state_dict()))
     except ContinualError as error:

@@ -18,15 +18,16 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError, DivergenceError, StructureError, StructureWarning, check_kind, warn
 from lightning_cf.invariance.disturbance import Disturbance
-from lightning_cf.lightning_api import LightningModule, is_overridden, isolate_rng
+from lightning_cf.lightning_api import LightningModule, is_overridden
 from lightning_cf.network.finite import Snapshot, described, in_forward_order, infinite_on_purpose, not_finite
 from lightning_cf.network.foreign_heads import check_foreign_heads
 from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors, same_state, samples
+from lightning_cf.network.output_heads import head_of, heads_of
 from lightning_cf.network.structure import Structure, UnitGroup
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.network.ways import Ways
 from lightning_cf.ownership.ledger import Isolation, NeuronLedger
-from lightning_cf.ownership.output_view import OutputView, head_of, heads_of
+from lightning_cf.ownership.output_view import OutputView
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 from lightning_cf.partition.outcome import Outcome
 from lightning_cf.subspaces.subspace import GivenSubspace, Subspace
@@ -34,6 +35,7 @@ from lightning_cf.tasks.evaluation import on_device
 from lightning_cf.tasks.targets import checked_pair
 from lightning_cf.tasks.task import Task, required_arguments, supervised
 from lightning_cf.tasks.training_batches import first_batch
+from lightning_cf.utilities.randomness import isolated_generators
 
 _ATTRIBUTE = "_continual_state"
 _PENDING = "_continual_ledger"
@@ -240,7 +242,7 @@ class ContinualState:
         if plain and all(name in self.structure.entries for name, p in module.named_parameters() if p.requires_grad):
             self._ride(task, 0)  # it runs forward, which runs all that trains
             return self.structure.returned[0]
-        with isolate_rng():
+        with isolated_generators():
             way = _own_way(module, task)
         ways = [*self._ways(), way]
         if plain and _alike(module, ways[0], way):
@@ -346,7 +348,7 @@ class _Signature(TorchDispatchMode):
         """Of one forward pass; None where it fails."""
         recorder = cls(module)
         try:
-            with torch.no_grad(), isolate_rng(), eval_mode(module), same_state(module), recorder:
+            with torch.no_grad(), isolated_generators(), eval_mode(module), same_state(module), recorder:
                 forward(module, samples(module, example, 2))
         except Exception:  # whatever a user's forward pass raises
             return None

@@ -14,7 +14,7 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.exactness.probe import probe
 from lightning_cf.learner.inferring import remember_task
 from lightning_cf.learner.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
-from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
+from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.network.forward import eval_mode, named_tensors
 from lightning_cf.ownership.fingerprints import keep_fingerprints
 from lightning_cf.ownership.fresh_start import reinitialise_free
@@ -28,7 +28,7 @@ from lightning_cf.tasks.reading import samples_in
 from lightning_cf.tasks.scoring_check import warn_of_constant
 from lightning_cf.tasks.task import Task
 from lightning_cf.tasks.training_batches import training_batches
-from lightning_cf.utilities.randomness import derive_seed, seed_torch
+from lightning_cf.utilities.randomness import derive_seed, isolated_generators, seed_torch
 
 FOLD_SAMPLES = 4096
 """From how many inputs of the task the regression learns what to fold."""
@@ -62,7 +62,7 @@ def partition_task(
     again = state.ledger.tasks[-1].phase == "invariance"
     if not again:
         state.ledger.whole += held_by_the_user(module, state)
-    with isolate_rng(), eval_mode(module), state.showing(module, [task]):
+    with isolated_generators(), eval_mode(module), state.showing(module, [task]):
         seed_torch(derive_seed("partition", task.name))
         claimer = Claimer(
             module=module,
@@ -138,7 +138,7 @@ def seal_task(
                 record["retrained_ablation_accuracy"] = score
     if not all(record.get("within_tolerance", True) for record in state.ledger.records if record["task"] == task.name):
         tolerance = (options or PartitionOptions()).tolerance
-        with isolate_rng(), eval_mode(module), state.showing(module, [task]):
+        with isolated_generators(), eval_mode(module), state.showing(module, [task]):
             now = judge(module, task)
         warn_of_cost(state.ledger, tolerance, lower_is_better=_lower_is_better(task), now=now)
     if folders is not None:
@@ -178,7 +178,7 @@ def ablation_accuracy(module: LightningModule, task: Task) -> float:
     state = state_for(module, task)
     before = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
     try:
-        with isolate_rng(), eval_mode(module), state.showing(module, [task]):
+        with isolated_generators(), eval_mode(module), state.showing(module, [task]):
             cut_claimed(module, state.structure, state.ledger)
             return judge(module, task)
     finally:

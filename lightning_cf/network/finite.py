@@ -10,11 +10,8 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_cf.errors import DivergenceError
 from lightning_cf.network.forward import named_tensors
-from lightning_cf.network.structure import Structure, layer_of, lookup
-from lightning_cf.ownership.fresh_start import reinitialise_free
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.network.structure import Structure, layer_of
 
 _MULTIPLIED = {"weight", "scale", "statistic"}
 """What a tensor is where a number that is not finite makes outputs that are none; masks may well hold -inf."""
@@ -107,45 +104,3 @@ class Snapshot:
             kept = self.values.get(name)
             if kept is not None and kept.shape == tensor.shape:
                 tensor.copy_(kept)
-
-
-@torch.no_grad()
-def mend_free(
-    module: nn.Module, structure: Structure, ledger: NeuronLedger, names: Collection[str], *key: int | str
-) -> None:
-    """Draws anew what is not finite and no task's own, as a seal does; zero where a layer has no such method.
-
-    Args:
-        module: the network, in place.
-        structure: its structure.
-        ledger: says what is free; the current task's outputs count while it learns.
-        names: the tensors that are not finite, in the order of the forward pass.
-        key: what is drawn depends on.
-
-    Raises:
-        DivergenceError: if some of these numbers belong to a task, or there is none that is worth the mending.
-    """
-    owner = ledger.owner_of_units(structure)
-    learning = ledger.current is not None and ledger.current.phase == "learn"
-    open_ = (owner == FREE) | (learning & (owner == len(ledger.tasks) - 1))
-    tensors = named_tensors(module)
-    for name in names:
-        mask = torch.zeros(tensors[name].shape, dtype=torch.bool)
-        uses = structure.entries.get(name, ())
-        if uses and len(ledger.tasks) > 1:
-            mask = torch.stack([lookup(use.target, open_, none=False).expand(mask.shape) for use in uses]).all(dim=0)
-        if bool((~tensors[name].isfinite().cpu() & ~mask).any()):
-            whose = "what its tasks own" if len(ledger.tasks) > 1 else "it"
-            raise DivergenceError(
-                f"{type(module).__name__} is not finite before the first step, in {whose}:"
-                f" {described([name], tensors)}. It was loaded so, or trained so before. Load weights from before that."
-            )
-    before = {name: x.detach().clone() for name, x in tensors.items()}
-    reinitialise_free(module, structure, ledger, *key)
-    for name, x in tensors.items():
-        if name in names:
-            last = torch.ones(()) if name.endswith("running_var") else torch.zeros(())
-            drawn = torch.where(x.isfinite(), x, last.to(x))
-            x.copy_(torch.where(before[name].isfinite(), before[name], drawn))
-        else:
-            x.copy_(before[name])

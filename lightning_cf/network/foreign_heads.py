@@ -8,9 +8,9 @@ from torch import nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.forward import Forward, call
+from lightning_cf.network.output_heads import column_axis, head_columns, is_known
 from lightning_cf.network.structure import Structure
 from lightning_cf.network.tracing.tracer import steps
-from lightning_cf.ownership.output_view import column_axis, head_columns, is_known
 
 
 def check_foreign_heads(module: nn.Module, structure: Structure, example: Any, forward: Forward = call) -> None:

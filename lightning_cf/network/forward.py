@@ -36,6 +36,26 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             child.training = training
 
 
+class Derived:
+    """What the class of a module has beside its own where we derived it from the user's: it computes otherwise."""
+
+    plain: type[nn.Module]
+    """The class that it was derived from."""
+
+
+@contextmanager
+def plain_forms(module: nn.Module) -> Iterator[None]:
+    """Meanwhile every module computes as the user wrote it, whatever class we derived from its own."""
+    derived = {child: type(child) for child in module.modules() if isinstance(child, Derived)}
+    for child, ours in derived.items():
+        object.__setattr__(child, "__class__", ours.plain)
+    try:
+        yield
+    finally:
+        for child, ours in derived.items():
+            object.__setattr__(child, "__class__", ours)
+
+
 @contextmanager
 def same_state(module: nn.Module) -> Iterator[None]:
     """Puts buffers back afterwards that forward passes meanwhile wrote, or put others in the place of."""

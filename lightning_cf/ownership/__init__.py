@@ -1,1 +1,9 @@
-"""TODO."""
+"""Who owns which unit, and what follows from it: what may move, what is zero, what is normalised with what.
+
+Begin with :mod:`lightning_cf.ownership.ledger`; :mod:`lightning_cf.ownership.freezing` is what holds entries still.
+"""
+
+from lightning_cf.ownership.freezing import Freezer
+from lightning_cf.ownership.ledger import FREE, Isolation, NeuronLedger, Phase
+
+__all__ = ["FREE", "Freezer", "Isolation", "NeuronLedger", "Phase"]

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_unflatten
 from torch.utils._pytree import tree_structure as structure_of_tree
 
+from lightning_cf.network.forward import Derived
 from lightning_cf.network.tracing.reductions import Reduction
 from lightning_cf.ownership.ledger import FREE
 
@@ -57,13 +58,6 @@ def make_owner_aware(module: nn.Module, owners: Mapping[str, Int64[Tensor, "..."
     for child in module.modules():
         if isinstance(child, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
             _keep_off_the_fast_path(child, any(isinstance(norm, OwnerAware) for norm in child.modules()))
-
-
-def owner_aware_norms(module: nn.Module) -> dict[str, Int64[Tensor, "..."]]:
-    """The norms that are owner-aware now, with the owners of their elements."""
-    return {
-        path: child.__dict__[_PLAN].owners for path, child in module.named_modules() if isinstance(child, OwnerAware)
-    }
 
 
 class Levels:
@@ -217,10 +211,9 @@ def _affine(out: Tensor, weight: Tensor | None, bias: Tensor | None, x: Tensor) 
     return out if torch.is_autocast_enabled(x.device.type) else out.to(x.dtype)  # autocast norms in single precision
 
 
-class OwnerAware:
+class OwnerAware(Derived):
     """What the class of an owner-aware norm has beside its own."""
 
-    plain: type[nn.Module]
     _levels: Levels
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

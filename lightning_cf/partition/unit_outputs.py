@@ -10,9 +10,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.network.consumers import consumers, input_units
 from lightning_cf.network.finite import rows_finite
 from lightning_cf.network.structure import Structure, UnitGroup
-from lightning_cf.partition.folding import Passes, consumers, input_units
+from lightning_cf.partition.folding import Passes
 from lightning_cf.partition.regression import Features, InputRecorder, Inputs
 
 

@@ -25,7 +25,6 @@ from lightning_cf.lightning_api import (
     Timer,
     Trainer,
     WeightAveraging,
-    isolate_rng,
 )
 from lightning_cf.tasks.task import Task, supervised
 from lightning_cf.utilities.describing import (
@@ -36,6 +35,7 @@ from lightning_cf.utilities.describing import (
     made_from,
     without_address,
 )
+from lightning_cf.utilities.randomness import isolated_generators
 
 FIXED = ("method", "isolation", "order", "tasks", "parameters", "network")
 """What no ``allow`` can change: what was learned would not fit."""
@@ -102,7 +102,7 @@ def network_identity(module: LightningModule) -> dict[str, Any]:
 def optimizer_identity(module: LightningModule) -> Any:
     """The optimisers that the module configures, with their options and schedules; unknown where it needs a fit."""
     try:
-        with isolate_rng(), warnings.catch_warnings():
+        with isolated_generators(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = module.configure_optimizers()
         return [_stepping(each) for each in tree_leaves(found) if hasattr(each, "state_dict")]

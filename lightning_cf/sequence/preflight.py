@@ -15,13 +15,14 @@ from lightning_cf.callbacks import (
 )
 from lightning_cf.errors import CapacityError, ContinualError, check_kind, check_list
 from lightning_cf.learner.state import ContinualState
-from lightning_cf.lightning_api import LightningModule, Trainer, isolate_rng
+from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.ownership.ledger import CHECKPOINT_KEY, one_column
 from lightning_cf.task_inference import Strategy
 from lightning_cf.tasks.contexts import seeded
 from lightning_cf.tasks.reading import Limits
 from lightning_cf.tasks.task import Task
 from lightning_cf.utilities.files import load_tensors, writing
+from lightning_cf.utilities.randomness import isolated_generators
 
 
 def check_parts(
@@ -94,7 +95,7 @@ def check_tasks(tasks: Sequence[Any], host: Trainer, seed: int) -> list[Any]:
         with seeded(seed, "setup", task.name):
             task.setup("fit")
             task.setup("test")
-        with isolate_rng():
+        with isolated_generators():
             batches.append(task.check_data())
     return batches
 

@@ -25,7 +25,7 @@ from lightning_cf.errors import ContinualError, check_choice, check_count, check
 from lightning_cf.learner.inferring import highest_output, inference_of
 from lightning_cf.learner.state import ContinualState, state_for
 from lightning_cf.learner.steps import decide_together, seal_task, synchronise, weights_sha256
-from lightning_cf.lightning_api import Callback, LightningModule, Trainer, isolate_rng
+from lightning_cf.lightning_api import Callback, LightningModule, Trainer
 from lightning_cf.module import ContinualModule
 from lightning_cf.ownership.ledger import ISOLATIONS, Isolation
 from lightning_cf.records.record import MANIFEST
@@ -70,6 +70,7 @@ from lightning_cf.tasks.scoring_check import check_scoring
 from lightning_cf.tasks.task import Batches, Task
 from lightning_cf.utilities.files import make_folder, writing
 from lightning_cf.utilities.noting import noting
+from lightning_cf.utilities.randomness import isolated_generators
 
 Method = Literal["partition", "finetune", "joint"]
 METHODS = ("partition", "finetune", "joint")
@@ -293,7 +294,7 @@ class SequentialTaskRunner:
 
     def result(self) -> Result:
         """What the run found so far."""
-        with on_device(self.module, self.host.strategy.root_device), isolate_rng():
+        with on_device(self.module, self.host.strategy.root_device), isolated_generators():
             constant = [
                 constant_predictor(
                     self.module, task, self.scoring_batches(task), shown=self.state.showing(self.module, [task])

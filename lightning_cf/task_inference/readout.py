@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.finite import rows_finite
 from lightning_cf.network.forward import eval_mode
-from lightning_cf.ownership.output_view import column_axis
+from lightning_cf.network.output_heads import column_axis
 from lightning_cf.task_inference.sites import Sites
 
 _LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
+from lightning_cf.network.consumers import consumers, input_units
 from lightning_cf.network.structure import NO_UNIT, Structure, layer_of
 from lightning_cf.ownership.ledger import FREE, NeuronLedger
-from lightning_cf.partition.folding import consumers, input_units
 
 DEPTH = 2
 """How many layers of a chain are kept."""

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_cf.lightning_api import LightningModule, isolate_rng
-from lightning_cf.utilities.randomness import derive_seed, seed_torch
+from lightning_cf.lightning_api import LightningModule
+from lightning_cf.utilities.randomness import derive_seed, isolated_generators, seed_torch
 
 
 @contextmanager
 def seeded(*key: int | str) -> Iterator[None]:
     """Global generators that depend on the key alone; afterwards they are as they were."""
     seed = derive_seed(*key)
-    with isolate_rng():
+    with isolated_generators():
         seed_torch(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
@@ -42,7 +42,7 @@ class Draws:
             self._first = (torch.get_rng_state(), np.random.get_state(), random.getstate())
             yield again
             return
-        with isolate_rng():
+        with isolated_generators():
             self._rewind()
             untouched = _next_draws()
             self._rewind()

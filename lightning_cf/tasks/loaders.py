@@ -15,12 +15,12 @@ from lightning_cf.lightning_api import (
     LightningDataModule,
     _replace_dunder_methods,
     is_overridden,
-    isolate_rng,
 )
 from lightning_cf.tasks.holdout import Split, samples_of, split
 from lightning_cf.tasks.reading import Limits, Reading, flat, several, side_by_side
 from lightning_cf.tasks.streams import reads_once
 from lightning_cf.tasks.targets import Place, labels_of, left_out, strange
+from lightning_cf.utilities.randomness import isolated_generators
 
 if TYPE_CHECKING:
     from lightning_cf.tasks.task import Task
@@ -239,7 +239,7 @@ class Loaders:
     def _choose(self, stage: str, reading: Reading) -> tuple[int, ...]:
         task, found, count = self.task, {}, len(reading.loaders)
         for place, _ in reading.loaders:
-            with isolate_rng():
+            with isolated_generators():
                 batch = next(iter(reading.of(place)), None)
             if batch is None:
                 continue  # an empty loader is nobody's

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from lightning_cf.errors import ContinualError, DataWarning, warn
-from lightning_cf.lightning_api import LightningModule, isolate_rng
+from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import eval_mode, same_state
 from lightning_cf.tasks.evaluation import Scorer, judge, predict
 from lightning_cf.tasks.reading import samples_in
 from lightning_cf.tasks.targets import finite, strange
 from lightning_cf.tasks.task import Task, supervised
 from lightning_cf.tasks.training_batches import first_batch, settle
+from lightning_cf.utilities.randomness import isolated_generators
 
 SCANNED = 2048
 """Over how many judging samples labels are looked at before training."""
@@ -53,7 +54,7 @@ def check_scoring(module: LightningModule, task: Task) -> None:
     _find_targets(module, task)
     _check_depends(module, task)
     scorer, seen, classes = Scorer(module, task, "its judging data"), 0, set[int]()
-    with eval_mode(module), isolate_rng():
+    with eval_mode(module), isolated_generators():
         rows = False
         for number, batch in enumerate(task.judging_batches()):
             if number == 0 or rows or _to_be_looked_at(task, batch):
@@ -84,7 +85,11 @@ def _find_targets(module: LightningModule, task: Task) -> None:
     """Finds out where in a batch the targets are that an ``evaluate`` of the task's own gives."""
     if task.evaluate is not supervised:
         batch = first_batch(module, task)
-        with eval_mode(module), isolate_rng(), suppress(Exception):  # what it raises on judging data is said there
+        with (
+            eval_mode(module),
+            isolated_generators(),
+            suppress(Exception),
+        ):  # what it raises on judging data is said there
             predict(module, task, batch)
 
 
@@ -96,7 +101,12 @@ def _check_depends(module: LightningModule, task: Task) -> None:
     if task.evaluate is supervised:
         return
     constant = False
-    with eval_mode(module), same_state(module), isolate_rng(), suppress(Exception):  # said with the first real batch
+    with (
+        eval_mode(module),
+        same_state(module),
+        isolated_generators(),
+        suppress(Exception),
+    ):  # said with the first real batch
         batch = next(iter(task.judging_batches()))
         before = predict(module, task, batch)[0]
         with closing(_drawn(module, _DRAWS)) as drawn:
@@ -138,7 +148,7 @@ def warn_of_constant(module: LightningModule, task: Task, score: float) -> None:
         task: whose judging data and metric are used.
         score: the task's before its partition.
     """
-    with closing(_drawn(module, _SCORED)) as drawn, same_state(module), isolate_rng():
+    with closing(_drawn(module, _SCORED)) as drawn, same_state(module), isolated_generators():
         for _ in drawn:
             try:
                 if judge(module, task) != score:

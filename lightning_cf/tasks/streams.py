@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_cf.lightning_api import isolate_rng
 from lightning_cf.tasks.reading import flat, several
-from lightning_cf.utilities.randomness import seed_torch
+from lightning_cf.utilities.randomness import isolated_generators, seed_torch
 
 _ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
 _NOTHING = "a second pass over it gives nothing"
@@ -139,7 +138,7 @@ def _tried(loader: Any, source: Any, most: int) -> str:
         if twin is None:
             kind = type(source)
             return f"{kind.__name__}.__iter__ gives the object as it stands" if _gives_itself(kind) else ""
-        with isolate_rng():
+        with isolated_generators():
             of_twin = twin if loader is source else twin.dataset
             before = _state(of_twin)
             first = _begun(twin)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.lightning_api import LightningModule, isolate_rng
+from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import eval_mode
 from lightning_cf.tasks.evaluation import predict
 from lightning_cf.tasks.loaders import pairs_in
 from lightning_cf.tasks.task import Task, supervised
+from lightning_cf.utilities.randomness import isolated_generators
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def settle(module: LightningModule, task: Task) -> None:
 
 def _kind_of_batches(module: LightningModule, task: Task) -> str:
     loaders = task.task_loaders
-    with eval_mode(module), isolate_rng():
+    with eval_mode(module), isolated_generators():
         batch = next(iter(loaders.training()), None)
         pairs = list(pairs_in(batch))
         tries = [("whole", batch)] if task.evaluate is not supervised else []

@@ -21,8 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_cf.subspaces.subspace import GivenSubspace
-
 UNKNOWN = "?"
 """Stands for what cannot be known to be the same, so that it is never taken for a difference."""
 
@@ -79,7 +77,7 @@ def describe(value: Any, depth: int = 0) -> Any:
     {'partial': 'SGD', 'keywords': {'lr': 0.1}}
     """
     if isinstance(value, _PLAIN) and not isinstance(value, str):
-        return _described(value, depth)
+        return described_as(value, depth)
     left = _LEFT.get()
     if left is None:
         token = _LEFT.set([_MOST])
@@ -88,11 +86,12 @@ def describe(value: Any, depth: int = 0) -> Any:
         finally:
             _LEFT.reset(token)
     left[0] -= 1
-    return UNKNOWN if depth > _DEEPEST or left[0] < 0 else _described(value, depth + 1)
+    return UNKNOWN if depth > _DEEPEST or left[0] < 0 else described_as(value, depth + 1)
 
 
 @singledispatch
-def _described(value: Any, depth: int) -> Any:
+def described_as(value: Any, depth: int) -> Any:
+    """An object as a plain value, by its class; a class whose arguments do not tell it registers a function here."""
     if isinstance(value, type):
         return value.__qualname__
     if dataclasses.is_dataclass(value):
@@ -106,19 +105,19 @@ def _described(value: Any, depth: int) -> Any:
     return found | {name: describe(item, depth) for name, item in given.items()}
 
 
-@_described.register(bool)
-@_described.register(int)
-@_described.register(type(None))
+@described_as.register(bool)
+@described_as.register(int)
+@described_as.register(type(None))
 def _(value: Any, depth: int) -> Any:
     return value
 
 
-@_described.register(float)
+@described_as.register(float)
 def _(value: float, depth: int) -> Any:
     return float(value) if math.isfinite(value) else str(value)
 
 
-@_described.register(str)
+@described_as.register(str)
 def _(value: str, depth: int) -> Any:
     """A path by its last part; a text that looks like a time or a random name is not known."""
     if os.path.isabs(value):
@@ -126,57 +125,52 @@ def _(value: str, depth: int) -> Any:
     return UNKNOWN if re.search(r"\d{8}|\d{4}-\d\d-\d\d|[0-9a-f]{16}", value) else without_address(value)
 
 
-@_described.register(PurePath)
+@described_as.register(PurePath)
 def _(value: PurePath, depth: int) -> Any:
     return value.name
 
 
-@_described.register(np.generic)
+@described_as.register(np.generic)
 def _(value: Any, depth: int) -> Any:
     return describe(value.item(), depth)
 
 
-@_described.register(torch.dtype)
-@_described.register(torch.device)
-@_described.register(torch.Size)
+@described_as.register(torch.dtype)
+@described_as.register(torch.device)
+@described_as.register(torch.Size)
 def _(value: Any, depth: int) -> Any:
     return str(value)
 
 
-@_described.register(GivenSubspace)
-def _(value: GivenSubspace, depth: int) -> Any:
-    return repr(value)  # of what was given: decompositions differ in their last bits from one machine to the next
-
-
-@_described.register(Tensor)
-@_described.register(np.ndarray)
+@described_as.register(Tensor)
+@described_as.register(np.ndarray)
 def _(value: Any, depth: int) -> Any:
     return sketch(value)
 
 
-@_described.register(nn.Module)
+@described_as.register(nn.Module)
 def _(value: nn.Module, depth: int) -> Any:
     return {"class": type(value).__qualname__, "text": without_address(str(value))}
 
 
-@_described.register(Mapping)
+@described_as.register(Mapping)
 def _(value: Mapping[Any, Any], depth: int) -> Any:
     return _short({str(key): describe(item, depth) for key, item in value.items()})
 
 
-@_described.register(list)
-@_described.register(tuple)
+@described_as.register(list)
+@described_as.register(tuple)
 def _(value: Any, depth: int) -> Any:
     return _short([describe(item, depth) for item in value])
 
 
-@_described.register(set)
-@_described.register(frozenset)
+@described_as.register(set)
+@described_as.register(frozenset)
 def _(value: Any, depth: int) -> Any:
     return sorted((describe(item, depth) for item in value), key=repr)
 
 
-@_described.register(partial)
+@described_as.register(partial)
 def _(value: Any, depth: int) -> Any:
     found: dict[str, Any] = {"partial": describe(value.func, depth)}
     if value.args:
@@ -186,19 +180,19 @@ def _(value: Any, depth: int) -> Any:
     return found
 
 
-@_described.register(types.BuiltinFunctionType)
-@_described.register(types.MethodDescriptorType)
-@_described.register(np.ufunc)
+@described_as.register(types.BuiltinFunctionType)
+@described_as.register(types.MethodDescriptorType)
+@described_as.register(np.ufunc)
 def _(value: Any, depth: int) -> Any:
     return getattr(value, "__qualname__", None) or getattr(value, "__name__", UNKNOWN)
 
 
-@_described.register(types.MethodType)
+@described_as.register(types.MethodType)
 def _(value: types.MethodType, depth: int) -> Any:
     return {"method": describe(value.__func__, depth), "of": type(value.__self__).__qualname__}
 
 
-@_described.register(types.FunctionType)
+@described_as.register(types.FunctionType)
 def _(value: types.FunctionType, depth: int) -> Any:
     function: Any = inspect.unwrap(value)
     if not isinstance(function, types.FunctionType) or is_library(function.__module__):
@@ -214,10 +208,10 @@ def _(value: types.FunctionType, depth: int) -> Any:
     return found
 
 
-@_described.register(torch.Generator)
-@_described.register(np.random.Generator)
-@_described.register(np.random.RandomState)
-@_described.register(types.ModuleType)
+@described_as.register(torch.Generator)
+@described_as.register(np.random.Generator)
+@described_as.register(np.random.RandomState)
+@described_as.register(types.ModuleType)
 def _(value: Any, depth: int) -> Any:
     return UNKNOWN  # where a generator stands depends on what was drawn before
 

@@ -1,7 +1,11 @@
 """Random numbers that depend on what they are for, never on what was drawn before."""
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -30,3 +34,23 @@ def seed_torch(seed: int) -> None:
         torch.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def isolated_generators() -> Iterator[None]:
+    """Whatever is drawn meanwhile, the global generators of torch, numpy and Python are as before afterwards.
+
+    >>> torch.manual_seed(0) and None
+    >>> with isolated_generators():
+    ...     _ = torch.rand(3)
+    >>> bool(torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(0)))
+    True
+    """
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)

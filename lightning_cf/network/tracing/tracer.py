@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import StructureError
-from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors, same_state, samples
+from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors, plain_forms, same_state, samples
 from lightning_cf.network.structure import LAYERS, Role, Structure
 from lightning_cf.network.tracing.assembly import Found, Use, assemble
 from lightning_cf.network.tracing.labels import NONE, Units, sole_along
@@ -38,7 +38,6 @@ from lightning_cf.network.tracing.rules.formulas import Formulas
 from lightning_cf.network.tracing.rules.norms import by_owners, normalise
 from lightning_cf.network.tracing.shadows import Origin, Pending, Shadow, Shadows, laid_out_like
 from lightning_cf.network.ways import running_way, ways_of
-from lightning_cf.ownership.owner_aware_norms import make_owner_aware, owner_aware_norms
 
 
 def trace(
@@ -118,10 +117,8 @@ def _follow_once(
     turned: int | None,
 ) -> tuple[Structure, list[Step], Set[Shape]]:
     example = samples(module, example, 2)
-    by_owners = owner_aware_norms(module)
     with ExitStack() as stack:
-        stack.callback(make_owner_aware, module, by_owners)
-        make_owner_aware(module, {})
+        stack.enter_context(plain_forms(module))
         stack.enter_context(eval_mode(module))
         stack.enter_context(torch.no_grad())
         stack.enter_context(plain_kernels())
