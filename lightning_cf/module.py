@@ -8,10 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from lightning_cf.callbacks import (
+    InvarianceCallback,
+    MaskedGradientCallback,
+    PartitionCallback,
+    TaskInferenceCallback,
+)
 from lightning_cf.errors import ContinualError, LedgerWarning, check_kind, warn
 from lightning_cf.learner.inferring import predict_any
-from lightning_cf.learner.state import keep_ledger, ledger_of, state_for
-from lightning_cf.learner.widening import add_classes, fit_heads, follow_head, grow, note_heads
+from lightning_cf.learner.meeting import meet_task
+from lightning_cf.learner.state import keep_ledger, ledger_of
+from lightning_cf.learner.widening import fit_heads
 from lightning_cf.lightning_api import Callback, LightningModule, check_same_lightning
 from lightning_cf.ownership.ledger import CHECKPOINT_KEY, NeuronLedger
 from lightning_cf.task_inference import Prediction
@@ -40,6 +47,9 @@ class ContinualModule(LightningModule):
 
     installs_callbacks: bool = True
     """Whether a fit installs the callbacks that the Trainer lacks."""
+
+    adds_outputs_for_tasks = True
+    """Its output layer grows where a task needs columns that it has not; see :func:`meet_task`."""
 
     __jit_unused_properties__ = [*LightningModule.__jit_unused_properties__, "ledger"]  # noqa: RUF012
 
@@ -80,21 +90,7 @@ class ContinualModule(LightningModule):
             the output column of each of the task's classes.
         """
         check_kind("ContinualModule", "task", task, Task, "a Task(name, data, classes=[...])")
-        state = state_for(self, task)
-        follow_head(self, state)
-        outputs = state.meet(self, task)
-        if task.name not in state.ledger.reserved:
-            taken = {output for others in state.ledger.reserved.values() for output in others}
-            returns = task.outputs is None and taken & set(outputs) and max(outputs) < state.ledger.width
-            if task.outputs is task.classes is None and (returns or len(outputs) == state.ledger.width):
-                state.ledger.positions[task.name] = outputs  # where it sees its columns, wherever they stand
-            if returns:
-                outputs = grow(self, state, len(outputs))
-            elif task.outputs is None and task.classes is not None and max(outputs) >= state.ledger.width:
-                outputs = add_classes(self, state, outputs)
-            state.ledger.reserve(task.name, outputs)
-        note_heads(state)
-        return state.ledger.reserved[task.name]
+        return meet_task(self, task)
 
     def outputs_of(self, task: Task | str) -> list[int]:
         """The output columns of a task, one for each of its classes: ``module(x)[:, module.outputs_of("zero-one")]``.
@@ -146,13 +142,6 @@ class ContinualModule(LightningModule):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """The module's own, and those of ours that neither it nor the Trainer has."""
-        from lightning_cf.callbacks import (
-            InvarianceCallback,
-            MaskedGradientCallback,
-            PartitionCallback,
-            TaskInferenceCallback,
-        )
-
         own = super().configure_callbacks()
         callbacks = list(own) if isinstance(own, Sequence) else [own]
         if self.installs_callbacks:

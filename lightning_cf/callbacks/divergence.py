@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.callbacks.label_watch import label_watch_of
 from lightning_cf.errors import ContinualError, DivergenceError, DivergenceWarning, warn
 from lightning_cf.exactness.overflow import overflow
+from lightning_cf.functional.phases import watched
 from lightning_cf.learner.state import ContinualState, state_of
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer
 from lightning_cf.network.finite import Snapshot, described, not_finite
@@ -296,7 +297,7 @@ class Watch:
         self.state.safe = None
 
     def _tensors(self) -> dict[str, Tensor]:
-        return self.state.watched(self.module)
+        return watched(self.module, self.state.structure)
 
     def _described(self, tensors: Mapping[str, Tensor]) -> str:
         names = not_finite(tensors)

@@ -16,6 +16,7 @@ from lightning_cf.learner.state import ContinualState, state_of
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.ledger import FREE
+from lightning_cf.subspaces.bases import bases_of, current_groups
 from lightning_cf.subspaces.learned_directions import DirectionLearner
 from lightning_cf.subspaces.subspace import LearnedSubspace, Subspace, check_subspace
 from lightning_cf.utilities.describing import describe, without_address
@@ -71,12 +72,12 @@ class InvarianceCallback(ContinualCallback):
         super().on_fit_start(trainer, pl_module)
         state = state_of(pl_module)
         assert state is not None
-        self._bases = state.bases(self.subspace, named_tensors(pl_module))
+        self._bases = bases_of(state.structure, state.ledger, self.subspace, named_tensors(pl_module))
         if state.ledger.isolation == "perturb" and len(state.ledger.tasks) == 1:
             self._try(pl_module, state)
         if isinstance(self.subspace, LearnedSubspace):
             self._learner = DirectionLearner(self.subspace, self._redundant(state))
-            self._learner.attach(pl_module, state.groups)
+            self._learner.attach(pl_module, current_groups(state.structure, state.ledger))
             self._revision = state.ledger.revision
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -174,12 +175,14 @@ class InvarianceCallback(ContinualCallback):
         """Takes up the directions of recent gradients, on every process those of the first."""
         state = state_of(module)
         assert state is not None
-        directions = learner.directions(state.groups) if fell and trainer.is_global_zero else {}
+        directions = (
+            learner.directions(current_groups(state.structure, state.ledger)) if fell and trainer.is_global_zero else {}
+        )
         if trainer.world_size > 1:
             directions = trainer.strategy.broadcast(directions)
         if directions:
             state.ledger.directions.update(directions)
-            self._bases = state.bases(self.subspace, named_tensors(module))
+            self._bases = bases_of(state.structure, state.ledger, self.subspace, named_tensors(module))
 
     def _redundant(self, state: ContinualState) -> dict[str, Tensor]:
         return {name: (owner == FREE).nonzero().flatten() for name, owner in state.ledger.owners.items()}

@@ -23,7 +23,7 @@ from lightning_cf.errors import (
     check_text,
     warn,
 )
-from lightning_cf.exactness.check import check_exact
+from lightning_cf.functional.phases import check, select
 from lightning_cf.learner.state import ContinualState, ledger_of, state_for, state_of
 from lightning_cf.learner.steps import decide_together, partition_task, remember_claim, seal_task
 from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
@@ -191,24 +191,20 @@ class PartitionCallback(ContinualCallback):
             ContinualError: for layers that the network does not have.
             StructureError: if ``exact`` cannot hold.
         """
-        chosen = [group.name for group in self.options.partitioned(state.structure)]
-        known = (
-            state.ledger.whole if len(state.ledger.tasks) > 1 else []
-        )  # with what the user held at the first partition
-        names = [group.name for group in state.structure.groups]
-        state.ledger.whole = [name for name in names if name not in chosen or name in known]
         fresh = state.checked_ways < state.structure.ways  # a later task may bring a way of its own
-        if state.ledger.isolation == "exact" and (len(state.ledger.tasks) < 2 or fresh):
+        if len(state.ledger.tasks) < 2 or fresh:
             state.checked_ways = state.structure.ways
-            check_exact(
+            check(
                 module,
                 state.structure,
                 state.ledger,
                 state.example,
                 state.forward,
-                least=self.options.min_trainable,
+                options=self.options,
                 said=state.said,
             )
+        else:
+            select(state.structure, state.ledger, self.options)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With ``after=0``, partitions what was trained before."""

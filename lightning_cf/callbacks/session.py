@@ -12,8 +12,9 @@ from lightning_cf.callbacks.divergence import WatchingCallback
 from lightning_cf.callbacks.loading import LoadGuard, check_resumed, check_weights, end_evaluation, warn_of_traces
 from lightning_cf.callbacks.precision import check_inputs
 from lightning_cf.errors import ContinualError, DivergenceWarning, warn
+from lightning_cf.functional.phases import watched
+from lightning_cf.learner.meeting import meet_task
 from lightning_cf.learner.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
-from lightning_cf.learner.widening import follow_head, note_heads
 from lightning_cf.lightning_api import (
     DDPStrategy,
     LightningModule,
@@ -25,7 +26,6 @@ from lightning_cf.lightning_api import (
     check_same_lightning,
     is_overridden,
 )
-from lightning_cf.module import ContinualModule
 from lightning_cf.network.finite import described, not_finite
 from lightning_cf.ownership.fingerprints import keep_fingerprints
 from lightning_cf.ownership.ledger import CHECKPOINT_KEY, NeuronLedger
@@ -205,15 +205,8 @@ def reserve_outputs(module: LightningModule, task: Task) -> ContinualState:
     Raises:
         ContinualError: for outputs that another task has, or that the head does not have.
     """
+    meet_task(module, task)
     state = state_for(module, task)
-    if isinstance(module, ContinualModule):
-        module.add_task(task)
-    else:
-        follow_head(module, state)
-        columns = state.meet(module, task)
-        if task.name not in state.ledger.reserved:
-            state.ledger.reserve(task.name, columns)
-        note_heads(state)
     state.check_met()
     return state
 
@@ -225,7 +218,7 @@ def mend(module: LightningModule, task: Task) -> None:
         DivergenceError: if other numbers are not finite, which cannot be had again.
     """
     state = state_for(module, task)
-    tensors = state.watched(module)
+    tensors = watched(module, state.structure)
     names = not_finite(tensors)
     if names:
         found = described(names, tensors)

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.errors import ContinualError, DivergenceError, StructureError, StructureWarning, check_kind, warn
+from lightning_cf.errors import ContinualError, StructureError, StructureWarning, check_kind, warn
+from lightning_cf.functional.phases import trace
+from lightning_cf.functional.showing import view_of
 from lightning_cf.invariance.disturbance import Disturbance
 from lightning_cf.lightning_api import LightningModule, is_overridden
-from lightning_cf.network.finite import Snapshot, described, in_forward_order, infinite_on_purpose, not_finite
+from lightning_cf.network.finite import Snapshot
 from lightning_cf.network.foreign_heads import check_foreign_heads
 from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors, same_state, samples
-from lightning_cf.network.output_heads import head_of, heads_of
-from lightning_cf.network.structure import Structure, UnitGroup
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.structure import Structure
 from lightning_cf.network.ways import Ways
 from lightning_cf.ownership.ledger import Isolation, NeuronLedger
 from lightning_cf.ownership.output_view import OutputView
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 from lightning_cf.partition.outcome import Outcome
-from lightning_cf.subspaces.subspace import GivenSubspace, Subspace
 from lightning_cf.tasks.evaluation import on_device
 from lightning_cf.tasks.targets import checked_pair
 from lightning_cf.tasks.task import Task, required_arguments, supervised
@@ -58,7 +56,6 @@ class ContinualState:
         met: names of the tasks whose way through the network is known.
         checked_ways: how many ways through the network were checked for exact isolation.
         collect: puts into the ledger what is trained beside the network now, if anything.
-        infinite: names of tensors that held infinite numbers before any task, and may: masks, bounds.
         safe: the network as the current phase found it, while a fit runs.
         fitted: the task of the last fit, which holds that fit's Trainer.
         mixed: what mixes the columns of the network's outputs, so that only ``perturb`` works; empty if nothing does.
@@ -79,7 +76,6 @@ class ContinualState:
     checked_ways: int = 0
     collect: Callable[[], None] | None = None
     mixed: str = ""
-    infinite: frozenset[str] = frozenset()
     safe: Snapshot | None = None
     said: set[str] = field(default_factory=set)
     fitted: ReferenceType[Task] | None = None
@@ -94,18 +90,6 @@ class ContinualState:
         if mask_outputs and self.mixed:
             raise StructureError(f"{self.mixed} {_MIXED}")
         self.mask_outputs = mask_outputs
-
-    def watched(self, module: nn.Module) -> dict[str, Tensor]:
-        """What must be finite, in the order of the forward pass."""
-        tensors = in_forward_order(self.structure, named_tensors(module))
-        return {name: x for name, x in tensors.items() if name not in self.infinite}
-
-    def check_finite(self, module: nn.Module, when: str) -> None:
-        """Raises DivergenceError if the network holds numbers that are not finite, and names the first layer."""
-        tensors = self.watched(module)
-        names = not_finite(tensors)
-        if names:
-            raise DivergenceError(f"{when}: the network is not finite, first in {described(names, tensors)}.")
 
     def remember(self, module: nn.Module) -> None:
         """In a fit: from here on, this is what a fit that diverges goes back to."""
@@ -125,35 +109,14 @@ class ContinualState:
             self.disturbance.undo()
             self.disturbance = None
 
-    def bases(self, subspace: Subspace | None, tensors: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "_ _"]]:
-        """The basis of a sub-space in each group that it holds."""
-        found: dict[str, Float[Tensor, "_ _"]] = {}
-        if subspace is None:
-            return found
-        if isinstance(subspace, GivenSubspace):
-            subspace.check_layers([group.name for group in self.structure.groups])
-        for group in self.groups:
-            inputs = sum(rows.width(tensors[rows.tensor]) for rows in group.rows if rows.role == "weight")
-            basis = subspace.basis(group.name, inputs, self.ledger.directions)
-            if basis is not None and len(basis) != inputs:
-                raise ContinualError(
-                    f"The sub-space of '{group.name}' is one of {len(basis)} inputs, but the current task gives it"
-                    f" {inputs}: it runs other layers there, such as an adapter. Leave the sub-space out."
-                )
-            if basis is not None:
-                found[group.name] = basis
-        return found
-
-    @property
-    def groups(self) -> tuple[UnitGroup, ...]:
-        """The groups that the current task's way through the network computes, and by what; all between tasks."""
-        task = self.ledger.current
-        return self.structure.groups if task is None else self.structure.groups_on(self.structure.way_of(task.name))
-
     def retrace(self, module: nn.Module) -> None:
         """Traces the module again, after its head grew."""
-        structure = trace(module, self.example, self.forward, apart=self.ledger.isolation == "perturb")
-        self.structure = replace(structure, rides=self.structure.rides)
+        structure = trace(module, self.example, self.forward, isolation=self.ledger.isolation)
+        self.structure = self._same_network(structure)
+
+    def _same_network(self, structure: Structure) -> Structure:
+        """The network traced anew, with what is known of it by other means than a trace of now."""
+        return replace(structure, rides=self.structure.rides, infinite=self.structure.infinite)
 
     def set_isolation(self, module: nn.Module, isolation: Isolation) -> None:
         """Under ``perturb``, operations that mix units need not unite them: where some did, the units come apart."""
@@ -251,7 +214,7 @@ class ContinualState:
         count = min(_batch(example) for example, _ in ways)
         examples = tuple(samples(module, example, count) for example, _ in ways)
         forward = Ways([run for _, run in ways])
-        structure = _traced(module, task, examples, forward, apart=self.ledger.isolation == "perturb")
+        structure = _traced(module, task, examples, forward, isolation=self.ledger.isolation)
         layers = self.structure.head.layers
         if (
             not structure.entries.keys() >= self.structure.entries.keys()
@@ -269,7 +232,7 @@ class ContinualState:
             if not self.ledger.knows(task.name):
                 self._check_met()
             self.ledger.extend_to(structure, task.name)
-            self.structure = replace(structure, rides=self.structure.rides)
+            self.structure = self._same_network(structure)
             self.example, self.forward = examples, forward
         self._ride(task, same)
         return structure.returned[-1]
@@ -304,9 +267,7 @@ class ContinualState:
         if self.checked is not self.structure:
             check_foreign_heads(module, self.structure, self.example, self.forward)
             self.checked = self.structure
-        several = len(self.structure.head.layers) > 1
-        head = heads_of(module, self.structure) if several else head_of(module, self.structure)
-        with OutputView(head, width=self.ledger.width, views=views) as view:
+        with view_of(module, self.structure, self.ledger, views) as view:
             self.shown = view
             try:
                 yield view
@@ -422,10 +383,10 @@ def state_for(module: LightningModule, task: Task) -> ContinualState:
     if state is None:
         example, forward = _way(module, task)
         ledger = _pending(module)
-        apart = ledger is not None and ledger.isolation == "perturb"
+        isolation: Isolation = "exact" if ledger is None else ledger.isolation
         mixed = ""
         try:
-            structure = _traced(module, task, example, forward, apart=apart)
+            structure = _traced(module, task, example, forward, isolation=isolation)
         except StructureError as error:
             if ledger is not None:
                 raise
@@ -441,7 +402,6 @@ def state_for(module: LightningModule, task: Task) -> ContinualState:
                 " first: ContinualModule(module).add_task(task)."
             )
         state = ContinualState(structure, ledger, example, forward, mask_outputs=not mixed, mixed=mixed)
-        state.infinite = infinite_on_purpose(structure, module)
         object.__setattr__(module, _ATTRIBUTE, state)
     return state
 
@@ -532,14 +492,14 @@ def _traced_apart(
     module: LightningModule, task: Task, example: Any, forward: Forward, reason: StructureError
 ) -> Structure:
     try:
-        return _traced(module, task, example, forward, apart=True)
+        return _traced(module, task, example, forward, isolation="perturb")
     except StructureError:
         raise StructureError(f"{reason} Neither isolation='perturb' nor exclude= helps without that.") from reason
 
 
-def _traced(module: LightningModule, task: Task, example: Any, forward: Forward, *, apart: bool) -> Structure:
+def _traced(module: LightningModule, task: Task, example: Any, forward: Forward, *, isolation: Isolation) -> Structure:
     try:
-        return trace(module, example, forward, apart=apart)
+        return trace(module, example, forward, isolation=isolation)
     except ContinualError:
         raise
     except Exception as error:

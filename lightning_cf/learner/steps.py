@@ -11,13 +11,11 @@ import torch
 from torch import nn
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.exactness.probe import probe
+from lightning_cf.functional.phases import FOLD_SAMPLES, check_finite, run_claim, seal
 from lightning_cf.learner.inferring import remember_task
-from lightning_cf.learner.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
+from lightning_cf.learner.state import keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.network.forward import eval_mode, named_tensors
-from lightning_cf.ownership.fingerprints import keep_fingerprints
-from lightning_cf.ownership.fresh_start import reinitialise_free
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.partition.claim import Claimer, warn_of_cost
 from lightning_cf.partition.folding import cut_claimed
@@ -28,10 +26,7 @@ from lightning_cf.tasks.reading import samples_in
 from lightning_cf.tasks.scoring_check import warn_of_constant
 from lightning_cf.tasks.task import Task
 from lightning_cf.tasks.training_batches import training_batches
-from lightning_cf.utilities.randomness import derive_seed, isolated_generators, seed_torch
-
-FOLD_SAMPLES = 4096
-"""From how many inputs of the task the regression learns what to fold."""
+from lightning_cf.utilities.randomness import isolated_generators
 
 
 def partition_task(
@@ -58,57 +53,31 @@ def partition_task(
     """
     state = state_for(module, task)
     state.undisturb()
-    state.check_finite(module, f"Task '{task.name}' cannot be partitioned")
     again = state.ledger.tasks[-1].phase == "invariance"
+
+    def shown(run: Callable[[], Any]) -> Any:
+        with state.showing(module, [task]):
+            return run()
+
+    claimer = Claimer(
+        module=module,
+        structure=state.structure,
+        ledger=state.ledger,
+        options=options,
+        score=lambda: shown(partial(judge, module, task)),
+        higher_is_better=not _lower_is_better(task),
+        passes=lambda: (partial(shown, run) for run in _passes(module, task)),
+        start=state.start,
+        tasks_left=tasks_left,
+        seed=seed,
+        keep=folders is not None,
+        earlier=state.outcome if again else None,
+    )
+    record = None if folders is None else partial(folders.write, state.ledger, options)
+    state.outcome = run_claim(claimer, state.example, state.forward, record=record)
     if not again:
-        state.ledger.whole += held_by_the_user(module, state)
-    with isolated_generators(), eval_mode(module), state.showing(module, [task]):
-        seed_torch(derive_seed("partition", task.name))
-        claimer = Claimer(
-            module=module,
-            structure=state.structure,
-            ledger=state.ledger,
-            options=options,
-            score=lambda: judge(module, task),
-            higher_is_better=not _lower_is_better(task),
-            passes=lambda: _passes(module, task),
-            start=state.start,
-            tasks_left=tasks_left,
-            seed=seed,
-            keep=folders is not None,
-            earlier=state.outcome if again else None,
-        )
-        with claimer.all_or_nothing():
-            outcome = claimer.claim()
-            state.check_finite(module, f"The partition of task '{task.name}'")
-        if not again:
-            warn_of_constant(module, task, outcome.accuracy)
-    with claimer.all_or_nothing():
-        if state.ledger.isolation == "exact":
-            probe(module, state.structure, state.ledger, state.example, state.forward)
-        if folders is not None:
-            folders.write(state.ledger, options, outcome)
-    state.outcome = outcome
-    known = [name for name in state.ledger.fingerprints if name != task.name]
-    keep_fingerprints(module, state.structure, state.ledger, known)  # where nothing held them, connections were cut
-
-
-def held_by_the_user(module: LightningModule, state: ContinualState) -> list[str]:
-    """Groups to be partitioned none of whose weights train (``requires_grad=False``), such as a pretrained backbone.
-
-    Those that the current task runs as the first one.
-    """
-    parameters = dict(module.named_parameters())
-    *before, way = [state.structure.way_of(task.name) for task in state.ledger.tasks]
-    known = {group.name for earlier in set(before) for group in state.structure.groups_on(earlier)}
-    return [
-        group.name
-        for group in state.structure.groups_on(way)
-        if group.name not in {*state.ledger.whole, *known}
-        and not any(
-            parameters[r.tensor].requires_grad for r in group.rows if r.role == "weight" and r.tensor in parameters
-        )
-    ]
+        with eval_mode(module), state.showing(module, [task]):
+            warn_of_constant(module, task, state.outcome.accuracy)
 
 
 def seal_task(
@@ -130,7 +99,7 @@ def seal_task(
     """
     state = state_for(module, task)
     state.undisturb()
-    state.check_finite(module, f"Task '{task.name}' cannot be sealed")
+    check_finite(module, state.structure, f"Task '{task.name}' cannot be sealed")
     if state.ledger.isolation == "perturb":
         score = ablation_accuracy(module, task)
         for record in state.ledger.records:
@@ -145,19 +114,15 @@ def seal_task(
         folders.complete(module, state.structure, state.ledger)
     if state.collect is not None:
         state.collect()
-    phase = state.ledger.tasks[-1].phase
-    state.ledger.seal()
-    try:
-        remember_task(module, task, state)
-    except BaseException:
-        state.ledger.tasks[-1].phase = phase  # nothing is sealed whose statistics could not be kept
-        state.ledger.revision += 1
-        raise
+    seal(
+        module,
+        state.structure,
+        state.ledger,
+        seed=seed,
+        options=options,
+        keep=lambda: remember_task(module, task, state),
+    )
     state.start = state.outcome = None
-    partitioned = any(record["task"] == task.name for record in state.ledger.records)
-    if state.ledger.isolation == "exact" and partitioned and (options is None or options.reinitialise):
-        reinitialise_free(module, state.structure, state.ledger, seed, task.name)
-    keep_fingerprints(module, state.structure, state.ledger, [task.name])
 
 
 def _lower_is_better(task: Task) -> bool:

@@ -192,6 +192,7 @@ class Structure:
         rides: for tasks by name, the number of the way in which they run it; the first where it is not said.
         output_ways: for each tensor that the network returns, the way that returns it.
         idle: calls of layers that reach nothing that the network returns: path, way, and which call it is from 0 on.
+        infinite: names of tensors that held infinite numbers when the network was traced, and may: masks, bounds.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -210,6 +211,7 @@ class Structure:
     rides: Mapping[str, int] = field(default_factory=dict)
     output_ways: tuple[int, ...] = ()
     idle: frozenset[tuple[str, int, int]] = frozenset()
+    infinite: frozenset[str] = frozenset()
 
     def way_of(self, task: str) -> int:
         """The way in which a task runs the network."""

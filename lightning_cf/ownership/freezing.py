@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -54,9 +54,17 @@ class Freezer:
     Args:
         module: whose entries to freeze.
         masks: for parameters and buffers by name, which entries stay; each mask broadcasts to its tensor.
+        check: called before anything is put back after a step, for errors of the caller's.
     """
 
-    def __init__(self, module: nn.Module, masks: Mapping[str, Bool[Tensor, "..."]]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        masks: Mapping[str, Bool[Tensor, "..."]],
+        *,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        self._check = check
         parameters = dict(module.named_parameters())
         self.entries = [
             FrozenEntries(parameter, masks[name])
@@ -140,6 +148,8 @@ class Freezer:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if any(optimizer is known for known in self.optimizers) or self._steps_held(optimizer):
+            if self._check is not None:
+                self._check()
             self.restore()
 
     def _steps_held(self, optimizer: Optimizer) -> bool:

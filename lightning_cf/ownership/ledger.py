@@ -228,8 +228,15 @@ class NeuronLedger:
         self.revision += 1
         return list(range(first, first + count))
 
-    def begin(self, name: str, classes: Sequence[int], structure: Structure | None = None) -> TaskEntry:
-        """Starts or continues a task whose outputs are reserved.
+    def begin(
+        self,
+        name: str,
+        classes: Sequence[int] = (),
+        structure: Structure | None = None,
+        *,
+        outputs: Sequence[int] | None = None,
+    ) -> TaskEntry:
+        """Starts or continues a task.
 
         A name never seen starts LEARN, and seals the task before it; the current task goes on in its phase.
 
@@ -237,9 +244,11 @@ class NeuronLedger:
             name: of the task.
             classes: labels in its data.
             structure: of the network, where tasks run it in several ways: the others' units need not be free.
+            outputs: the head's columns that are to be its own, where they were not reserved before.
 
         Raises:
-            ContinualError: for an earlier task, and for a task after one that was never partitioned.
+            ContinualError: for an earlier task, for a task after one that was never partitioned, and for outputs that
+                another task has.
             CapacityError: if a group has no free unit left for a new task.
         """
         if self.knows(name):
@@ -257,6 +266,8 @@ class NeuronLedger:
                     " (PartitionCallback, after=...)."
                 )
             self.seal()
+        if outputs is not None:
+            self.reserve(name, outputs)
         if name not in self.reserved:
             raise ContinualError(f"Task '{name}' cannot start: no outputs are set aside for it; reserve them first.")
         self.require_capacity(name, structure)

@@ -22,6 +22,7 @@ from lightning_cf.callbacks.loading import warn_of_traces
 from lightning_cf.callbacks.precision import check_inputs
 from lightning_cf.callbacks.session import check_launch, check_strategy
 from lightning_cf.errors import ContinualError, check_choice, check_count, check_path
+from lightning_cf.functional.phases import check_finite
 from lightning_cf.learner.inferring import highest_output, inference_of
 from lightning_cf.learner.state import ContinualState, state_for
 from lightning_cf.learner.steps import decide_together, seal_task, synchronise, weights_sha256
@@ -415,7 +416,7 @@ class SequentialTaskRunner:
         self.module.installs_callbacks = False
         state = state_for(self.module, self.tasks[0])  # which gives lazy layers their shapes
         self._initial = getattr(self, "_initial", None) or weights_sha256(self.module)
-        state.check_finite(self.module, "runner: nothing is trained")
+        check_finite(self.module, state.structure, "runner: nothing is trained")
         if not state.ledger.tasks:
             warn_of_traces(self.module, state.structure)
         state.set_isolation(self.module, self.isolation)
@@ -442,7 +443,7 @@ class SequentialTaskRunner:
         with seeded(self.seed, name), noting(self.notes):
             step()
             synchronise(self.host, self.module)
-        self.state.check_finite(self.module, f"runner: phase '{name}' is not stored")
+        check_finite(self.module, self.state.structure, f"runner: phase '{name}' is not stored")
         self.progress.warnings = list(self.notes)
         self.progress.seconds += time.monotonic() - began
         self.progress.finished.append(name)

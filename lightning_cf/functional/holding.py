@@ -1,0 +1,250 @@
+"""Only what the current task may move moves, in any training loop, with any optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_cf.errors import ContinualError, FrozenWarning, warn
+from lightning_cf.network.forward import named_tensors
+from lightning_cf.network.structure import Structure, UnitGroup
+from lightning_cf.ownership.freezing import Freezer, FrozenEntries
+from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.subspaces.bases import bases_of, current_groups
+from lightning_cf.subspaces.projection import Projection
+from lightning_cf.subspaces.subspace import Subspace
+
+
+class Hold:
+    """While it lasts, entries that the current task may not move stay, bit for bit; see :func:`hold`.
+
+    Args:
+        module: the network.
+        structure: as ``trace`` found it.
+        ledger: says what may move in the current phase.
+        subspace: what holds the weights that later tasks train.
+        optimizers: as in :func:`hold`.
+
+    Attributes:
+        structure: whoever traces the network anew puts the new one here, and calls :meth:`renew`.
+        ledger: likewise.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        structure: Structure,
+        ledger: NeuronLedger,
+        *,
+        subspace: Subspace | None = None,
+        optimizers: Iterable[Optimizer] = (),
+    ) -> None:
+        self.module, self.structure, self.ledger, self.subspace = module, structure, ledger, subspace
+        self._optimizers = list(optimizers)
+        self.frozen: dict[str, Tensor] = {}
+        self._revision = -1
+        self._freezer: Freezer | None = None
+        self._projection: Projection | None = None
+        self._sealed: dict[str, FrozenEntries] = {}
+
+    def keep(self) -> Hold:
+        """Remembers what earlier tasks own, which :meth:`put_back` compares with in the end."""
+        tensors = {n: t for n, t in named_tensors(self.module).items() if t.is_floating_point()}
+        sealed = self.ledger.sealed(self.structure, tensors)
+        self._sealed = {n: FrozenEntries(tensors[n], mask) for n, mask in sealed.items() if bool(mask.any())}
+        for entries in self._sealed.values():
+            entries.save()
+        return self
+
+    def renew(
+        self,
+        optimizers: Iterable[Optimizer] = (),
+        *,
+        undisturbed: AbstractContextManager[None] | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        """Holds from now on what may not move by the ledger as it is now.
+
+        Args:
+            optimizers: those whose steps a sub-space holds, and whose state is the freezer's to fill with zero where
+                masks change. Others that step parameters of the module are met all the same.
+            undisturbed: puts perturbed units back while frozen entries are remembered.
+            check: called before anything is put back after a step.
+        """
+        self.let_go()
+        optimizers, tensors = list(optimizers), named_tensors(self.module)
+        # Before the freezer, whose hook then runs later and has the last word.
+        self._projection = Projection(tensors, self._in_subspace(tensors)).attach(optimizers)
+        read = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) or n in self.structure.entries}
+        self.frozen = self.ledger.frozen(self.structure, read)
+        with undisturbed or nullcontext():
+            self._freezer = Freezer(self.module, self.frozen, check=check).attach(optimizers)
+        self._revision = self.ledger.revision
+        torch.compiler.reset()  # code that was compiled before does not see new hooks
+
+    @property
+    def current(self) -> bool:
+        """Whether the ledger is what it was when :meth:`renew` was called last."""
+        return self._revision == self.ledger.revision
+
+    @property
+    def freezer(self) -> Freezer:
+        """What holds frozen entries now.
+
+        Raises:
+            ContinualError: if nothing is held.
+        """
+        if self._freezer is None:
+            raise ContinualError("Nothing is held: use 'with hold(...)' around the training.")
+        return self._freezer
+
+    def restore(self) -> None:
+        """Puts frozen entries back now, as after each step, where the ledger did not change under ``exact``."""
+        if self._freezer is not None and self.current and self.ledger.isolation == "exact":
+            self._freezer.restore()
+
+    def put_back(self) -> None:
+        """Checks that what earlier tasks own is what it was, and what was cut zero; else puts it back, and warns."""
+        moved = [name for name, entries in self._sealed.items() if entries.moved()]
+        for name in moved:
+            self._sealed[name].restore()
+        self._sealed = {}
+        moved += self._cut_again()
+        for name, by in self.structure.written.items():
+            if name in moved:
+                moved.remove(name)
+                warn(
+                    f"{by} writes '{name}' in the forward pass, which belongs to earlier tasks: it was put back.",
+                    FrozenWarning,
+                )
+        if moved:
+            warn(
+                f"Something else than an optimiser's step changed entries of {', '.join(map(repr, moved))} that belong"
+                " to earlier tasks, or are zero for good: they were put back. Look for a callback or hook that writes"
+                " weights at the end of a fit (Lightning's WeightAveraging and its kin are known and taken care of).",
+                FrozenWarning,
+            )
+
+    def give_up(self) -> None:
+        """Lets go after an exception, which may have come in the middle of a step: all is as it was, unchecked."""
+        self.restore()
+        for entries in self._sealed.values():
+            entries.restore()
+        self._sealed = {}
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Removes every hook."""
+        if self._freezer is not None:
+            torch.compiler.reset()
+        for holder in (self._projection, self._freezer):
+            if holder is not None:
+                holder.detach()
+        self._projection = self._freezer = None
+
+    def __enter__(self) -> Hold:
+        self.keep()
+        self.renew(self._optimizers, check=self._check)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is not None:
+            self.give_up()
+            return
+        self.let_go()
+        self.put_back()
+
+    def _check(self) -> None:
+        if not self.current:
+            raise ContinualError(
+                "The ledger changed while entries were held by what it said before. Claim, seal and begin tasks outside"
+                " of 'with hold(...)', or call its renew() after them."
+            )
+
+    def _in_subspace(self, tensors: dict[str, Tensor]) -> list[tuple[UnitGroup, Tensor, Tensor]]:
+        """The free units of a later task, with the basis that holds them."""
+        task = self.ledger.current
+        if self.subspace is None or task is None or task.phase != "learn" or len(self.ledger.tasks) == 1:
+            return []
+        bases = bases_of(self.structure, self.ledger, self.subspace, tensors)
+        if not bases:
+            raise ContinualError(
+                f"masking: nothing was learned yet of the sub-space that task '{task.name}' is to train in. Give"
+                " InvarianceCallback the same subspace, in the fit of the task before."
+            )
+        return [
+            (group, (self.ledger.owners[group.name] == FREE).nonzero().flatten(), bases[group.name])
+            for group in current_groups(self.structure, self.ledger)
+            if group.name in bases
+        ]
+
+    def _cut_again(self) -> list[str]:
+        """Sets what was cut for good to zero again; names of the tensors where it was not."""
+        known = {record["task"] for record in self.ledger.records}
+        partitioned = all(task.name in known for task in self.ledger.tasks if task.phase != "learn")
+        if self.ledger.isolation != "exact" or not partitioned:
+            return []
+        found, parameters = [], dict(self.module.named_parameters())
+        sealed = self.ledger.sealed(self.structure, parameters)
+        for name, parameter in parameters.items():
+            cut = self.ledger.cut(self.structure, self.structure.entries.get(name, ()))
+            if self.structure.ways > 1 and name in sealed:
+                cut = cut & ~sealed[name]  # in no way through the network is anything cut that another one reads
+            if bool(cut.any()):
+                cut = cut.to(parameter.device)
+                if bool(torch.where(cut, parameter.detach(), 0).any()):
+                    parameter.detach().masked_fill_(cut, 0)
+                    found.append(name)
+        return found
+
+
+def hold(
+    module: nn.Module,
+    structure: Structure,
+    ledger: NeuronLedger,
+    *,
+    subspace: Subspace | None = None,
+    optimizers: Iterable[Optimizer] = (),
+) -> Hold:
+    """A context in which only what the current task may move moves, whatever loop and optimiser train meanwhile.
+
+    In LEARN, before the task's claim, what computes free units and the task's outputs moves; in INVARIANCE, after it,
+    what computes the claimed units and the task's outputs. Gradients of everything else are zero before an optimiser
+    or a clip sees them, and its values are put back after each step, bit for bit; optimisers may be made before or
+    within the context.
+
+    >>> import torch
+    >>> from lightning_cf import functional as cf
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> units = cf.trace(net, torch.randn(4, 2))
+    >>> ledger = cf.new_ledger(units)
+    >>> task = ledger.begin("a", outputs=[0])
+    >>> before = net[2].weight.detach().clone()
+    >>> with cf.hold(net, units, ledger):
+    ...     optimizer = torch.optim.SGD(net.parameters(), lr=1.0, weight_decay=0.5)
+    ...     net(torch.randn(4, 2)).sum().backward()
+    ...     _ = optimizer.step()
+    >>> (net[2].weight == before).all(dim=1).tolist()  # the second output is no task's yet
+    [False, True]
+
+    Args:
+        module: the network.
+        structure: as :func:`~lightning_cf.functional.trace` found it.
+        ledger: says what may move.
+        subspace: what holds the weights that later tasks train (US 12387107, paragraph 24).
+        optimizers: those that train, where a subspace is given; other entries are held under any.
+
+    Raises:
+        ContinualError: for a subspace without optimisers.
+
+    Warns:
+        FrozenWarning: in the end, if something else than an optimiser's step moved what earlier tasks own.
+    """
+    optimizers = list(optimizers)
+    if subspace is not None and not optimizers:
+        raise ContinualError("hold: a subspace holds the steps of optimisers; give it optimizers=[...] too.")
+    return Hold(module, structure, ledger, subspace=subspace, optimizers=optimizers)

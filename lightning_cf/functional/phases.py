@@ -1,0 +1,316 @@
+"""The method's steps on a plain network: trace it, check it, claim what carries a task, seal it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_cf.errors import ContinualError, DivergenceError, check_choice, check_kind
+from lightning_cf.exactness.check import check_exact
+from lightning_cf.exactness.probe import probe
+from lightning_cf.network.finite import described, in_forward_order, infinite_on_purpose, not_finite
+from lightning_cf.network.forward import Forward, call, eval_mode, in_precision_of, named_tensors
+from lightning_cf.network.structure import Structure
+from lightning_cf.network.tracing.tracer import trace as follow
+from lightning_cf.ownership.fingerprints import keep_fingerprints
+from lightning_cf.ownership.fresh_start import reinitialise_free
+from lightning_cf.ownership.ledger import ISOLATIONS, Isolation, NeuronLedger
+from lightning_cf.partition.claim import Claimer
+from lightning_cf.partition.options import PartitionOptions
+from lightning_cf.partition.outcome import Outcome
+from lightning_cf.utilities.randomness import derive_seed, isolated_generators, seed_torch
+
+FOLD_SAMPLES = 4096
+"""From how many inputs of the task the regression learns what to fold."""
+
+
+def trace(module: nn.Module, example: Any, forward: Forward = call, *, isolation: Isolation = "exact") -> Structure:
+    """The units of a network, and who computes and who reads each of its weights, found by one forward pass.
+
+    Args:
+        module: the network; its state stays as it is.
+        example: an input whose first axis is the batch; its first two samples are used.
+        forward: how to run the network on an input: ``forward(module, x)`` gives its outputs.
+        isolation: ``perturb`` leaves units apart that ``exact`` has to unite, since an operation mixes them.
+
+    Raises:
+        StructureError: if the network's outputs are not the columns of layers, or its forward pass writes into a
+            parameter.
+    """
+    structure = follow(module, example, forward, apart=isolation == "perturb")
+    return replace(structure, infinite=infinite_on_purpose(structure, module))
+
+
+def new_ledger(structure: Structure, *, isolation: Isolation = "exact") -> NeuronLedger:
+    """A ledger in which every unit is free.
+
+    Args:
+        structure: as :func:`trace` found it under the same isolation.
+        isolation: ``exact`` promises that a sealed task never changes; under ``perturb`` nothing is cut (US 12387107).
+    """
+    check_choice("new_ledger", "isolation", isolation, ISOLATIONS)
+    ledger = NeuronLedger.for_structure(structure)
+    ledger.isolation = isolation
+    return ledger
+
+
+def select(structure: Structure, ledger: NeuronLedger, options: PartitionOptions) -> None:
+    """Notes in the ledger which groups are not partitioned; what the first partition left whole stays so.
+
+    Raises:
+        ContinualError: for layers that the network does not have, or if none is left to partition.
+    """
+    chosen = {group.name for group in options.partitioned(structure)}
+    known = ledger.whole if len(ledger.tasks) > 1 else []
+    names = [group.name for group in structure.groups]
+    ledger.whole = [name for name in names if name not in chosen or name in known]
+
+
+def check(
+    module: nn.Module,
+    structure: Structure,
+    ledger: NeuronLedger,
+    example: Any,
+    forward: Forward = call,
+    *,
+    options: PartitionOptions | None = None,
+    said: set[str] | None = None,
+) -> None:
+    """Before any training: whether the isolation can hold on this network, found out on random claims.
+
+    Args:
+        module: the network; it is put back as it was, bit for bit.
+        structure: as :func:`trace` found it.
+        ledger: takes note of what ``options`` leaves out of partitions.
+        example: an input whose first axis is the batch.
+        forward: as it was traced with.
+        options: those that the claims are to have.
+        said: warnings that need no saying again; takes those that are new.
+
+    Raises:
+        StructureError: if ``exact`` cannot hold; names the module and the operation, or the layer.
+        ContinualError: for layers that the network does not have.
+    """
+    options = options or PartitionOptions()
+    select(structure, ledger, options)
+    if ledger.isolation == "exact":
+        check_exact(module, structure, ledger, example, forward, least=options.min_trainable, said=said)
+
+
+def claim(
+    module: nn.Module,
+    structure: Structure,
+    ledger: NeuronLedger,
+    *,
+    batches: Iterable[Any],
+    score: Callable[[], float],
+    options: PartitionOptions | None = None,
+    forward: Forward = call,
+    higher_is_better: bool = True,
+    tasks_left: int = 1,
+    seed: int = 0,
+    start: Mapping[str, Tensor] | None = None,
+) -> Outcome:
+    """Partitions the current task's units and claims those that carry it; INVARIANCE follows, then :func:`seal`.
+
+    Under ``exact`` the claimed units take over from the redundant ones by regression, the weights from redundant into
+    claimed units become zero for good, and a probe shows that no claimed output hangs on what may still move. Where
+    anything fails, nothing is claimed: weights and ledger are as before.
+
+    Several processes must call this with the same batches and scores, or call it on one and broadcast weights and
+    ledger.
+
+    Args:
+        module: the network, in place, in whatever mode.
+        structure: as :func:`trace` found it.
+        ledger: takes the claim.
+        batches: the task's training data: inputs, or (input, target) pairs, the first axis of which is the batch. At
+            most 4,096 inputs are used; an iterator is read that far.
+        score: the task's metric on validation data, of the network as it then is; called once for each claim that is
+            tried.
+        options: how units are compared, and how many may be claimed.
+        forward: how to run the network on an input, as it was traced with.
+        higher_is_better: the metric's direction.
+        tasks_left: tasks still to come, this one counted, as far as known.
+        seed: what randomly chosen representatives depend on.
+        start: parameters at the task's start by name, for ``measure="update"``.
+
+    Returns:
+        the scores before and after, and what was found in each group of units.
+
+    Raises:
+        ContinualError: if no task was begun, there are no batches, or the score is no number.
+        DivergenceError: if the network holds numbers that are not finite.
+        LeakError: if a claimed output still depends on free weights.
+    """
+    check_kind("claim", "options", options, (PartitionOptions, type(None)), "PartitionOptions(...)")
+    if ledger.current is None:
+        raise ContinualError("claim: no task is being learned; ledger.begin(name, outputs=[...]) starts one.")
+    if options is not None:
+        select(structure, ledger, options)
+    inputs = _Inputs(module, batches)
+    claimer = Claimer(
+        module=module,
+        structure=structure,
+        ledger=ledger,
+        options=options or PartitionOptions(),
+        score=lambda: _number(module, score),
+        higher_is_better=higher_is_better,
+        passes=lambda: (partial(forward, module, x) for x in inputs),
+        start=start,
+        tasks_left=tasks_left,
+        seed=seed,
+        keep=False,
+    )
+    return run_claim(claimer, inputs.first, forward)
+
+
+def run_claim(
+    claimer: Claimer, example: Any, forward: Forward = call, *, record: Callable[[Outcome], None] | None = None
+) -> Outcome:
+    """What :func:`claim` does once it is known what to claim by; all or nothing.
+
+    Args:
+        claimer: made for the current task.
+        example: an input to probe with.
+        forward: how to run the network on it.
+        record: called with what was found, before the claim counts.
+    """
+    module, structure, ledger = claimer.module, claimer.structure, claimer.ledger
+    name, again = ledger.tasks[-1].name, ledger.tasks[-1].phase == "invariance"
+    check_finite(module, structure, f"Task '{name}' cannot be partitioned")
+    if not again:
+        ledger.whole += held_by_the_user(module, structure, ledger)
+    with isolated_generators(), eval_mode(module):
+        seed_torch(derive_seed("partition", name))
+        with claimer.all_or_nothing():
+            outcome = claimer.claim()
+            check_finite(module, structure, f"The partition of task '{name}'")
+    with claimer.all_or_nothing():
+        if ledger.isolation == "exact":
+            probe(module, structure, ledger, example, forward)
+        if record is not None:
+            record(outcome)
+    known = [task for task in ledger.fingerprints if task != name]
+    keep_fingerprints(module, structure, ledger, known)  # where nothing held them, connections were cut
+    return outcome
+
+
+def seal(
+    module: nn.Module,
+    structure: Structure,
+    ledger: NeuronLedger,
+    *,
+    seed: int = 0,
+    options: PartitionOptions | None = None,
+    keep: Callable[[], None] | None = None,
+) -> None:
+    """Ends the current task: what it owns never moves again; under ``exact`` free units get a fresh start.
+
+    Args:
+        module: the network, in place.
+        structure: as :func:`trace` found it.
+        ledger: whose current task is sealed.
+        seed: what the fresh weights depend on, with the task's name.
+        options: of its partition, which say whether free units start afresh.
+        keep: called between both, for what is to be kept of the task; if it fails, nothing is sealed.
+
+    Raises:
+        ContinualError: if no task is being learned.
+        DivergenceError: if the network holds numbers that are not finite.
+    """
+    task = ledger.current
+    if task is None:
+        raise ContinualError("seal: no task is being learned; ledger.begin(name, outputs=[...]) starts one.")
+    check_finite(module, structure, f"Task '{task.name}' cannot be sealed")
+    phase = task.phase
+    ledger.seal()
+    try:
+        if keep is not None:
+            keep()
+    except BaseException:
+        task.phase = phase
+        ledger.revision += 1
+        raise
+    partitioned = any(record["task"] == task.name for record in ledger.records)
+    if ledger.isolation == "exact" and partitioned and (options is None or options.reinitialise):
+        reinitialise_free(module, structure, ledger, seed, task.name)
+    keep_fingerprints(module, structure, ledger, [task.name])
+
+
+def held_by_the_user(module: nn.Module, structure: Structure, ledger: NeuronLedger) -> list[str]:
+    """Groups to be partitioned none of whose weights train (``requires_grad=False``), such as a pretrained backbone.
+
+    Those that the current task runs as the first one.
+    """
+    parameters = dict(module.named_parameters())
+    *before, way = [structure.way_of(task.name) for task in ledger.tasks]
+    known = {group.name for earlier in set(before) for group in structure.groups_on(earlier)}
+    return [
+        group.name
+        for group in structure.groups_on(way)
+        if group.name not in {*ledger.whole, *known}
+        and not any(
+            parameters[r.tensor].requires_grad for r in group.rows if r.role == "weight" and r.tensor in parameters
+        )
+    ]
+
+
+def watched(module: nn.Module, structure: Structure) -> dict[str, Tensor]:
+    """What must be finite, in the order of the forward pass: all but masks and bounds that hold infinity on purpose."""
+    tensors = in_forward_order(structure, named_tensors(module))
+    return {name: x for name, x in tensors.items() if name not in structure.infinite}
+
+
+def check_finite(module: nn.Module, structure: Structure, when: str) -> None:
+    """Raises DivergenceError if the network holds numbers that are not finite, and names the first layer."""
+    tensors = watched(module, structure)
+    names = not_finite(tensors)
+    if names:
+        raise DivergenceError(f"{when}: the network is not finite, first in {described(names, tensors)}.")
+
+
+class _Inputs:
+    """The inputs of some batches, on the network's device and in its precision, as often as they are asked for."""
+
+    def __init__(self, module: nn.Module, batches: Iterable[Any]) -> None:
+        self.module, self.batches = module, batches
+        if not isinstance(batches, Iterable):
+            raise ContinualError(f"claim: batches must be an iterable of inputs, got a {type(batches).__name__}.")
+        if iter(batches) is batches:  # it can be read once only
+            self.batches = list(self._enough(batches))
+        self.first = next(iter(self), None)
+        if self.first is None:
+            raise ContinualError("claim: batches gives no batch; give the task's training data.")
+
+    def __iter__(self) -> Iterator[Any]:
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        for batch in self._enough(self.batches):
+            x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+            yield tree_map_only(Tensor, lambda t: t.to(device), in_precision_of(self.module, x))
+
+    @staticmethod
+    def _enough(batches: Iterable[Any]) -> Iterator[Any]:
+        seen = 0
+        for batch in batches:
+            yield batch
+            seen += next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), 1)
+            if seen >= FOLD_SAMPLES:
+                return
+
+
+def _number(module: nn.Module, score: Callable[[], float]) -> float:
+    """What a user's score says, which may put the network into another mode."""
+    with eval_mode(module), torch.no_grad():
+        found: Any = score()
+    value = found.item() if isinstance(found, Tensor) and found.numel() == 1 else found
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ContinualError(f"claim: score must give one number, such as an accuracy; got {found!r}.")
+    return float(value)
