@@ -9,7 +9,9 @@ from lightning_cf.tasks.task import Task
 
 
 def meet_task(module: LightningModule, task: Task) -> list[int]:
-    """Makes a task known and sets its outputs aside; where a module ``adds_outputs_for_tasks``, it gets columns that it lacks.
+    """Makes a task known and sets its outputs aside.
+
+    Where a module says ``adds_outputs_for_tasks``, as a ContinualModule does, the head grows by columns that it lacks.
 
     Returns:
         the output column of each of the task's classes.
