@@ -78,6 +78,27 @@ def _process_groups():
 
 
 @pytest.fixture(autouse=True)
+def _switches():
+    """``Trainer(deterministic=True)`` and its kin turn switches of the whole process, for one test only."""
+    before = {read: read() for read in SWITCHES}
+    yield
+    for read, write in SWITCHES.items():
+        if read() != before[read]:
+            write(before[read])
+
+
+SWITCHES = {
+    torch.are_deterministic_algorithms_enabled: torch.use_deterministic_algorithms,
+    torch.get_default_dtype: torch.set_default_dtype,
+    torch.get_float32_matmul_precision: torch.set_float32_matmul_precision,
+    torch.is_anomaly_enabled: torch.autograd.set_detect_anomaly,
+    torch.is_grad_enabled: torch.set_grad_enabled,
+    torch.get_num_threads: torch.set_num_threads,
+    torch.backends.mha.get_fastpath_enabled: torch.backends.mha.set_fastpath_enabled,
+}
+
+
+@pytest.fixture(autouse=True)
 def _signal_handlers():
     """Lightning ignores SIGINT from the first Ctrl+C on: later tests hear it as before."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

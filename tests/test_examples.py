@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import re
 import runpy
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = {"image": 0.9, "segmentation": 0.75, "sequence": 0.9}
 """With how well each of the two tasks is to be learned."""
+
+PLAIN = ("plain_loop", "dict_batches", "fabric")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -23,9 +26,18 @@ def run(name, tmp_path, monkeypatch):
 
 
 def test_every_example_has_a_before_and_an_after():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
-        f"{n}_{when}" for n in NAMES for when in ("before", "after")
-    }
+    pairs = {f"{n}_{when}" for n in NAMES for when in ("before", "after")}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*pairs, *PLAIN}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", PLAIN)
+def test_in_loops_without_lightnings_trainer_the_first_task_stays_bitwise_what_it_was(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
+    *scores, last = capsys.readouterr().out.splitlines()
+    assert last == "outputs of the first task bitwise the same: True"
+    assert all(float(re.search(r": (\d\.\d+);", line)[1]) > 0.9 for line in scores)
 
 
 @pytest.mark.parametrize("name", NAMES)

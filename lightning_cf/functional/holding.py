@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from lightning_cf.errors import ContinualError, FrozenWarning, warn
 from lightning_cf.network.forward import named_tensors
@@ -50,6 +53,7 @@ class Hold:
         self._freezer: Freezer | None = None
         self._projection: Projection | None = None
         self._sealed: dict[str, FrozenEntries] = {}
+        self._handle: RemovableHandle
 
     def keep(self) -> Hold:
         """Remembers what earlier tasks own, which :meth:`put_back` compares with in the end."""
@@ -65,7 +69,6 @@ class Hold:
         optimizers: Iterable[Optimizer] = (),
         *,
         undisturbed: AbstractContextManager[None] | None = None,
-        check: Callable[[], None] | None = None,
     ) -> None:
         """Holds from now on what may not move by the ledger as it is now.
 
@@ -73,7 +76,6 @@ class Hold:
             optimizers: those whose steps a sub-space holds, and whose state is the freezer's to fill with zero where
                 masks change. Others that step parameters of the module are met all the same.
             undisturbed: puts perturbed units back while frozen entries are remembered.
-            check: called before anything is put back after a step.
         """
         self.let_go()
         optimizers, tensors = list(optimizers), named_tensors(self.module)
@@ -82,7 +84,7 @@ class Hold:
         read = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) or n in self.structure.entries}
         self.frozen = self.ledger.frozen(self.structure, read)
         with undisturbed or nullcontext():
-            self._freezer = Freezer(self.module, self.frozen, check=check).attach(optimizers)
+            self._freezer = Freezer(self.module, self.frozen).attach(optimizers)
         self._revision = self.ledger.revision
         torch.compiler.reset()  # code that was compiled before does not see new hooks
 
@@ -148,18 +150,22 @@ class Hold:
 
     def __enter__(self) -> Hold:
         self.keep()
-        self.renew(self._optimizers, check=self._check)
+        self.renew(self._optimizers)
+        self._handle = register_optimizer_step_pre_hook(self._before_step)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._handle.remove()
         if kind is not None:
             self.give_up()
             return
         self.let_go()
         self.put_back()
 
-    def _check(self) -> None:
-        if not self.current:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        own = {id(parameter) for parameter in self.module.parameters()}
+        stepped = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        if not self.current and any(id(parameter) in own for parameter in stepped):
             raise ContinualError(
                 "The ledger changed while entries were held by what it said before. Claim, seal and begin tasks outside"
                 " of 'with hold(...)', or call its renew() after them."

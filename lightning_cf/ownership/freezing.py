@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -54,17 +54,9 @@ class Freezer:
     Args:
         module: whose entries to freeze.
         masks: for parameters and buffers by name, which entries stay; each mask broadcasts to its tensor.
-        check: called before anything is put back after a step, for errors of the caller's.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        masks: Mapping[str, Bool[Tensor, "..."]],
-        *,
-        check: Callable[[], None] | None = None,
-    ) -> None:
-        self._check = check
+    def __init__(self, module: nn.Module, masks: Mapping[str, Bool[Tensor, "..."]]) -> None:
         parameters = dict(module.named_parameters())
         self.entries = [
             FrozenEntries(parameter, masks[name])
@@ -148,8 +140,6 @@ class Freezer:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if any(optimizer is known for known in self.optimizers) or self._steps_held(optimizer):
-            if self._check is not None:
-                self._check()
             self.restore()
 
     def _steps_held(self, optimizer: Optimizer) -> bool:
