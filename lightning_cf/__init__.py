@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"  # the only place that says it: the build reads it here
+
 if TYPE_CHECKING:
     from lightning_cf.api import *  # noqa: F403
     from lightning_cf.api import __all__ as __all__

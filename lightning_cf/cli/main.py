@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import hydra
@@ -20,7 +21,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_cf.cli import stopping
+from lightning_cf.cli import doctor, stopping
 from lightning_cf.cli.progress_bar import RunBar
 from lightning_cf.cli.run_log import logged_warnings
 from lightning_cf.cli.stopping import check_stopped, ended_by_signals
@@ -35,7 +36,7 @@ from lightning_cf.sequence.runner import Method, SequentialTaskRunner
 from lightning_cf.utilities.files import read_json, write_atomically, write_json
 from lightning_cf.utilities.randomness import isolated_generators, seed_torch
 
-VERBS = ("train",)
+VERBS = ("train", "doctor")
 
 _ANYWHERE = (
     "run",
@@ -55,6 +56,9 @@ _PACKAGE = Path(__file__).parent.parent
 _PACKAGED = _PACKAGE / "conf"
 _CONF = _PACKAGED if _PACKAGED.is_dir() else _PACKAGE.parent / "conf"
 
+
+VERSION_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+"""How Hydra is asked to behave as 1.3 does: from 1.4 on it knows no other way, and warns where it is asked."""
 
 _FULL = "HYDRA_FULL_ERROR"
 _wanted: str | None = None
@@ -76,11 +80,20 @@ def main() -> None:
 
 def _main() -> None:
     if len(sys.argv) > 1 and sys.argv[1].isidentifier():
-        sys.argv[1] = f"command={check_choice('lightning-cf', 'verb', sys.argv[1], VERBS)}"
+        verb = check_choice("lightning-cf", "verb", sys.argv[1], VERBS)
+        sys.argv[1] = f"command={verb}"
+        if verb == "doctor":
+            print(doctor.environment(), flush=True)
+            if len(sys.argv) == 2:
+                return
+            if not {"-m", "--multirun"}.isdisjoint(sys.argv):
+                raise ContinualError("lightning-cf: doctor looks at one network; leave -m out.")
+            # It leaves nothing behind, also where an experiment would sweep.
+            sys.argv[2:2] = ["hydra.mode=RUN", "hydra.run.dir=.", "hydra.output_subdir=null"]
     _job()
 
 
-@hydra.main(version_base="1.3", config_path=str(_CONF), config_name="config")
+@hydra.main(**VERSION_BASE, config_path=str(_CONF), config_name="config")
 def _job(config: DictConfig) -> float | None:
     """One job: this process's own, or one of a multirun in a child process; gives sweepers what they optimise."""
     hydra, sweeps = HydraConfig.get(), HydraConfig.get().mode == RunMode.MULTIRUN
@@ -90,7 +103,10 @@ def _job(config: DictConfig) -> float | None:
         try:
             if sweeps:
                 return run_job(folder, config.optimized_metric)
-            train(config, folder)
+            if config.command == "doctor":
+                print(_diagnosis(config))
+            else:
+                train(config, folder)
         except Exception as error:
             check_stopped()
             if _wanted not in (None, "", "0"):
@@ -143,6 +159,18 @@ def _train(config: DictConfig, root: Path, resolved: dict[str, Any], bar: RunBar
         write_unit_pictures(root / chosen / "tasks")
         print_summary(results, root)
     return document
+
+
+def _diagnosis(config: DictConfig) -> str:
+    """How the configured network is traced; checked as a run checks it before it trains."""
+    with TemporaryDirectory() as folder, RunBar() as bar, logged_warnings(Path(folder), bar):
+        _checked(config, Path(folder))
+        runner = _runner(config, _name(config.method, config.isolation), Path(folder) / "run", bar)
+        # One process on any machine: what is traced is the same on all.
+        runner.make_trainer = partial(Trainer, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        runner.start()
+        runner.lock.release()
+        return doctor.network(runner)
 
 
 def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> SequentialTaskRunner:

@@ -19,7 +19,7 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.reporting.tables import table
 from lightning_cf.utilities.files import read_json, write_atomically, write_json
 
-_RANK_VARIABLES = (
+RANK_VARIABLES = (
     "LOCAL_RANK",
     "RANK",
     "NODE_RANK",
@@ -29,7 +29,7 @@ _RANK_VARIABLES = (
     "MASTER_PORT",
     "PL_GLOBAL_SEED",
 )
-
+"""What says which of several processes this one is."""
 
 GRACE = 20.0
 """Seconds that a job has to end, once the sweep is to."""
@@ -55,7 +55,7 @@ def run_job(folder: Path, metric: str) -> float:
     command = [sys.executable, "-m", "lightning_cf"]
     command += [f"--config-dir={s.path}" for s in config.runtime.config_sources if s.provider == "command-line"]
     overrides = [override for override in config.overrides.task if not override.startswith("run=")]
-    environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
+    environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
     # A configuration that asks for a multirun, such as a search, is one job here.
     command += [*overrides, f"run='{folder}'", "hydra.mode=RUN"]
     status = _status(command, environment)

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from lightning_cf.data.images import ImageSplits, TensorImages
@@ -25,6 +23,9 @@ def digits() -> ImageSplits:
 
     The split is fixed and stratified: 60% to train, 15% to judge, 25% to test.
     """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     data = load_digits()
     images = torch.from_numpy(data.images).float().unsqueeze(1) / 16
     labels = torch.from_numpy(data.target).long()

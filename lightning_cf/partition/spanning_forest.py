@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float64, Int64
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 from torch import Tensor
 
 from lightning_cf.partition.similarity import Similarity
@@ -31,6 +29,8 @@ class Forest:
 
     def components(self, least: float = -math.inf) -> Int64[Tensor, "units"]:
         """A number for each unit, the same for all units that edges of ``least`` or more connect."""
+        from scipy.sparse.csgraph import connected_components
+
         strong = self.similarities >= least
         kept = Forest(self.units, self.edges[strong], self.similarities[strong])
         _, labels = connected_components(kept._graph(), directed=False)
@@ -38,6 +38,8 @@ class Forest:
 
     def merge(self, edges: Int64[Tensor, "more 2"], similarities: Float64[Tensor, "more"]) -> Forest:
         """The maximum spanning forest of its own edges and new ones; of equals, the earlier ones stay."""
+        from scipy.sparse.csgraph import minimum_spanning_tree
+
         similarities, order = torch.cat([self.similarities, similarities]).sort(descending=True, stable=True)
         both = Forest(self.units, torch.cat([self.edges, edges])[order], similarities)
         ranks = torch.from_numpy(minimum_spanning_tree(both._graph()).data).long()
@@ -45,6 +47,8 @@ class Forest:
         return Forest(self.units, both.edges[kept], similarities[kept])
 
     def _graph(self) -> Any:
+        from scipy.sparse import coo_matrix
+
         # Ranks stand for the similarities: they fall as costs should, and none is 0, which SciPy takes for no edge.
         ranks, (rows, columns) = torch.arange(1, len(self.edges) + 1), self.edges.T
         shape = (self.units, self.units)

@@ -7,8 +7,6 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from lightning_cf.task_inference.readout import View
@@ -161,6 +159,9 @@ def _clusters(x: Samples, count: int) -> list[Float[Tensor, "_ features"]]:
     """k-means; clusters of a single sample are left out."""
     if count == 1:
         return [x]
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # units that never vary: fewer clusters will do
         found = KMeans(count, n_init=1, random_state=0).fit_predict(x.cpu().numpy())

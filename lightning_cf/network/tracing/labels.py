@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 import torch
 from jaxtyping import Int64
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 NONE = 0
@@ -74,6 +72,9 @@ class Units:
         if known < self._count:
             self._roots = torch.cat([self._roots, torch.arange(known, self._count)])
         if self._edges:
+            from scipy.sparse import coo_matrix
+            from scipy.sparse.csgraph import connected_components
+
             rows, columns = self._roots[torch.cat(self._edges, dim=1)].int().numpy()
             self._edges = []
             graph = coo_matrix((torch.ones(len(rows), dtype=torch.int8).numpy(), (rows, columns)), (self._count,) * 2)
