@@ -16,7 +16,7 @@ from torch import nn
 from lightning_cf import Classifier, InvarianceCallback, MaskedGradientCallback, PartitionCallback
 from lightning_cf.data import digits, split_tasks
 from lightning_cf.learner.state import state_of
-from lightning_cf.ownership.ledger import FREE
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.owner_aware_norms import Levels, nested_layer_norm
 from lightning_cf.tasks.evaluation import evaluate
 

@@ -13,7 +13,8 @@ from lightning_cf.learner.inferring import predict_any
 from lightning_cf.learner.state import keep_ledger, ledger_of, state_for
 from lightning_cf.learner.widening import add_classes, fit_heads, follow_head, grow, note_heads
 from lightning_cf.lightning_api import Callback, LightningModule, check_same_lightning
-from lightning_cf.ownership.ledger import CHECKPOINT_KEY, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.ledger_state import CHECKPOINT_KEY
 from lightning_cf.task_inference import Prediction
 from lightning_cf.tasks.task import Task
 

@@ -18,7 +18,8 @@ from lightning_cf.errors import StructureWarning
 from lightning_cf.exactness.check import check_exact
 from lightning_cf.learner.state import state_of
 from lightning_cf.network.tracing.tracer import trace
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.owner_aware_norms import Levels, make_owner_aware, nested_layer_norm, nested_rms_norm
 
 WIDTH, EPS = 12, 1e-6

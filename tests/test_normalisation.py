@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_cf.ownership.ledger import FREE, NO_OWNER
+from lightning_cf.ownership.levels import FREE, NO_OWNER
 from lightning_cf.ownership.owner_aware_norms import (
     Levels,
     make_owner_aware,

@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_cf.network.tracing.tracer import trace
 from lightning_cf.ownership.fresh_start import reinitialise_free
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 
 
 def prepared(make):

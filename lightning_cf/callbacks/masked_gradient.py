@@ -18,7 +18,7 @@ from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.structure import UnitGroup
 from lightning_cf.ownership.freezing import Freezer, FrozenEntries
-from lightning_cf.ownership.ledger import FREE
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.subspaces.projection import Projection
 from lightning_cf.subspaces.subspace import Subspace, check_subspace
 from lightning_cf.tasks.task import Task

@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.network.forward import Forward, samples
 from lightning_cf.network.structure import Structure, lookup
 from lightning_cf.network.tracing.tracer import following, named, plain_kernels, steps
-from lightning_cf.ownership.ledger import FREE
-from lightning_cf.ownership.levels import Levels
+from lightning_cf.ownership.levels import FREE, Levels
 from lightning_cf.utilities.randomness import seed_torch
 
 

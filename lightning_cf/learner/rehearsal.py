@@ -19,7 +19,8 @@ from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.finite import rows_finite
 from lightning_cf.network.forward import call, eval_mode, same_state
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference, View, read
 from lightning_cf.task_inference.inference import variants_of
 from lightning_cf.task_inference.trained import Trained, heads_of

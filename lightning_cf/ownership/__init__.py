@@ -4,6 +4,8 @@ Begin with :mod:`lightning_cf.ownership.ledger`; :mod:`lightning_cf.ownership.fr
 """
 
 from lightning_cf.ownership.freezing import Freezer
-from lightning_cf.ownership.ledger import FREE, Isolation, NeuronLedger, Phase
+from lightning_cf.ownership.ledger import Isolation, NeuronLedger
+from lightning_cf.ownership.levels import FREE
+from lightning_cf.ownership.phases import Phase
 
 __all__ = ["FREE", "Freezer", "Isolation", "NeuronLedger", "Phase"]

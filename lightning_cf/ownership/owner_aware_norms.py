@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_structure as structure_of_tree
 
 from lightning_cf.network.forward import Derived
 from lightning_cf.network.tracing.reductions import Reduction
-from lightning_cf.ownership.ledger import FREE
+from lightning_cf.ownership.levels import FREE
 
 _PLAN = "_levels"
 

@@ -16,7 +16,8 @@ from lightning_cf.callbacks import (
 from lightning_cf.errors import CapacityError, ContinualError, check_kind, check_list
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, Trainer
-from lightning_cf.ownership.ledger import CHECKPOINT_KEY, one_column
+from lightning_cf.ownership.ledger_state import CHECKPOINT_KEY
+from lightning_cf.ownership.refusals import one_column
 from lightning_cf.task_inference import Strategy
 from lightning_cf.tasks.contexts import seeded
 from lightning_cf.tasks.reading import Limits
