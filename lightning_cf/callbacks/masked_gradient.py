@@ -17,7 +17,8 @@ from lightning_cf.learner.state import ContinualState, ledger_of, state_for, sta
 from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.structure import UnitGroup
-from lightning_cf.ownership.freezing import Freezer, FrozenEntries
+from lightning_cf.ownership.freezing import Freezer
+from lightning_cf.ownership.frozen_entries import FrozenEntries
 from lightning_cf.ownership.levels import FREE
 from lightning_cf.subspaces.projection import Projection
 from lightning_cf.subspaces.subspace import Subspace, check_subspace

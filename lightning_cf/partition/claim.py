@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning, warn
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.structure import Structure, UnitGroup, layer_of
-from lightning_cf.ownership.freezing import FrozenEntries
+from lightning_cf.ownership.frozen_entries import FrozenEntries
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware

@@ -117,7 +117,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Level:
-    """Units over which a module takes a reduction that can be taken by owners (see ``normalisation.py``).
+    """Units over which a module takes a reduction that can be taken by owners (see ``ownership/owner_aware_norms.py``).
 
     Attributes:
         module: path of the module.

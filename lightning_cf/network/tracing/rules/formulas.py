@@ -3,7 +3,7 @@
 A reduction over units makes them one, unless each unit may have it over what its own owner may read. That is so where
 all that is done with the result within the module is done element by element with those units. If the module returns
 them then, and holds no layers, its forward pass can run once for each owner; else the reduction can give one result for
-each unit, where it keeps its dims (see ``normalisation.py``).
+each unit, where it keeps its dims (see ``ownership/owner_aware_norms.py``).
 """
 
 from __future__ import annotations

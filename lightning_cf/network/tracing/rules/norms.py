@@ -49,7 +49,7 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
 def normalise(
     tracer: Tracer, x: Tensor, dims: int, scale: Tensor | None, shift: Tensor | None, results: Sequence[Tensor]
 ) -> None:
-    """LayerNorm and RMSNorm over the last ``dims`` dims; where they hold several units, see ``normalisation.py``."""
+    """LayerNorm and RMSNorm over the last ``dims`` dims; the module may normalise by owners instead."""
     labels = tracer.labels(x)
     over = list(range(x.ndim - dims, x.ndim))
     resolved = tracer.units.resolve(labels)
