@@ -17,7 +17,7 @@ from lightning_cf import StructureError
 from lightning_cf.errors import StructureWarning
 from lightning_cf.exactness.check import check_exact
 from lightning_cf.learner.state import state_of
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.nested_norms import Nesting, nested_layer_norm, nested_rms_norm

@@ -6,7 +6,7 @@ import torch
 from networks import build
 from torch import nn
 
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.fresh_start import reinitialise_free
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE

@@ -24,7 +24,7 @@ from lightning_cf.network.foreign_heads import check_foreign_heads
 from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors, same_state, samples
 from lightning_cf.network.output_heads import head_of, heads_of
 from lightning_cf.network.structure import Structure, UnitGroup
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 from lightning_cf.network.ways import Ways
 from lightning_cf.ownership.ledger import Isolation, NeuronLedger
 from lightning_cf.ownership.output_view import OutputView

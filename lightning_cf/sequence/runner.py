@@ -64,7 +64,7 @@ from lightning_cf.sequence.trainers import (
 )
 from lightning_cf.subspaces.subspace import LearnedSubspace
 from lightning_cf.task_inference import Strategy, TaskInference
-from lightning_cf.tasks.contexts import on_device, seeded
+from lightning_cf.tasks.contexts import placed_on, seeded
 from lightning_cf.tasks.evaluation import constant_predictor, evaluate, transferred
 from lightning_cf.tasks.scoring_check import check_scoring
 from lightning_cf.tasks.task import Batches, Task
@@ -251,7 +251,7 @@ class SequentialTaskRunner:
         if self.method == "finetune" or self.partitioning is None or current is None or current.phase == "invariance":
             return
         self.partitioning.tasks_left = self.tasks_left
-        with on_device(self.module, self.host.strategy.root_device):
+        with placed_on(self.module, self.host.strategy.root_device):
             self.partitioning.partition_task(self.host, self.module, task)
         self.note_stage(task, "partitioned")
 
@@ -261,7 +261,7 @@ class SequentialTaskRunner:
             if self.partitioning is not None and self.perturbing is not None:
                 self.fit(task, self.invariance_epochs, [self.perturbing, self.masking, self.inferring])
             if self.state.ledger.current is not None:  # else a partition callback of the user's own sealed it
-                with on_device(self.module, self.host.strategy.root_device):
+                with placed_on(self.module, self.host.strategy.root_device):
                     self.seal(task)
             self.note_stage(task, "retrained")
         self.keep(task)
@@ -282,7 +282,7 @@ class SequentialTaskRunner:
 
     def score(self) -> None:
         """Scores every task, told which it is and not."""
-        with on_device(self.module, self.host.strategy.root_device):
+        with placed_on(self.module, self.host.strategy.root_device):
             self.progress.rows.append([self.score_of(task) for task in self.tasks])
             inference = self.inference()
             if inference is not None:
@@ -294,7 +294,7 @@ class SequentialTaskRunner:
 
     def result(self) -> Result:
         """What the run found so far."""
-        with on_device(self.module, self.host.strategy.root_device), isolated_generators():
+        with placed_on(self.module, self.host.strategy.root_device), isolated_generators():
             constant = [
                 constant_predictor(
                     self.module, task, self.scoring_batches(task), shown=self.state.showing(self.module, [task])
@@ -332,7 +332,7 @@ class SequentialTaskRunner:
                 self.state = self.prepare_module()
             for task, batch in zip(self.tasks, batches, strict=True):
                 given = self._host.precision_plugin.convert_input(batch)
-                with on_device(self.module, self._host.strategy.root_device), self.state.showing(self.module, [task]):
+                with placed_on(self.module, self._host.strategy.root_device), self.state.showing(self.module, [task]):
                     check_inputs(self._host, self.module, task.name, transferred(self.module, task, given))
             self.take_up()
         except BaseException:
@@ -540,7 +540,7 @@ class SequentialTaskRunner:
 
     def note_stage(self, task: Task, stage: str) -> None:
         """Keeps the task's score at a stage of the method."""
-        with on_device(self.module, self.host.strategy.root_device):
+        with placed_on(self.module, self.host.strategy.root_device):
             self.progress.stages.setdefault(task.name, {})[stage] = self.score_of(task)
 
     def settings(self) -> dict[str, Any]:

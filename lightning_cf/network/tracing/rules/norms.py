@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_cf.network.tracing.labels import NONE, sole_along
+from lightning_cf.network.tracing.labels import NO_LABEL, sole_along
 from lightning_cf.network.tracing.rules.call import Call, Tracer
 from lightning_cf.network.tracing.shadows import Shadow, laid_out_like
 
@@ -63,7 +63,7 @@ def normalise(
     tracer.use(scale, "scale", elements)
     tracer.use(shift, "shift", elements)
     resolved = tracer.units.resolve(elements)
-    if int((resolved.unique() != NONE).sum()) > 1 and not by_owners(tracer, elements):
+    if int((resolved.unique() != NO_LABEL).sum()) > 1 and not by_owners(tracer, elements):
         tracer.mix(x, over, "a second normalisation of another shape")
     _write_normalised(tracer, x, labels, results)
     return None
