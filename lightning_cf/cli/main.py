@@ -28,10 +28,10 @@ from lightning_cf.cli.sweep import run_job
 from lightning_cf.errors import ContinualError, RunWarning, check_choice, check_count, check_text, printable, warn
 from lightning_cf.lightning_api import MisconfigurationException, Trainer
 from lightning_cf.reporting.tables import print_summary, write_pictures, write_unit_pictures
-from lightning_cf.sequence.identity import VARIABLE, differences
-from lightning_cf.sequence.preflight import check_root
+from lightning_cf.sequence.comparison import VARIABLE, differences
+from lightning_cf.sequence.preflight import Method, check_root
 from lightning_cf.sequence.result import Result
-from lightning_cf.sequence.runner import Method, SequentialTaskRunner
+from lightning_cf.sequence.runner import SequentialTaskRunner
 from lightning_cf.utilities.files import read_json, write_atomically, write_json
 from lightning_cf.utilities.randomness import isolated_generators, seed_torch
 
