@@ -16,8 +16,8 @@ from torch import nn
 from lightning_cf import Classifier, InvarianceCallback, MaskedGradientCallback, PartitionCallback
 from lightning_cf.data import digits, split_tasks
 from lightning_cf.learner.state import state_of
-from lightning_cf.ownership.ledger import FREE
-from lightning_cf.ownership.owner_aware_norms import Levels, nested_layer_norm
+from lightning_cf.ownership.levels import FREE
+from lightning_cf.ownership.nested_norms import Nesting, nested_layer_norm
 from lightning_cf.tasks.evaluation import evaluate
 
 SEEDS = (0, 1, 2)
@@ -86,10 +86,10 @@ def ratio(owners: int) -> float:
     x = torch.randn(16 * 197, 768, requires_grad=True)
     plain = nn.LayerNorm(768)
     owner = torch.arange(768) * (owners + 1) // 768
-    levels = Levels(torch.where(owner == owners, FREE, owner))
+    nesting = Nesting(torch.where(owner == owners, FREE, owner))
     ways = {
         "plain": lambda: plain(x),
-        "aware": lambda: nested_layer_norm(x, levels, plain.weight, plain.bias, plain.eps),
+        "aware": lambda: nested_layer_norm(x, nesting, plain.weight, plain.bias, plain.eps),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(25):

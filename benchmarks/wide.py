@@ -16,7 +16,7 @@ from common import write_section
 from torch import nn
 
 from lightning_cf.exactness.probe import probe
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.partition.claim import Claimer
 from lightning_cf.partition.clusters import TILE, partition, partition_into

@@ -20,7 +20,8 @@ from lightning_cf.learner.meeting import meet_task
 from lightning_cf.learner.state import keep_ledger, ledger_of
 from lightning_cf.learner.widening import fit_heads
 from lightning_cf.lightning_api import Callback, LightningModule, check_same_lightning
-from lightning_cf.ownership.ledger import CHECKPOINT_KEY, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.ledger_state import CHECKPOINT_KEY
 from lightning_cf.task_inference import Prediction
 from lightning_cf.tasks.task import Task
 

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_cf import Classifier, ContinualError
 from lightning_cf.learner.state import state_of
 from lightning_cf.network.forward import named_tensors
-from lightning_cf.ownership.ledger import FREE
+from lightning_cf.ownership.levels import FREE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no claim within the budget"),

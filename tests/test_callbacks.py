@@ -20,7 +20,7 @@ from lightning_cf import (
 )
 from lightning_cf.learner.state import keep_ledger, state_of
 from lightning_cf.network.forward import named_tensors
-from lightning_cf.ownership.ledger import FREE
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.partition.claim import PartitionWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")

@@ -28,9 +28,9 @@ from lightning_cf import (
 from lightning_cf.learner.state import state_of
 from lightning_cf.models import MLP
 from lightning_cf.network.forward import named_tensors
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.fingerprints import differences
-from lightning_cf.ownership.ledger import CHECKPOINT_KEY
+from lightning_cf.ownership.ledger_state import CHECKPOINT_KEY
 from lightning_cf.ownership.traces import rows_cut_off
 
 pytestmark = [

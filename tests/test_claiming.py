@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lightning_cf.network.forward import call
-from lightning_cf.network.tracing.tracer import trace
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.network.tracing.trace import trace
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.partition.claim import Claimer, PartitionWarning, warn_of_cost
 from lightning_cf.partition.options import PartitionOptions
 

@@ -9,7 +9,7 @@ from networks import NETWORKS, FixedFeatures, build
 from torch import nn
 
 from lightning_cf.network.forward import named_tensors
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.freezing import Freezer
 from lightning_cf.subspaces.learned_directions import DirectionLearner
 from lightning_cf.subspaces.subspace import LearnedSubspace

@@ -12,8 +12,9 @@ from lightning_cf.invariance.disturbance import Disturbance
 from lightning_cf.invariance.perturbations import Ablate, Affine, InSubspace, Noise, Resample
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.structure import NO_UNIT
-from lightning_cf.network.tracing.tracer import trace
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.network.tracing.trace import trace
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.utilities.randomness import keyed_generator
 
 

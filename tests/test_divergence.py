@@ -35,7 +35,7 @@ from lightning_cf.learner.inferring import inference_of
 from lightning_cf.learner.state import state_of
 from lightning_cf.network.finite import not_finite
 from lightning_cf.network.forward import named_tensors
-from lightning_cf.sequence.store import _CONTENT
+from lightning_cf.sequence.stored_state import _CONTENT
 from lightning_cf.utilities.describing import content_sha256
 
 pytestmark = [

@@ -12,7 +12,7 @@ from lightning_cf import Classifier
 from lightning_cf.errors import StructureError, StructureWarning
 from lightning_cf.exactness.check import check_exact, trainable_share
 from lightning_cf.network.forward import named_tensors
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.ledger import NeuronLedger
 
 

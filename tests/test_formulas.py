@@ -17,9 +17,11 @@ from lightning_cf import StructureError
 from lightning_cf.errors import StructureWarning
 from lightning_cf.exactness.check import check_exact
 from lightning_cf.learner.state import state_of
-from lightning_cf.network.tracing.tracer import trace
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
-from lightning_cf.ownership.owner_aware_norms import Levels, make_owner_aware, nested_layer_norm, nested_rms_norm
+from lightning_cf.network.tracing.trace import trace
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
+from lightning_cf.ownership.nested_norms import Nesting, nested_layer_norm, nested_rms_norm
+from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 
 WIDTH, EPS = 12, 1e-6
 
@@ -160,9 +162,9 @@ def test_it_is_the_norm_of_torch_by_owners(name):
     x = x.float() if name == "llama" else x  # which computes in single precision
     make_owner_aware(norm, {"": OWNERS[None]})
     if name in ROOT_MEAN_SQUARE:
-        wanted = nested_rms_norm(x, Levels(OWNERS), norm.weight, EPS)
+        wanted = nested_rms_norm(x, Nesting(OWNERS), norm.weight, EPS)
     else:
-        wanted = nested_layer_norm(x, Levels(OWNERS), norm.weight, norm.bias, EPS)
+        wanted = nested_layer_norm(x, Nesting(OWNERS), norm.weight, norm.bias, EPS)
     torch.testing.assert_close(norm(x), wanted, rtol=1e-5, atol=1e-5, check_dtype=False)
 
 

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from lightning_cf.ownership.freezing import Freezer, FrozenEntries
+from lightning_cf.ownership.freezing import Freezer
+from lightning_cf.ownership.frozen_entries import FrozenEntries
 
 ELEMENTWISE = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),

@@ -18,7 +18,7 @@ from lightning_cf.learner.state import state_of
 from lightning_cf.models import MLP
 from lightning_cf.network.forward import eval_mode, named_tensors
 from lightning_cf.task_inference import STRATEGIES, Sites, View, read
-from lightning_cf.task_inference.trained import heads_of
+from lightning_cf.task_inference.trained import trained_heads
 from lightning_cf.task_inference.variants import VARIANTS, differs, strange
 from lightning_cf.tasks.contexts import seeded
 from lightning_cf.utilities.randomness import keyed_generator
@@ -81,7 +81,7 @@ def expected(task, name, dropout):
     steps(learned, task, name)  # for its structure and ledger
     state = state_of(learned)
     sites = Sites.of(module, state.structure, state.ledger, task.name)
-    (strategy,) = heads_of([STRATEGIES[name]])
+    (strategy,) = trained_heads([STRATEGIES[name]])
     with seeded(0, task.name, "task inference"):
         found = view_of(module, task, sites, task.train_dataloader(), 2000)
     fitted = strategy.begin(*found, 2, 1.0, torch.Generator())

@@ -27,7 +27,7 @@ from lightning_cf.invariance.disturbance import Disturbance
 from lightning_cf.learner.state import state_of
 from lightning_cf.models import MLP
 from lightning_cf.network.forward import named_tensors
-from lightning_cf.ownership.ledger import FREE
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.partition.options import PartitionOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")

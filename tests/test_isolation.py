@@ -10,7 +10,7 @@ from lightning_cf.callbacks import MaskedGradientCallback
 from lightning_cf.learner.state import state_of
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.freezing import Freezer
-from lightning_cf.ownership.ledger import FREE
+from lightning_cf.ownership.levels import FREE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
 

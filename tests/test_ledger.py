@@ -7,8 +7,10 @@ from torch import nn
 from lightning_cf.errors import CapacityError, ContinualError
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.structure import Entries
-from lightning_cf.network.tracing.tracer import trace
-from lightning_cf.ownership.ledger import CHECKPOINT_KEY, FREE, NeuronLedger
+from lightning_cf.network.tracing.trace import trace
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.ledger_state import CHECKPOINT_KEY
+from lightning_cf.ownership.levels import FREE
 
 
 def network():

@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_cf.ownership.ledger import FREE, NO_OWNER
-from lightning_cf.ownership.owner_aware_norms import (
-    Levels,
-    make_owner_aware,
-    nested_group_norm,
-    nested_layer_norm,
-    nested_rms_norm,
-)
+from lightning_cf.ownership.levels import FREE, NO_OWNER
+from lightning_cf.ownership.nested_norms import Nesting, nested_group_norm, nested_layer_norm, nested_rms_norm
+from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 
 
 def drawn(shape, owners, seed=0):
@@ -44,9 +39,9 @@ def slow_layer_norm(x, owners, eps, centred=True):
 
 
 NORMS = {
-    "layer": lambda x, owners: nested_layer_norm(x, Levels(owners)),
-    "rms": lambda x, owners: nested_rms_norm(x, Levels(owners)),
-    "group": lambda x, owners: nested_group_norm(x[..., None], 3, Levels(owners))[..., 0],
+    "layer": lambda x, owners: nested_layer_norm(x, Nesting(owners)),
+    "rms": lambda x, owners: nested_rms_norm(x, Nesting(owners)),
+    "group": lambda x, owners: nested_group_norm(x[..., None], 3, Nesting(owners))[..., 0],
 }
 
 
@@ -55,9 +50,9 @@ def test_layer_and_rms_norms_equal_the_plain_formula(batch, width, owners, seed)
     owner = drawn((width,), owners, seed)
     x = torch.randn(batch, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     weight, bias = torch.rand(width, dtype=torch.float64) + 0.5, torch.randn(width, dtype=torch.float64)
-    found = nested_layer_norm(x, Levels(owner), weight, bias, 1e-3)
+    found = nested_layer_norm(x, Nesting(owner), weight, bias, 1e-3)
     torch.testing.assert_close(found, slow_layer_norm(x, owner, 1e-3) * weight + bias)
-    found = nested_rms_norm(x, Levels(owner), weight, 1e-3)
+    found = nested_rms_norm(x, Nesting(owner), weight, 1e-3)
     torch.testing.assert_close(found, slow_layer_norm(x, owner, 1e-3, centred=False) * weight)
 
 
@@ -65,7 +60,7 @@ def test_layer_and_rms_norms_equal_the_plain_formula(batch, width, owners, seed)
 def test_group_norms_equal_the_plain_formula(batch, groups, size, owners, seed):
     owner = drawn((groups * size,), owners, seed)
     x = torch.randn(batch, groups * size, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    found = nested_group_norm(x, groups, Levels(owner), eps=1e-3)
+    found = nested_group_norm(x, groups, Nesting(owner), eps=1e-3)
     for group in range(groups):
         part = slice(group * size, (group + 1) * size)
         spread = owner[part, None, None].expand(-1, 3, 2)
@@ -115,9 +110,9 @@ def test_gradients_are_those_of_the_formula(norm):
 
 def test_statistics_of_low_precision_are_taken_in_single():
     x, owner = torch.randn(4, 16).bfloat16(), drawn((16,), 2)
-    found = nested_layer_norm(x, Levels(owner))
+    found = nested_layer_norm(x, Nesting(owner))
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, nested_layer_norm(x.float(), Levels(owner)).bfloat16())
+    torch.testing.assert_close(found, nested_layer_norm(x.float(), Nesting(owner)).bfloat16())
 
 
 # On modules
@@ -166,13 +161,13 @@ def test_a_module_becomes_owner_aware_and_plain_again(make):
 def test_a_forward_pass_of_its_own_is_kept():
     norm, x = Permuting(8), torch.randn(4, 8, 3)
     make_owner_aware(norm, {"": OWNERS})
-    torch.testing.assert_close(norm(x), nested_layer_norm(x.mT, Levels(OWNERS), norm.weight, norm.bias).mT)
+    torch.testing.assert_close(norm(x), nested_layer_norm(x.mT, Nesting(OWNERS), norm.weight, norm.bias).mT)
 
 
 def test_calls_of_children_are_theirs():
     module, x = Calling(), torch.randn(4, 8)
     make_owner_aware(module, {"": OWNERS})
-    torch.testing.assert_close(module(x), nested_layer_norm(x, Levels(OWNERS)) + F.layer_norm(x, (8,)))
+    torch.testing.assert_close(module(x), nested_layer_norm(x, Nesting(OWNERS)) + F.layer_norm(x, (8,)))
     assert not module.child._forward_hooks
     assert not module.child._forward_pre_hooks
 

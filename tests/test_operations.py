@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_cf.exactness.check import check_exact
 from lightning_cf.network.structure import NO_UNIT
 from lightning_cf.network.tracing.operations import TABLE
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.ledger import NeuronLedger
 
 pytestmark = pytest.mark.filterwarnings("ignore:index_reduce")  # a beta function of torch, which says so once a process

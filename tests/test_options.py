@@ -16,7 +16,7 @@ from networks import build
 from torch import nn
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 from lightning_cf.partition.options import MEASURES, PartitionKeywords, PartitionOptions
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.output_heads import grow_head, head_of
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.output_view import OutputView
 
 LOWEST = torch.finfo(torch.float32).min

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.forward import named_tensors
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.freezing import Freezer
 from lightning_cf.subspaces.projection import Projection
 from lightning_cf.utilities.randomness import keyed_generator

@@ -6,9 +6,10 @@ import torch
 from networks import build
 from torch import nn
 
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.fresh_start import reinitialise_free
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 
 
 def prepared(make):

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from runs import HARMS, pair, run_of, swap
 
 from lightning_cf import ContinualError, PartitionRecord, RunWarning
-from lightning_cf.ownership.ledger import FREE
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.reporting.tables import write_unit_pictures
 from lightning_cf.sequence.store import RunStore
 from lightning_cf.utilities.files import read_json, write_json

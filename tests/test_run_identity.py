@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset, W
 from torchmetrics.classification import MulticlassF1Score
 
 from lightning_cf import ContinualError, InvarianceCallback, PartitionCallback, RunWarning, Task
-from lightning_cf.sequence.identity import VARIABLE, differences
+from lightning_cf.sequence.comparison import VARIABLE, differences
 from lightning_cf.utilities.describing import content_sha256, describe
 
 pytestmark = pytest.mark.filterwarnings(

@@ -31,7 +31,7 @@ from lightning_cf.data import permuted_tasks
 from lightning_cf.learner.state import state_of
 from lightning_cf.learner.steps import synchronise, weights_sha256
 from lightning_cf.models import MLP
-from lightning_cf.ownership.ledger import FREE
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.tasks.evaluation import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")

@@ -28,7 +28,7 @@ from lightning_cf import (
     Task,
 )
 from lightning_cf.learner.state import state_of
-from lightning_cf.ownership.ledger import FREE
+from lightning_cf.ownership.levels import FREE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_cf.network.forward import eval_mode, named_tensors, samples
 from lightning_cf.network.structure import NO_UNIT, Rows, lookup
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 
 
 @pytest.mark.parametrize("axis", [0, 1])

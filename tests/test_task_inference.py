@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_cf import ContinualError
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.task_inference import STRATEGIES, Sites, Strategy, TaskInference, View, read, register
 from lightning_cf.task_inference.autoencoder import InputAutoencoder
@@ -20,7 +20,7 @@ from lightning_cf.task_inference.neither import Neither
 from lightning_cf.task_inference.reconstruction import Reconstruction
 from lightning_cf.task_inference.rotations import Rotations
 from lightning_cf.task_inference.statistics import InputSubspaces, LocalSubspaces, Mahalanobis, _local, _residual
-from lightning_cf.task_inference.trained import heads_of
+from lightning_cf.task_inference.trained import trained_heads
 from lightning_cf.task_inference.variants import VARIANTS
 
 
@@ -236,7 +236,11 @@ def test_a_sum_keeps_the_head_of_a_part_and_wants_what_the_part_wants():
     a, b = Rotations().score(fitted, seen), Mahalanobis().score(Mahalanobis().fit(seen, labels(), 2, seen), seen)
     expected = (a - a.mean()) / a.std(correction=0) + (b - b.mean()) / b.std(correction=0)
     torch.testing.assert_close(both.score(kept, seen), expected, rtol=1e-4, atol=1e-4)
-    assert [head.head for head in heads_of([both, *STRATEGIES.values()])] == ["rotations", "reconstruction", "neither"]
+    assert [head.head for head in trained_heads([both, *STRATEGIES.values()])] == [
+        "rotations",
+        "reconstruction",
+        "neither",
+    ]
 
 
 def test_a_little_of_a_statistic_joins_the_head_s_score_as_it_is():
@@ -249,7 +253,7 @@ def test_a_little_of_a_statistic_joins_the_head_s_score_as_it_is():
     found = STRATEGIES["reconstruction_subspaces"]
     torch.testing.assert_close(found.score(kept, seen), expected, rtol=1e-4, atol=1e-4)
     assert found.raw
-    assert [h.head for h in heads_of([found])] == ["reconstruction"]
+    assert [h.head for h in trained_heads([found])] == ["reconstruction"]
     scores, spread = torch.randn(5, 3), torch.rand(3) + 0.1
     assert torch.equal(found.probabilities(scores, spread, spread), head.probabilities(scores, spread, spread))
 

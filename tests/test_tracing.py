@@ -14,8 +14,9 @@ from lightning_cf.errors import LeakError, StructureError
 from lightning_cf.exactness.probe import probe
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.structure import NO_UNIT
-from lightning_cf.network.tracing.tracer import trace
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.network.tracing.trace import trace
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 
 
 def half_owned(structure, seed):

@@ -36,7 +36,7 @@ from lightning_cf.learner.state import keep_ledger, state_for, state_of
 from lightning_cf.models import MLP
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.fresh_start import reinitialise_free
-from lightning_cf.ownership.ledger import FREE
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 from lightning_cf.partition.folding import cut_claimed
 

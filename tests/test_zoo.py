@@ -12,8 +12,9 @@ from torch.func import functional_call
 
 from lightning_cf.errors import StructureError
 from lightning_cf.exactness.check import check_exact
-from lightning_cf.network.tracing.tracer import trace
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.network.tracing.trace import trace
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 
 pytestmark = [

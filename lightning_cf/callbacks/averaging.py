@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_cf.errors import ContinualError
 from lightning_cf.lightning_api import LightningModule, StochasticWeightAveraging, Trainer, WeightAveraging
 from lightning_cf.network.forward import named_tensors
-from lightning_cf.ownership.freezing import FrozenEntries
+from lightning_cf.ownership.frozen_entries import FrozenEntries
 
 
 def check_averaging(trainer: Trainer, module: LightningModule) -> None:

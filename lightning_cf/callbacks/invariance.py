@@ -15,7 +15,7 @@ from lightning_cf.invariance.perturbations import Perturbation, Resample, check_
 from lightning_cf.learner.state import ContinualState, state_of
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.network.forward import named_tensors
-from lightning_cf.ownership.ledger import FREE
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.subspaces.bases import bases_of, current_groups
 from lightning_cf.subspaces.learned_directions import DirectionLearner
 from lightning_cf.subspaces.subspace import LearnedSubspace, Subspace, check_subspace

@@ -28,7 +28,8 @@ from lightning_cf.lightning_api import (
 )
 from lightning_cf.network.finite import described, not_finite
 from lightning_cf.ownership.fingerprints import keep_fingerprints
-from lightning_cf.ownership.ledger import CHECKPOINT_KEY, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.ledger_state import CHECKPOINT_KEY
 from lightning_cf.ownership.mending import mend_free
 from lightning_cf.partition.claim import PartitionWarning
 from lightning_cf.tasks.task import Task

@@ -21,7 +21,7 @@ from lightning_cf.learner.state import ContinualState, state_of
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.task_inference import STRATEGIES, Strategy, TaskInference, register
 from lightning_cf.task_inference.strategies import CHOICES
-from lightning_cf.task_inference.trained import heads_of
+from lightning_cf.task_inference.trained import trained_heads
 from lightning_cf.tasks.contexts import seeded
 from lightning_cf.tasks.task import Task
 from lightning_cf.tasks.training_batches import training_batches
@@ -153,7 +153,7 @@ class TaskInferenceCallback(ContinualCallback):
             return
         if unseen(state, task) is not None:
             return
-        strategies = heads_of(STRATEGIES[name] for name in inference.strategies)
+        strategies = trained_heads(STRATEGIES[name] for name in inference.strategies)
         if not strategies:
             return
         with seeded(self.seed, task.name, "task inference"):

@@ -29,10 +29,10 @@ from lightning_cf.cli.sweep import run_job
 from lightning_cf.errors import ContinualError, RunWarning, check_choice, check_count, check_text, printable, warn
 from lightning_cf.lightning_api import MisconfigurationException, Trainer
 from lightning_cf.reporting.tables import print_summary, write_pictures, write_unit_pictures
-from lightning_cf.sequence.identity import VARIABLE, differences
-from lightning_cf.sequence.preflight import check_root
+from lightning_cf.sequence.comparison import VARIABLE, differences
+from lightning_cf.sequence.preflight import Method, check_root
 from lightning_cf.sequence.result import Result
-from lightning_cf.sequence.runner import Method, SequentialTaskRunner
+from lightning_cf.sequence.runner import SequentialTaskRunner
 from lightning_cf.utilities.files import read_json, write_atomically, write_json
 from lightning_cf.utilities.randomness import isolated_generators, seed_torch
 
@@ -165,15 +165,18 @@ def _diagnosis(config: DictConfig) -> str:
     """How the configured network is traced; checked as a run checks it before it trains."""
     with TemporaryDirectory() as folder, RunBar() as bar, logged_warnings(Path(folder), bar):
         _checked(config, Path(folder))
-        runner = _runner(config, _name(config.method, config.isolation), Path(folder) / "run", bar)
         # One process on any machine: what is traced is the same on all.
-        runner.make_trainer = partial(Trainer, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        alone = partial(Trainer, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        name = _name(config.method, config.isolation)
+        runner = _runner(config, name, Path(folder) / "run", bar, trainer=alone)
         runner.start()
         runner.lock.release()
         return doctor.network(runner)
 
 
-def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> SequentialTaskRunner:
+def _runner(
+    config: DictConfig, name: str, root: Path, bar: RunBar, *, trainer: Callable[..., Trainer] | None = None
+) -> SequentialTaskRunner:
     options: Any = OmegaConf.to_container(config.tasks, resolve=True)
     tasks = instantiate({key: value for key, value in options.items() if key not in ("shape", "classes")})
     with isolated_generators():
@@ -184,7 +187,7 @@ def _runner(config: DictConfig, name: str, root: Path, bar: RunBar) -> Sequentia
     runner = SequentialTaskRunner(
         module,
         tasks,
-        trainer=_trainer_factory(config),
+        trainer=trainer or _trainer_factory(config),
         epochs=config.epochs,
         invariance_epochs=config.invariance_epochs,
         partition=instantiate(config.partition, _convert_="all"),

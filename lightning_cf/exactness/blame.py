@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_cf.network.forward import Forward, samples
 from lightning_cf.network.structure import Structure, lookup
-from lightning_cf.network.tracing.tracer import following, named, plain_kernels, steps
-from lightning_cf.ownership.ledger import FREE
-from lightning_cf.ownership.levels import Levels
+from lightning_cf.network.tracing.rules.call import named
+from lightning_cf.network.tracing.trace import traced_results
+from lightning_cf.network.tracing.watching import following, plain_kernels
+from lightning_cf.ownership.levels import FREE, Levels
 from lightning_cf.utilities.randomness import seed_torch
 
 
@@ -43,7 +44,7 @@ def first_moved(
         the operation and its module, None where the traced forward pass cannot be laid beside the one that runs.
     """
     example = samples(module, example, 2)
-    traced = [step for step in steps(module, example, forward) if step.module not in structure.norms]
+    traced = [step for step in traced_results(module, example, forward) if step.module not in structure.norms]
     before = _results(module, structure, example, forward)
     with shaken:
         after = _results(module, structure, example, forward)

@@ -15,9 +15,11 @@ from lightning_cf.exactness.probe import Leak, first_leak, replaced
 from lightning_cf.exactness.readings import OPERATIONS, decides_nothing
 from lightning_cf.network.forward import Forward, call, samples
 from lightning_cf.network.structure import Mixing, Structure, layer_of
-from lightning_cf.network.tracing.tracer import trace
-from lightning_cf.ownership.ledger import FREE, NeuronLedger, TaskEntry
+from lightning_cf.network.tracing.trace import trace
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
+from lightning_cf.ownership.phases import TaskEntry
 from lightning_cf.utilities.randomness import keyed_generator
 
 DRAWS = 2

@@ -18,8 +18,8 @@ from lightning_cf.exactness.blame import first_moved
 from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors, same_state, samples
 from lightning_cf.network.structure import LAYERS, Structure, layer_of, lookup
 from lightning_cf.network.ways import running_way
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
-from lightning_cf.ownership.levels import Levels
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE, Levels
 from lightning_cf.utilities.randomness import keyed_generator, seed_torch
 
 SHAKEN = 2**24

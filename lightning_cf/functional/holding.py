@@ -15,8 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from lightning_cf.errors import ContinualError, FrozenWarning, warn
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.structure import Structure, UnitGroup
-from lightning_cf.ownership.freezing import Freezer, FrozenEntries
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.freezing import Freezer
+from lightning_cf.ownership.frozen_entries import FrozenEntries
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.subspaces.bases import bases_of, current_groups
 from lightning_cf.subspaces.projection import Projection
 from lightning_cf.subspaces.subspace import Subspace

@@ -18,7 +18,7 @@ from lightning_cf.exactness.probe import probe
 from lightning_cf.network.finite import described, in_forward_order, infinite_on_purpose, not_finite
 from lightning_cf.network.forward import Forward, call, eval_mode, in_precision_of, named_tensors
 from lightning_cf.network.structure import Structure
-from lightning_cf.network.tracing.tracer import trace as follow
+from lightning_cf.network.tracing.trace import trace as follow
 from lightning_cf.ownership.fingerprints import keep_fingerprints
 from lightning_cf.ownership.fresh_start import reinitialise_free
 from lightning_cf.ownership.ledger import ISOLATIONS, Isolation, NeuronLedger

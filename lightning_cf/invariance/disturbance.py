@@ -14,7 +14,8 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.invariance.perturbations import InSubspace, Perturbation
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.structure import Rows, Structure, UnitGroup, lookup
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 
 
 class Disturbance:

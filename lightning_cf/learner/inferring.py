@@ -22,7 +22,7 @@ from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.task_inference import STRATEGIES, Known, Prediction, Sites, TaskInference, View
 from lightning_cf.task_inference.inference import read_all, variants_of
 from lightning_cf.task_inference.sites import Watched
-from lightning_cf.task_inference.trained import heads_of
+from lightning_cf.task_inference.trained import trained_heads
 from lightning_cf.task_inference.watching import watch
 from lightning_cf.tasks.evaluation import forward_context, on_device, predict
 from lightning_cf.tasks.targets import one_hot_labels
@@ -94,7 +94,7 @@ def _begin_untrained(inference: TaskInference, known: Known, training: tuple[Vie
     """Heads that no training step met, since there was none, are kept as they begin."""
     if inference.training_task not in ("", known.name):
         inference.forget_training()
-    for head in heads_of(STRATEGIES[name] for name in inference.strategies):
+    for head in trained_heads(STRATEGIES[name] for name in inference.strategies):
         if head.head not in inference.training:
             inference.measure(training[0])
             inference.training[head.head] = inference.begin(head, known.name, *training, len(known.classes))

@@ -19,10 +19,11 @@ from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.finite import rows_finite
 from lightning_cf.network.forward import call, eval_mode, same_state
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference, View, read
 from lightning_cf.task_inference.inference import variants_of
-from lightning_cf.task_inference.trained import Trained, heads_of
+from lightning_cf.task_inference.trained import Trained, trained_heads
 from lightning_cf.task_inference.variants import VARIANTS, differs, strange
 from lightning_cf.tasks.evaluation import forward_context, on_device, predict
 from lightning_cf.tasks.task import Task
@@ -117,7 +118,7 @@ def _claim(ledger: NeuronLedger, task: Task) -> None:
 
 def _train(module: LightningModule, task: Task, inference: TaskInference, learning: Sites, batch: Any) -> None:
     """Begins the heads and computes their loss, without a step."""
-    heads = heads_of(STRATEGIES[name] for name in inference.strategies)
+    heads = trained_heads(STRATEGIES[name] for name in inference.strategies)
     inference.forget_training()
     if not heads:
         return

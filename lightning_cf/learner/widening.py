@@ -14,7 +14,8 @@ from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.output_heads import check_growth, fit_head, grow_head, head_columns, head_of
 from lightning_cf.network.structure import Structure, layer_of
 from lightning_cf.ownership.fingerprints import differences
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 
 

@@ -6,6 +6,6 @@ in :mod:`lightning_cf.network.tracing`.
 
 from lightning_cf.network.forward import Forward
 from lightning_cf.network.structure import Entries, Structure, UnitGroup
-from lightning_cf.network.tracing.tracer import trace
+from lightning_cf.network.tracing.trace import trace
 
 __all__ = ["Entries", "Forward", "Structure", "UnitGroup", "trace"]

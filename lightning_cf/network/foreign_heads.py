@@ -10,7 +10,7 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.network.forward import Forward, call
 from lightning_cf.network.output_heads import column_axis, head_columns, is_known
 from lightning_cf.network.structure import Structure
-from lightning_cf.network.tracing.tracer import steps
+from lightning_cf.network.tracing.trace import traced_results
 
 
 def check_foreign_heads(module: nn.Module, structure: Structure, example: Any, forward: Forward = call) -> None:
@@ -29,9 +29,9 @@ def check_foreign_heads(module: nn.Module, structure: Structure, example: Any, f
     foreign = {p: c for p, c in head_columns(structure).items() if p in layers and not is_known(layers[p])}
     if not foreign:
         return
-    taken = steps(module, example, forward)
+    results = traced_results(module, example, forward)
     for path, columns in foreign.items():
-        inside = [step.units for step in taken if step.module == path or step.module.startswith(f"{path}.")]
+        inside = [each.units for each in results if each.module == path or each.module.startswith(f"{path}.")]
         units = inside[-1] if inside else columns.new_empty(0)
         own = columns + structure.head.first
         axis = column_axis(layers[path], units)

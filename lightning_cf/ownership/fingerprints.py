@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.structure import Structure, layer_of, lookup
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.utilities.randomness import keyed_generator
 
 SAMPLES = 256

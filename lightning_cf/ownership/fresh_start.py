@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_cf.network.structure import Structure
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.utilities.randomness import derive_seed, seed_torch
 
 

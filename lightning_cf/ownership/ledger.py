@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,49 +11,17 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from lightning_cf.errors import CapacityError, ContinualError, check_list, check_path
-from lightning_cf.network.structure import NO_UNIT, Entries, Structure, lookup
-from lightning_cf.ownership.levels import FREE as FREE
-from lightning_cf.ownership.levels import Levels
-from lightning_cf.utilities.files import load_tensors
+from lightning_cf.errors import ContinualError
+from lightning_cf.network.structure import Entries, Structure, lookup
+from lightning_cf.ownership.growth import grown, nobody
+from lightning_cf.ownership.ledger_state import packed, read_checkpoint, unpacked
+from lightning_cf.ownership.levels import FREE, NO_OWNER, Levels
+from lightning_cf.ownership.masks import Masks
+from lightning_cf.ownership.phases import PHASES, TaskEntry
+from lightning_cf.ownership.refusals import check_capacity, check_network, check_open, check_outputs, check_partitioned
 
-NO_OWNER = -2
-"""Stands for what no unit computes, such as the network's input."""
-
-Phase = Literal["learn", "invariance", "sealed"]
-PHASES = ("learn", "invariance", "sealed")
 Isolation = Literal["exact", "perturb"]
 ISOLATIONS = ("exact", "perturb")
-
-CHECKPOINT_KEY = "lightning_cf"
-"""Where a Lightning checkpoint holds the ledger."""
-
-
-@dataclass
-class TaskEntry:
-    """What the ledger knows of a task.
-
-    Attributes:
-        name: its name.
-        classes: labels in its data.
-        outputs: the head's columns that belong to it, one a class.
-        phase: "learn" until it is partitioned, then "invariance", then "sealed".
-    """
-
-    name: str
-    classes: list[int]
-    outputs: list[int]
-    phase: Phase = "learn"
-
-
-def one_column(width: int) -> str:
-    """What to do where the head's only output tells two classes apart; for messages."""
-    if width > 1:
-        return ""
-    return (
-        " Where one output tells two classes apart, say so: outputs=[0], metric=torchmetrics.classification."
-        "BinaryAccuracy(), and evaluate= that gives that output as the target's shape has it."
-    )
 
 
 @dataclass
@@ -104,14 +71,12 @@ class NeuronLedger:
     @classmethod
     def for_structure(cls, structure: Structure) -> NeuronLedger:
         """A ledger in which every unit is free."""
-        owners = {group.name: torch.full((group.size,), FREE) for group in structure.groups}
-        outputs = torch.full((structure.head.size,), FREE)
+        owners, outputs = nobody(structure)
         return cls(owners, outputs, structure.head.size, structure.head_layer, norms=dict(structure.norms))
 
     def fit_to(self, structure: Structure) -> None:
         """Takes over the units of a network traced anew, before any is owned."""
-        fresh = NeuronLedger.for_structure(structure)
-        self.owners, self.norms = fresh.owners, fresh.norms
+        self.owners, self.norms = nobody(structure).hidden, dict(structure.norms)
         self.revision += 1
 
     def extend_to(self, structure: Structure, task: str) -> None:
@@ -124,35 +89,11 @@ class NeuronLedger:
         Raises:
             ContinualError: if units that are known are others now.
         """
-        fresh = NeuronLedger.for_structure(structure)
-        found = {name: len(owner) for name, owner in fresh.owners.items()}
-        same = {name for name, owner in self.owners.items() if found.get(name) == len(owner)}
-        owners = {n: owner for n, owner in self.owners.items() if n in same or bool((owner != FREE).any())}
-        known = {name: len(owner) for name, owner in owners.items()}
-        lost = known.keys() - same
-        joined = next((group.layers for group in structure.groups if not lost.isdisjoint(group.layers)), ())
-        if not bool((torch.cat([*self.owners.values(), self.outputs]) >= 0).any()):
-            self.owners, self.outputs = fresh.owners, fresh.outputs
-        elif joined:
-            layers = ", ".join(f"'{layer}'" for layer in joined)
-            raise ContinualError(
-                f"Task '{task}' runs the network in a way that joins units which earlier tasks own one by one: those of"
-                f" {layers} would share one fate, since it adds, concatenates or normalises them together. Make all"
-                " tasks known before the first one is learned, ContinualModule(module).add_task(task) for each, as the"
-                " runner does; or give this task a layer of its own there."
-            )
-        elif found.items() >= known.items() and len(fresh.outputs) >= len(self.outputs):
-            self.owners = {name: owners.get(name, owner) for name, owner in fresh.owners.items()}
-            self.outputs = torch.cat([self.outputs, fresh.outputs[len(self.outputs) :]])
-        elif found.items() <= known.items() and len(fresh.outputs) <= len(self.outputs):
-            return  # read from a checkpoint, and not all of its tasks are met again yet
-        else:
-            raise ContinualError(
-                f"Task '{task}' brings layers of its own to a network whose ledger knows others that no task has run"
-                " yet in this process. Make the earlier tasks known first: ContinualModule(module).add_task(task)."
-            )
-        self.width, self.norms = structure.head.size, fresh.norms
-        self.revision += 1
+        owners = grown(self.owners, self.outputs, structure, task)
+        if owners is not None:
+            self.owners, self.outputs = owners
+            self.width, self.norms = structure.head.size, dict(structure.norms)
+            self.revision += 1
 
     # Tasks
 
@@ -201,25 +142,7 @@ class NeuronLedger:
         Raises:
             ContinualError: for a column that another task has, or that the head does not have.
         """
-        owner = f"Task '{name}'"
-        outputs = check_list(owner, "outputs", outputs, "columns")
-        strange = [output for output in outputs if isinstance(output, bool) or not isinstance(output, int)]
-        if strange:
-            raise ContinualError(f"{owner}: outputs must be whole numbers, got {strange[0]!r}.")
-        for output in outputs:
-            if not 0 <= output < len(self.outputs):
-                raise ContinualError(
-                    f"Task '{name}' needs output {output}, but the output head has {len(self.outputs)} columns"
-                    f" (0 to {len(self.outputs) - 1}). Widen the head, the old rows first (a ContinualModule does it"
-                    f" for classes), or correct the task's classes.{one_column(len(self.outputs))}"
-                )
-            for other, taken in self.reserved.items():
-                if other != name and output in taken:
-                    raise ContinualError(
-                        f"Task '{name}' and task '{other}' both have output {output}. Give one of them outputs=[...] of"
-                        " its own, or wrap the module in ContinualModule, which adds outputs for classes that return."
-                    )
-        self.reserved[name] = list(outputs)
+        self.reserved[name] = check_outputs(name, outputs, self.reserved, len(self.outputs))
 
     def add_outputs(self, count: int) -> list[int]:
         """Takes note of new columns at the end of the head; returns their numbers."""
@@ -252,19 +175,10 @@ class NeuronLedger:
             CapacityError: if a group has no free unit left for a new task.
         """
         if self.knows(name):
-            if self.current is None or self.current.name != name:
-                raise ContinualError(
-                    f"Task '{name}' was learned before and its units are sealed; give new data a name of its own."
-                )
-            return self.current
+            check_open(name, self.current)
+            return self.tasks[-1]
         if self.current is not None:
-            if self.current.phase == "learn":
-                source = f" The ledger was read from {self.origin}: load a later checkpoint, or" if self.origin else ""
-                raise ContinualError(
-                    f"Task '{name}' cannot start: task '{self.current.name}' was never partitioned, so nothing would"
-                    f" protect it.{source} {'fit' if source else 'Fit'} '{self.current.name}' again up to its partition"
-                    " (PartitionCallback, after=...)."
-                )
+            check_partitioned(self.current, name, self.origin)
             self.seal()
         if outputs is not None:
             self.reserve(name, outputs)
@@ -278,21 +192,10 @@ class NeuronLedger:
 
     def require_capacity(self, name: str, structure: Structure | None = None) -> None:
         """Raises CapacityError if a group has no free unit left for the task of that name."""
-        ran = None if structure is None else {group.name for group in structure.groups_on(structure.way_of(name))}
-        for group, owner in self.owners.items():
-            if ran is not None and structure is not None and structure.ways > 1 and group not in ran:
-                continue
-            if group not in self.whole and not bool((owner == FREE).any()):
-                shares = ", ".join(
-                    f"{int((owner == i).sum())} by '{task.name}'"
-                    for i, task in enumerate(self.tasks)
-                    if bool((owner == i).any())
-                )
-                raise CapacityError(
-                    f"Task '{name}' cannot start: no free unit is left in '{group}' ({len(owner)} of"
-                    f" {len(owner)} owned: {shares}). Lower max_claim for the tasks before it, raise"
-                    " reserve_tasks, or widen the layer."
-                )
+        groups = self.owners.keys() - set(self.whole)
+        if structure is not None and structure.ways > 1:
+            groups &= {group.name for group in structure.groups_on(structure.way_of(name))}
+        check_capacity(name, self.owners, [group for group in self.owners if group in groups], self.tasks)
 
     def claim(self, claimed: Mapping[str, Bool[Tensor, "_"]]) -> None:
         """Gives units to the current task: those marked become its own, its other ones become free again.
@@ -325,14 +228,7 @@ class NeuronLedger:
         Raises:
             ContinualError: if the network is not the one the ledger was made for.
         """
-        sizes = {group.name: group.size for group in structure.groups}
-        known = {name: len(owner) for name, owner in self.owners.items()}
-        if sizes != known or structure.head.size != len(self.outputs):
-            raise ContinualError(
-                f"The ledger was made for another network: it knows units {known} and {len(self.outputs)} outputs,"
-                f" the network has {sizes} and {structure.head.size}. Where earlier tasks have heads of their own, make"
-                " them known first: ContinualModule(module).add_task(task)."
-            )
+        check_network(self.owners, self.outputs, structure)
         return torch.cat([self.owners[group.name] for group in structure.groups] + [self.outputs])
 
     def norm_owners(self) -> dict[str, Int64[Tensor, "..."]]:
@@ -360,50 +256,11 @@ class NeuronLedger:
         In LEARN what computes free units and the task's outputs moves, in INVARIANCE what computes the claimed units
         and the task's outputs; otherwise nothing. What has no unit moves with the first task that runs it.
         """
-        task = len(self.tasks) - 1
-        masks = {}
-        before, now = self.levels(structure, max(task, 0)), self.levels(structure)
-        for name in tensors:
-            uses = structure.entries.get(name)
-            if self.current is None or uses is None:
-                masks[name] = torch.tensor(self.current is None or task > 0).reshape((1,) * tensors[name].ndim)
-            else:
-                masks[name] = self._held(before, now, uses)
-                if self.isolation == "exact":
-                    masks[name] = masks[name] | self.cut(structure, uses)
-        return masks
-
-    def _held(self, before: Levels, now: Levels, uses: Sequence[Entries]) -> Bool[Tensor, "..."]:
-        """Entries that the current task may not move: levels of the tasks before it, and with it."""
-        assert self.current is not None
-        task, learns = len(self.tasks) - 1, self.current.phase == "learn"
-        masks, own = [], False
-        for use in uses:
-            outputs = use.target >= now.structure.head.first
-            rides = task in now.riders(use)
-            own |= rides
-            held = before.of(use) >= 0
-            if rides and not learns:
-                held = held | (now.of(use) != task)
-            if use.used is not None:
-                held = held & use.used
-            held = torch.where(outputs, now.owners(use) != task, held)
-            first = now.first(use)
-            masks.append(torch.where(use.target == NO_UNIT, first != task if first >= 0 else task > 0, held))
-        return _any(masks) if own or learns else torch.ones((), dtype=torch.bool)
+        return self._masks(structure).frozen(tensors)
 
     def sealed(self, structure: Structure, tensors: Iterable[str]) -> dict[str, Bool[Tensor, "..."]]:
         """For each tensor, the entries of earlier tasks, which no phase moves; each mask broadcasts to its tensor."""
-        current = len(self.tasks) - (self.current is not None)
-        levels = self.levels(structure, current)
-        masks = {}
-        for name in tensors:
-            if name in structure.entries:
-                uses = structure.entries[name]
-                masks[name] = _any(
-                    torch.where(use.target == NO_UNIT, levels.first(use) >= 0, levels.owners(use) >= 0) for use in uses
-                )
-        return masks
+        return self._masks(structure).sealed(tensors)
 
     def cut(self, structure: Structure, uses: Iterable[Entries]) -> Bool[Tensor, "..."]:
         """Entries that must be zero under exact isolation: from a free or later unit into an owned one.
@@ -411,63 +268,24 @@ class NeuronLedger:
         While a task learns, its outputs read free units too; they are cut at its partition. What one task's way
         connects is never cut for another's: see :meth:`needed`.
         """
-        learns = self.current is not None and self.current.phase == "learn"
-        levels = self.levels(structure, len(self.tasks) - 1 if learns else None)
-        masks = []
-        for use in uses:
-            target, source = levels.of(use), lookup(use.source, levels.owner, none=NO_OWNER)
-            masks.append((target >= 0) & ((source == FREE) | (source > target)))
-        return _any(masks)
+        return self._masks(structure).cut(uses)
 
     def needed(self, structure: Structure, tensors: Mapping[str, Tensor]) -> Bool[Tensor, "units"]:
-        """Units that the current task must claim, since what reads them cannot be cut.
-
-        A layer that tasks share and that each feeds from a layer of its own: what earlier tasks own there connects
-        units that they own, by entries that are not zero; in the current task's way, the same entries read units of
-        its own.
-
-        Args:
-            structure: of the network.
-            tensors: its parameters.
-        """
-        needed = torch.zeros(structure.n_units + 1, dtype=torch.bool)
-        task = len(self.tasks) - 1
+        """Units that the current task must claim, since what reads them cannot be cut; ``tensors`` are parameters."""
         if structure.ways == 1 or self.isolation != "exact":
-            return needed[:-1]
-        levels = self.levels(structure)
-        free = torch.cat([(levels.owner == FREE) | (levels.owner == task), torch.tensor([False])])
-        sealed = self.sealed(structure, tensors)
-        way = structure.way_of(self.tasks[task].name)
-        for name, tensor in tensors.items():
-            for use in structure.uses_on(name, way):
-                there = free[use.source] & (levels.of(use) == task) & sealed[name]
-                if bool(there.any()):
-                    there = there & (tensor.detach() != 0).cpu()
-                    needed[use.source.expand(there.shape)[there]] = True
-        return needed[:-1]
+            return torch.zeros(structure.n_units, dtype=torch.bool)
+        return self._masks(structure).needed(tensors, structure.way_of(self.tasks[-1].name))
+
+    def _masks(self, structure: Structure) -> Masks:
+        phase = "sealed" if self.current is None else self.current.phase
+        before, now = self.levels(structure, max(len(self.tasks) - 1, 0)), self.levels(structure)
+        return Masks(before, now, len(self.tasks) - 1, phase, self.isolation == "exact")
 
     # Persistence
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and plain containers that ``torch.load(weights_only=True)`` reads."""
-        return {
-            "owners": {name: owner.clone() for name, owner in self.owners.items()},
-            "outputs": self.outputs.clone(),
-            "width": self.width,
-            "head": self.head,
-            "reserved": {name: list(outputs) for name, outputs in self.reserved.items()},
-            "positions": {name: list(positions) for name, positions in self.positions.items()},
-            "tasks": [asdict(task) for task in self.tasks],
-            "isolation": self.isolation,
-            "whole": list(self.whole),
-            "norms": {path: units.clone() for path, units in self.norms.items()},
-            "records": [dict(record) for record in self.records],
-            "directions": {name: basis.clone() for name, basis in self.directions.items()},
-            "inference": self.inference,
-            "heads": {layer: list(columns) for layer, columns in self.heads.items()},
-            "fingerprints": copy.deepcopy(self.fingerprints),
-            "ways": list(self.ways),
-        }
+        return packed(vars(self))
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> NeuronLedger:
@@ -476,34 +294,7 @@ class NeuronLedger:
         Raises:
             ContinualError: for anything else.
         """
-        try:
-            return cls._from_state_dict(state)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ContinualError(
-                f"This is no ledger that NeuronLedger.state_dict() gave: {type(error).__name__}: {error}. Read one with"
-                " NeuronLedger.from_checkpoint(path)."
-            ) from error
-
-    @classmethod
-    def _from_state_dict(cls, state: Mapping[str, Any]) -> NeuronLedger:
-        return cls(
-            owners={name: owner.clone().cpu() for name, owner in state["owners"].items()},
-            outputs=state["outputs"].clone().cpu(),
-            width=state["width"],
-            head=state["head"],
-            reserved={name: list(outputs) for name, outputs in state["reserved"].items()},
-            positions={name: list(positions) for name, positions in state.get("positions", {}).items()},
-            tasks=[TaskEntry(**task) for task in state["tasks"]],
-            isolation=state["isolation"],
-            whole=list(state["whole"]),
-            norms={path: units.clone().cpu() for path, units in state.get("norms", {}).items()},
-            records=[dict(record) for record in state["records"]],
-            directions={name: basis.clone().cpu() for name, basis in state.get("directions", {}).items()},
-            inference=state.get("inference"),
-            heads={layer: list(columns) for layer, columns in state.get("heads", {}).items()},
-            fingerprints=copy.deepcopy(state.get("fingerprints", {})),
-            ways=list(state.get("ways", [])),
-        )
+        return cls(**unpacked(state))
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> NeuronLedger:
@@ -512,26 +303,7 @@ class NeuronLedger:
         Raises:
             ContinualError: if the checkpoint holds none, or there is no such file.
         """
-        path = check_path("NeuronLedger", "path", path)
-        if not path.is_file():
-            raise ContinualError(f"NeuronLedger: {path} is no file; give a checkpoint of Lightning's.")
-        checkpoint = load_tensors(
-            path,
-            f"{path} is no checkpoint that can be read safely: it is damaged, or holds more than tensors and plain"
-            " values.",
-        )
-        if not isinstance(checkpoint, Mapping) or CHECKPOINT_KEY not in checkpoint:
-            raise ContinualError(
-                f"{path} holds no ledger: it was written without lightning_cf's callbacks, or with"
-                " save_weights_only=True, which leaves out what callbacks add."
-            )
-        ledger = cls.from_state_dict(checkpoint[CHECKPOINT_KEY])
-        ledger.origin = str(path)
+        file, state = read_checkpoint(path)
+        ledger = cls.from_state_dict(state)
+        ledger.origin = str(file)
         return ledger
-
-
-def _any(masks: Iterable[Bool[Tensor, "..."]]) -> Bool[Tensor, "..."]:
-    first, *others = [*masks] or [torch.zeros((), dtype=torch.bool)]
-    for mask in others:
-        first = first | mask
-    return first

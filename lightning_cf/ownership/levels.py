@@ -15,6 +15,10 @@ from torch import Tensor
 from lightning_cf.network.structure import Entries, Structure, lookup
 
 FREE = -1
+"""The owner of a unit that no task owns."""
+
+NO_OWNER = -2
+"""Stands for what no unit computes, such as the network's input: it counts for every task."""
 
 
 class Levels:

@@ -12,7 +12,8 @@ from lightning_cf.network.finite import described
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.structure import Structure, lookup
 from lightning_cf.ownership.fresh_start import reinitialise_free
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.network.output_heads import column_axis
 from lightning_cf.utilities.hooks import Hook
 
-MASKED = -1
+NO_COLUMN = -1
+"""Stands for the column of a class that a view does not show."""
 
 
 class OutputView:
@@ -45,12 +46,12 @@ class OutputView:
         views: Sequence[Sequence[tuple[int, int]]],
     ) -> None:
         self.heads = {head: torch.arange(width)} if isinstance(head, nn.Module) else dict(head)
-        self.columns: Int64[Tensor, "views width"] = torch.full((len(views), width), MASKED)
+        self.columns: Int64[Tensor, "views width"] = torch.full((len(views), width), NO_COLUMN)
         for view, pairs in enumerate(views):
             for label, column in pairs:
                 self.columns[view, label] = column
         self.view_of_sample: Int64[Tensor, "batch"] | None = None
-        if len(self.heads) > 1 and bool(((self.columns != torch.arange(width)) & (self.columns != MASKED)).any()):
+        if len(self.heads) > 1 and bool(((self.columns != torch.arange(width)) & (self.columns != NO_COLUMN)).any()):
             raise ContinualError(
                 f"The network has {len(self.heads)} output heads, so a class can only be shown at a column of its own"
                 " number. Give the task classes that are numbered like its outputs, or join the heads in one layer."
@@ -76,12 +77,12 @@ class OutputView:
         """One of several heads keeps its columns and shows those of the task."""
         columns = self._columns(output)[:, own.to(output.device)]
         lowest = self._lowest(output) / len(self.heads)  # the heads' outputs may be added up
-        return output.masked_fill(_along(head, columns == MASKED, output), lowest)
+        return output.masked_fill(_along(head, columns == NO_COLUMN, output), lowest)
 
     def _hook(self, head: nn.Module, args: object, output: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         columns = _along(head, self._columns(output), output)
         shown = torch.take_along_dim(output, columns.clamp_min(0), dim=column_axis(head, output))
-        return shown.masked_fill(columns == MASKED, self._lowest(output))
+        return shown.masked_fill(columns == NO_COLUMN, self._lowest(output))
 
     def _lowest(self, output: Float[Tensor, "..."]) -> float:
         return torch.finfo(output.dtype).min if self._masks else 0.0

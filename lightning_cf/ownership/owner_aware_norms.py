@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_structure as structure_of_tree
 
 from lightning_cf.network.forward import Derived
 from lightning_cf.network.tracing.reductions import Reduction
-from lightning_cf.ownership.ledger import FREE
+from lightning_cf.ownership.nested_norms import Nesting, nested_group_norm, nested_layer_norm, nested_rms_norm
 
-_PLAN = "_levels"
+_PLAN = "_nesting"
 
 
 def make_owner_aware(module: nn.Module, owners: Mapping[str, Int64[Tensor, "..."]]) -> None:
@@ -51,7 +51,7 @@ def make_owner_aware(module: nn.Module, owners: Mapping[str, Int64[Tensor, "..."
                 object.__setattr__(child, "__class__", _derived(type(child)))
             known = child.__dict__.get(_PLAN)
             if known is None or not torch.equal(known.owners, wanted[path].cpu()):
-                child.__dict__[_PLAN] = Levels(wanted[path].cpu())
+                child.__dict__[_PLAN] = Nesting(wanted[path].cpu())
         elif isinstance(child, OwnerAware):
             object.__setattr__(child, "__class__", child.plain)
             del child.__dict__[_PLAN]
@@ -60,176 +60,25 @@ def make_owner_aware(module: nn.Module, owners: Mapping[str, Int64[Tensor, "..."
             _keep_off_the_fast_path(child, any(isinstance(norm, OwnerAware) for norm in child.modules()))
 
 
-class Levels:
-    """Who owns the elements of a norm, from those that read least to those that read most.
-
-    Attributes:
-        owners: of each element.
-        order: the elements, those of one owner after those of another: no unit, task 0, task 1 and so on, free.
-        sizes: how many elements each owner has, in that order.
-    """
-
-    def __init__(self, owners: Int64[Tensor, "..."]) -> None:
-        self.owners = owners.clone()
-        rank = self.owners.flatten()
-        rank = torch.where(rank == FREE, torch.iinfo(torch.int64).max, rank)
-        self.order = rank.argsort(stable=True)
-        levels, counts = rank.unique(return_counts=True)
-        self.sizes: list[int] = counts.tolist()
-        self.level: Tensor = (rank[:, None] > levels).sum(dim=1)  # of each element
-        self.inverse = self.order.argsort()
-
-    @property
-    def by_hand(self) -> bool:
-        """Whether the norm is written out in a module's forward pass, with its elements along one axis."""
-        return self.owners.ndim > 1 and len(self.owners) == 1
-
-    @property
-    def inline(self) -> bool:
-        """Whether it is written out among other things, so that the module is to run once."""
-        return self.owners.ndim > 2 and self.owners.shape[:2] == (1, 1)
-
-    @property
-    def axis(self) -> int:
-        """The axis along which the elements of a norm written by hand lie, counted from the last one, -1."""
-        return (2 if self.inline else 1) - self.owners.ndim
-
-    def to(self, device: torch.device) -> Levels:
-        """The same on a device, in place."""
-        if self.order.device != device:
-            self.order, self.inverse, self.level = (x.to(device) for x in (self.order, self.inverse, self.level))
-        return self
-
-
-def nested_layer_norm(
-    x: Float[Tensor, "..."],
-    levels: Levels,
-    weight: Float[Tensor, "..."] | None = None,
-    bias: Float[Tensor, "..."] | None = None,
-    eps: float = 1e-5,
-) -> Float[Tensor, "..."]:
-    """LayerNorm over the last dims, owner-aware.
-
-    The moments of each owner's elements are joined to those of the owners before it (Chan, Golub and LeVeque 1979),
-    so that what is computed for an owner does not depend on later ones, not in the last bit.
-
-    Args:
-        x: of any shape that ends in that of ``levels.owners``.
-        levels: who owns which element.
-        weight: scale of each element, or None.
-        bias: shift of each element, or None.
-        eps: added to the variances.
-    """
-    done = []
-    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
-    for part in _parts(x, levels):
-        n = part.shape[-1]
-        own = part.mean(dim=-1, keepdim=True)
-        spread = (part - own).square().sum(dim=-1, keepdim=True)
-        if count:
-            apart, total = own - mean, count + n
-            mean = mean + apart * (n / total)
-            squares = squares + spread + apart.square() * (count * n / total)
-        else:
-            mean, squares = own, spread
-        count += n
-        done.append((part - mean) * (squares / count + eps).rsqrt())
-    return _affine(_joined(done, levels, x), weight, bias, x)
-
-
-def nested_rms_norm(
-    x: Float[Tensor, "..."], levels: Levels, weight: Float[Tensor, "..."] | None = None, eps: float | None = None
-) -> Float[Tensor, "..."]:
-    """RMSNorm over the last dims, owner-aware; arguments as in ``nested_layer_norm``."""
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    parts = _parts(x, levels)
-    squares = accumulate(part.square().sum(dim=-1, keepdim=True) for part in parts)
-    counts = accumulate(levels.sizes)
-    done = [part * (s / n + eps).rsqrt() for part, s, n in zip(parts, squares, counts, strict=True)]
-    return _affine(_joined(done, levels, x), weight, None, x)
-
-
-def nested_group_norm(
-    x: Float[Tensor, "batch channels ..."],
-    groups: int,
-    levels: Levels,
-    weight: Float[Tensor, "channels"] | None = None,
-    bias: Float[Tensor, "channels"] | None = None,
-    eps: float = 1e-5,
-) -> Float[Tensor, "batch channels ..."]:
-    """GroupNorm, owner-aware within each group of channels.
-
-    Args:
-        x: the input.
-        groups: how many groups.
-        levels: who owns which channel.
-        weight: scale of each channel, or None.
-        bias: shift of each channel, or None.
-        eps: added to the variances.
-    """
-    levels.to(x.device)
-    wide = _wide(x).reshape(x.shape[0], groups, x.shape[1] // groups, -1)
-    mean = wide.mean(dim=-1)
-    variance = (wide - mean[..., None]).square().mean(dim=-1)
-    level = levels.level.reshape(groups, -1)
-    means, variances = torch.zeros_like(mean), torch.ones_like(variance)
-    for number in range(len(levels.sizes)):
-        inside = level <= number
-        count = inside.sum(dim=-1, keepdim=True).clamp_min(1)
-        joint = torch.where(inside, mean, 0).sum(dim=-1, keepdim=True) / count
-        apart = torch.where(inside, mean - joint, 0)
-        spread = (torch.where(inside, variance, 0) + apart.square()).sum(dim=-1, keepdim=True) / count
-        means = torch.where(level == number, joint, means)
-        variances = torch.where(level == number, spread, variances)
-    normalised = (wide - means[..., None]) * (variances[..., None] + eps).rsqrt()
-    shape = (-1, *[1] * (x.ndim - 2))
-    scale, shift = (None if p is None else p.reshape(shape) for p in (weight, bias))
-    return _affine(normalised.reshape(x.shape), scale, shift, x)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Statistics are taken in single precision at least."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _parts(x: Tensor, levels: Levels) -> Sequence[Tensor]:
-    """The elements of each owner, owner after owner."""
-    levels.to(x.device)
-    flat = _wide(x).flatten(x.ndim - levels.owners.ndim)
-    return list(flat.index_select(-1, levels.order).split(levels.sizes, dim=-1))
-
-
-def _joined(parts: Sequence[Tensor], levels: Levels, x: Tensor) -> Tensor:
-    return torch.cat(list(parts), dim=-1).index_select(-1, levels.inverse).reshape(x.shape)
-
-
-def _affine(out: Tensor, weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
-    if weight is not None:
-        out = out * weight
-    if bias is not None:
-        out = out + bias
-    return out if torch.is_autocast_enabled(x.device.type) else out.to(x.dtype)  # autocast norms in single precision
-
-
 class OwnerAware(Derived):
     """What the class of an owner-aware norm has beside its own."""
 
-    _levels: Levels
+    _nesting: Nesting
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain class, with owner-aware statistics."""
         assert isinstance(self, nn.Module)
         forward = self.plain.forward
         if forward is nn.LayerNorm.forward:
-            return nested_layer_norm(_input(args, kwargs), self._levels, self.weight, self.bias, self.eps)  # type: ignore[arg-type]
+            return nested_layer_norm(_input(args, kwargs), self._nesting, self.weight, self.bias, self.eps)  # type: ignore[arg-type]
         if forward is nn.RMSNorm.forward:
-            return nested_rms_norm(_input(args, kwargs), self._levels, self.weight, self.eps)  # type: ignore[arg-type]
+            return nested_rms_norm(_input(args, kwargs), self._nesting, self.weight, self.eps)  # type: ignore[arg-type]
         if forward is nn.GroupNorm.forward:
             x, groups = _input(args, kwargs), self.num_groups
-            return nested_group_norm(x, groups, self._levels, self.weight, self.bias, self.eps)  # type: ignore[arg-type]
-        if self._levels.by_hand and not self._levels.inline:
-            return _run_by_owners(self, forward, self._levels, args, kwargs)
-        return _run(self, forward, _Calls(self._levels), args, kwargs)
+            return nested_group_norm(x, groups, self._nesting, self.weight, self.bias, self.eps)  # type: ignore[arg-type]
+        if self._nesting.by_hand and not self._nesting.inline:
+            return _run_by_owners(self, forward, self._nesting, args, kwargs)
+        return _run(self, forward, _Calls(self._nesting), args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles by the plain class, since the derived one has no place in a file."""
@@ -266,34 +115,34 @@ def _run(module: nn.Module, forward: Any, calls: _Calls, args: tuple[Any, ...], 
 
 
 def _run_by_owners(
-    module: nn.Module, forward: Any, levels: Levels, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    module: nn.Module, forward: Any, nesting: Nesting, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """A forward pass for each owner, and of each the elements that are its own."""
-    runs = [_run(module, forward, _Calls(levels, count), args, kwargs) for count in accumulate(levels.sizes)]
+    runs = [_run(module, forward, _Calls(nesting, count), args, kwargs) for count in accumulate(nesting.sizes)]
     leaves = zip(*map(tree_leaves, runs), strict=True)
-    return tree_unflatten([_own_elements(levels, of_each) for of_each in leaves], structure_of_tree(runs[-1]))
+    return tree_unflatten([_own_elements(nesting, of_each) for of_each in leaves], structure_of_tree(runs[-1]))
 
 
-def _own_elements(levels: Levels, of_each: Sequence[Any]) -> Any:
+def _own_elements(nesting: Nesting, of_each: Sequence[Any]) -> Any:
     if not isinstance(of_each[-1], Tensor):
         return of_each[-1]
-    levels.to(of_each[-1].device)
-    places = levels.order.split(levels.sizes)
-    parts = [x.index_select(levels.axis, own) for x, own in zip(of_each, places, strict=True)]
-    return torch.cat(parts, dim=levels.axis).index_select(levels.axis, levels.inverse)
+    nesting.to(of_each[-1].device)
+    places = nesting.order.split(nesting.sizes)
+    parts = [x.index_select(nesting.axis, own) for x, own in zip(of_each, places, strict=True)]
+    return torch.cat(parts, dim=nesting.axis).index_select(nesting.axis, nesting.inverse)
 
 
 class _Calls(TorchFunctionMode):
     """Normalisations that a module calls as functions, or writes out, in a forward pass of its own.
 
     Args:
-        levels: who owns which element.
-        count: of a norm that is written out: how many elements count, the first in the order of ``levels``.
+        nesting: who owns which element.
+        count: of a norm that is written out: how many elements count, the first in the order of ``nesting``.
     """
 
-    def __init__(self, levels: Levels, count: int | None = None) -> None:
+    def __init__(self, nesting: Nesting, count: int | None = None) -> None:
         super().__init__()
-        self.levels = levels
+        self.nesting = nesting
         self.count = count
         self.inside = 0
         """How many of the module's children run now: theirs are not its calls."""
@@ -304,7 +153,7 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside:
             return func(*args, **kwargs)
-        if self.levels.by_hand:
+        if self.nesting.by_hand:
             found = Reduction.of(func, args, kwargs)
             if found is not None and self._over_units(found):
                 return self._by_owners(found)
@@ -312,30 +161,30 @@ class _Calls(TorchFunctionMode):
         if names is None:
             return func(*args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        x, weight, owners = given["input"], given.get("weight"), self.levels.owners
+        x, weight, owners = given["input"], given.get("weight"), self.nesting.owners
         if "num_groups" in names:
             if owners.shape == x.shape[1:2]:
                 return nested_group_norm(
-                    x, given["num_groups"], self.levels, weight, given.get("bias"), given.get("eps", 1e-5)
+                    x, given["num_groups"], self.nesting, weight, given.get("bias"), given.get("eps", 1e-5)
                 )
         elif tuple(given["normalized_shape"]) == tuple(owners.shape):
             if "bias" in names:
-                return nested_layer_norm(x, self.levels, weight, given.get("bias"), given.get("eps", 1e-5))
-            return nested_rms_norm(x, self.levels, weight, given.get("eps"))
+                return nested_layer_norm(x, self.nesting, weight, given.get("bias"), given.get("eps", 1e-5))
+            return nested_rms_norm(x, self.nesting, weight, given.get("eps"))
         return func(*args, **kwargs)
 
     def _over_units(self, found: Reduction) -> bool:
-        width = self.levels.owners.numel()
+        width = self.nesting.owners.numel()
         if self.count == width or (self.count is None and not found.keeps_dims):
             return False
-        return self.levels.axis in found.dims and found.input.shape[self.levels.axis] == width
+        return self.nesting.axis in found.dims and found.input.shape[self.nesting.axis] == width
 
     def _by_owners(self, found: Reduction) -> Any:
-        levels = self.levels.to(found.input.device)
+        nesting = self.nesting.to(found.input.device)
         if self.count is not None:
-            return found.among(levels.axis, levels.order[: self.count])
-        among = [levels.order[:count] for count in accumulate(levels.sizes)]
-        return found.for_each(levels.axis, among, levels.level)
+            return found.among(nesting.axis, nesting.order[: self.count])
+        among = [nesting.order[:count] for count in accumulate(nesting.sizes)]
+        return found.for_each(nesting.axis, among, nesting.level)
 
 
 _LAYER = ("input", "normalized_shape", "weight", "bias", "eps")

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning, warn
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.structure import Structure, UnitGroup, layer_of
-from lightning_cf.ownership.freezing import FrozenEntries
-from lightning_cf.ownership.ledger import FREE, NeuronLedger, Phase
+from lightning_cf.ownership.frozen_entries import FrozenEntries
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
+from lightning_cf.ownership.phases import Phase
 from lightning_cf.partition.clusters import Partition, partition, partition_into
 from lightning_cf.partition.folding import Passes, consumer_moments, cut_claimed, fold_claimed
 from lightning_cf.partition.options import PartitionOptions

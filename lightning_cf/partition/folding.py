@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_cf.network.consumers import consumers, input_units
 from lightning_cf.network.structure import Structure, lookup
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.partition.regression import Moments, Sample, fold, input_moments
 
 Passes = Callable[[], Iterator[Callable[[], Any]]]

@@ -1,9 +1,7 @@
-"""What is the same run: what a folder's run was made of, and in what another start differs from it."""
+"""What a run is made of, in plain values: by this a folder's run is told from another one (see ``comparison``)."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import types
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import (
     BaseFinetuning,
     Callback,
@@ -26,6 +24,7 @@ from lightning_cf.lightning_api import (
     Trainer,
     WeightAveraging,
 )
+from lightning_cf.sequence.data_identity import data_identity
 from lightning_cf.tasks.task import Task, supervised
 from lightning_cf.utilities.describing import (
     UNKNOWN,
@@ -37,28 +36,6 @@ from lightning_cf.utilities.describing import (
 )
 from lightning_cf.utilities.randomness import isolated_generators
 
-FIXED = ("method", "isolation", "order", "tasks", "parameters", "network")
-"""What no ``allow`` can change: what was learned would not fit."""
-
-VARIABLE = (
-    *("epochs", "invariance_epochs", "seed", "score_on", "pretrained", "partition", "invariance", "masking"),
-    *("task_inference", "processes", "architecture", "code", "hyperparameters", "optimizer", "trainer", "callbacks"),
-    *("data", "configuration"),
-)
-"""What ``allow`` may name, alone or with a name within it."""
-
-_WHOLE = ("architecture", "parameters", "network", "tasks", "data", "invariance", "masking")
-"""Where a name that only one of two runs has is a difference; elsewhere another version may know of more options."""
-
-_NEWER = ("sampler", "batch", "labels")
-"""What earlier versions did not know of: a name that only one of two runs has is no difference there."""
-
-_COUNTS = (
-    *(f"trainer.{name}_batches" for name in ("limit_train", "limit_val", "limit_test", "overfit")),
-    "trainer.val_check_interval",
-)
-"""Where 1 is a batch and 1.0 is all of them."""
-
 _HOOKS = (
     *("on_train_batch_start", "on_before_backward", "backward", "on_after_backward", "on_before_zero_grad"),
     *("on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad"),
@@ -68,6 +45,44 @@ _HOOKS = (
 
 _CHANGING = (BaseFinetuning, EarlyStopping, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging)
 """Callbacks of Lightning's that change what is trained: one more or less is a difference."""
+
+
+def run_identity(
+    options: Mapping[str, Any],
+    tasks: Sequence[Task],
+    parts: Mapping[str, Any],
+    module: LightningModule,
+    state: ContinualState,
+    trainer: Trainer,
+    callbacks: Iterable[Callback],
+    configuration: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What must be the same when a run is taken up again; found before anything is trained.
+
+    Args:
+        options: the runner's plain ones.
+        tasks: in their order.
+        parts: what the runner's callbacks say of themselves, by the name of the runner's option.
+        module: the network, as it will train.
+        state: its structure, and the outputs of each task.
+        trainer: one with the options of those that will fit it.
+        callbacks: the user's.
+        configuration: of the command line.
+    """
+    return {
+        **options,
+        "order": [task.name for task in tasks],
+        "tasks": {task.name: task_identity(task, state.outputs_of(task)) for task in tasks},
+        **parts,
+        "network": {group.name: group.size for group in state.structure.groups},
+        "processes": trainer.world_size,
+        **network_identity(module),
+        "optimizer": optimizer_identity(module),
+        "trainer": trainer_identity(trainer),
+        "callbacks": callbacks_identity(callbacks),
+        "data": {task.name: data_identity(task, test=options["score_on"] == "test") for task in tasks},
+        "configuration": dict(configuration),
+    }
 
 
 def task_identity(task: Task, outputs: Sequence[int]) -> dict[str, Any]:
@@ -149,89 +164,6 @@ def callbacks_identity(callbacks: Iterable[Callback]) -> dict[str, Any]:
             name += "'"
         found[name] = describe(given)
     return found
-
-
-def differences(found: Any, wanted: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """Where two descriptions differ: name, what was found, what is wanted now; what is unknown does not differ."""
-    if any(isinstance(each, str) and each == UNKNOWN for each in (found, wanted)):
-        return []
-    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        group, last = path.partition(".")[0], path.rpartition(".")[2]
-        optional = group not in _WHOLE or last == "code"
-        result = []
-        for key in dict.fromkeys([*found, *wanted]):
-            name = f"{path}.{key}" if path else str(key)
-            if key in found and key in wanted:
-                result += differences(found[key], wanted[key], name)
-            elif not optional and key not in _NEWER:
-                result.append((name, found.get(key, "nothing"), wanted.get(key, "nothing")))
-        return result
-    lists = isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted)
-    if lists and all(isinstance(each, (Mapping, list, float)) for each in [*found, *wanted]):
-        pairs = enumerate(zip(found, wanted, strict=True))
-        return [each for i, pair in pairs for each in differences(*pair, f"{path}.{i}")]
-    return [] if _same(found, wanted, path) else [(path, found, wanted)]
-
-
-def check_same(folder: Any, found: Any, wanted: Any, allow: Sequence[str]) -> list[str]:
-    """Compares two runs.
-
-    Returns:
-        the differences that were allowed, in words.
-
-    Raises:
-        ContinualError: names those that were not.
-    """
-    allowed: list[tuple[str, str]] = []
-    refused: list[tuple[str, str]] = []
-    for name, was, now in differences(found, wanted):
-        told = f"{name}={_short(was)}, not {_short(now)}"
-        meant = name.partition(".")[0] not in FIXED and any(name == a or name.startswith(f"{a}.") for a in allow)
-        (allowed if meant else refused).append((name, told))
-    if refused:
-        shown = "; ".join(told for _, told in refused[:5])
-        more = f"; and {len(refused) - 5} differences more" if len(refused) > 5 else ""
-        names = list(dict.fromkeys(name.partition(".")[0] for name, _ in refused))
-        fixed = [name for name in names if name in FIXED]
-        way = "" if fixed else f", or allow={names} to go on with them changed"
-        raise ContinualError(
-            f"The folder {folder} holds a run with {shown}{more}; go on with the same settings, or choose another"
-            f" folder{way}."
-        )
-    return [told for _, told in allowed]
-
-
-def check_allow(allow: Sequence[str]) -> list[str]:
-    """The names of what may differ.
-
-    Raises:
-        ContinualError: for one that is nothing that runs are told apart by, or that cannot differ.
-    """
-    if isinstance(allow, str) or not all(isinstance(name, str) for name in allow):
-        raise ContinualError(f"runner: allow must be a list of names such as ['optimizer'], got {allow!r}.")
-    for name in allow:
-        group = name.partition(".")[0]
-        if group in FIXED:
-            raise ContinualError(
-                f"runner: allow names '{name}': what was learned would not fit. Choose another folder."
-            )
-        if group not in VARIABLE:
-            raise ContinualError(
-                f"runner: allow names '{name}', which runs are not told apart by; these are: {', '.join(VARIABLE)}."
-            )
-    return list(allow)
-
-
-def _same(found: Any, wanted: Any, path: str) -> bool:
-    if path in _COUNTS and type(found) is not type(wanted):
-        return False  # a batch is not all of them
-    approximate = path.startswith("data.") and isinstance(found, float) and isinstance(wanted, float)
-    return math.isclose(found, wanted, rel_tol=1e-4, abs_tol=1e-4) if approximate else bool(found == wanted)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:100]}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
 def _metric(metric: Metric) -> Any:

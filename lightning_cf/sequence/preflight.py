@@ -5,24 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from lightning_cf.callbacks import (
-    InvarianceCallback,
-    MaskedGradientCallback,
-    PartitionCallback,
-    TaskInferenceCallback,
-)
-from lightning_cf.errors import CapacityError, ContinualError, check_kind, check_list
+from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback, TaskInferenceCallback
+from lightning_cf.errors import CapacityError, ContinualError, check_choice, check_kind, check_list
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, Trainer
-from lightning_cf.ownership.ledger import CHECKPOINT_KEY, one_column
+from lightning_cf.ownership.ledger import ISOLATIONS
+from lightning_cf.ownership.ledger_state import CHECKPOINT_KEY
+from lightning_cf.ownership.refusals import one_column
+from lightning_cf.sequence.scoring import SCORED
 from lightning_cf.task_inference import Strategy
 from lightning_cf.tasks.contexts import seeded
 from lightning_cf.tasks.reading import Limits
 from lightning_cf.tasks.task import Task
 from lightning_cf.utilities.files import load_tensors, writing
 from lightning_cf.utilities.randomness import isolated_generators
+
+Method = Literal["partition", "finetune", "joint"]
+METHODS: tuple[Method, ...] = ("partition", "finetune", "joint")
 
 
 def check_parts(
@@ -47,6 +48,13 @@ def check_parts(
     if task_inference is not None:
         check_kind("runner", "task_inference", task_inference, (str, Strategy, TaskInferenceCallback), wanted)
     check_kind("runner", "pretrained", pretrained, (bool, str, Path), "True, False or the path of a checkpoint")
+
+
+def check_choices(*, isolation: object, method: object, score_on: object) -> None:
+    """Raises ContinualError for options of the runner that are none of their choices."""
+    check_choice("runner", "isolation", isolation, ISOLATIONS)
+    check_choice("runner", "method", method, METHODS)
+    check_choice("runner", "score_on", score_on, SCORED)
 
 
 def listed_tasks(tasks: Any) -> list[Any]:

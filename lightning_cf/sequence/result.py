@@ -14,7 +14,7 @@ from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.steps import weights_sha256
 from lightning_cf.sequence.accuracy_matrix import AccuracyMatrix
 from lightning_cf.sequence.class_incremental import StrategyScores
-from lightning_cf.sequence.store import RunProgress
+from lightning_cf.sequence.run_progress import RunProgress
 from lightning_cf.tasks.task import Task
 
 

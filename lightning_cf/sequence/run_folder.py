@@ -13,7 +13,8 @@ from torch import nn
 
 from lightning_cf.errors import ContinualError, RunWarning, warn
 from lightning_cf.sequence.run_lock import RunLock
-from lightning_cf.sequence.store import RunProgress, RunStore
+from lightning_cf.sequence.run_progress import RunProgress
+from lightning_cf.sequence.store import RunStore
 from lightning_cf.utilities.files import load_tensors, make_folder, readable_size, write_bytes
 
 

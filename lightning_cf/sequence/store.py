@@ -1,4 +1,4 @@
-"""How far a run has come, kept on disk after every phase."""
+"""The store of a run: on disk, after every phase, the network and what was found; and which state to go on from."""
 
 from __future__ import annotations
 
@@ -8,92 +8,29 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_cf.errors import ContinualError, RunWarning, warn
 from lightning_cf.learner.state import ContinualState
-from lightning_cf.network.finite import described, not_finite
-from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.records.record import MANIFEST, record_sha256
-from lightning_cf.sequence.identity import check_same, differences
-from lightning_cf.utilities.describing import content_sha256
-from lightning_cf.utilities.files import (
-    file_sha256,
-    load_tensors,
-    make_folder,
-    read_json,
-    write_atomically,
-    write_bytes,
-    write_json,
-    writing,
+from lightning_cf.sequence.comparison import check_same, differences
+from lightning_cf.sequence.run_progress import RunProgress
+from lightning_cf.sequence.stored_state import (
+    FORMAT,
+    DamagedError,
+    FoundState,
+    check_finite_state,
+    load_state,
+    unsound,
 )
-
-__all__ = ["RunProgress", "RunStore", "read_json", "write_atomically"]
-
-FORMAT = 2
-"""Of ``state.pt``: 1 had neither checksum nor settings."""
-
-_CONTENT = ("format", "settings", "module", "progress", "start")
-_EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
-
-
-@dataclass
-class RunProgress:
-    """What a run found so far.
-
-    Attributes:
-        finished: names of the phases that are over.
-        rows: scores of all tasks, at initialisation and after each task.
-        capacity: free share of each layer after each task.
-        stages: each task's score once learned, partitioned and retrained.
-        strategies: by strategy of task inference, its scores after each task.
-        seconds: time spent in finished phases.
-        warnings: texts of what we warned of so far.
-        files: SHA-256 of the files that phases left in the tasks' folders, by their path in the run's folder.
-        initial_weights: SHA-256 of the weights that the run began with.
-        allowed: in what later starts differed from the first one, as ``allow`` let them.
-    """
-
-    finished: list[str] = field(default_factory=list)
-    rows: list[list[float]] = field(default_factory=list)
-    capacity: dict[str, list[float]] = field(default_factory=dict)
-    stages: dict[str, dict[str, float]] = field(default_factory=dict)
-    strategies: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    warnings: list[str] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)
-    initial_weights: str = ""
-    allowed: list[str] = field(default_factory=list)
-
-
-class _DamagedError(ValueError):
-    """A state that cannot be gone on from; says what is wrong with it."""
-
-
-@dataclass(frozen=True)
-class FoundState:
-    """A state to go on from.
-
-    Attributes:
-        name: of its file.
-        kept: what the file holds.
-        allowed: in what its run differs from the one that is started now, as ``allow`` lets it.
-    """
-
-    name: str
-    kept: dict[str, Any]
-    allowed: list[str]
-
-    @property
-    def progress(self) -> RunProgress:
-        """How far the run had come."""
-        return RunProgress(**self.kept["progress"])
+from lightning_cf.utilities.describing import content_sha256
+from lightning_cf.utilities.files import file_sha256, make_folder, read_json, write_bytes, write_json, writing
 
 
 @dataclass(frozen=True)
@@ -125,7 +62,7 @@ class RunStore:
             return None
         try:
             found = self._read(newest, wanted, allow)
-        except _DamagedError as problem:
+        except DamagedError as problem:
             if not older.exists():
                 raise ContinualError(f"{newest} {problem}; remove the folder {self.root} to start anew.") from problem
             found = self._read_older(problem, wanted, allow)
@@ -141,14 +78,14 @@ class RunStore:
         Raises:
             ContinualError: if it does not fit the module.
         """
+        name = found if isinstance(found, str) else found.name
         try:
-            kept = self._load(self.root / found) if isinstance(found, str) else found.kept
-            self._check_finite(kept, module, found if isinstance(found, str) else found.name)
+            kept = load_state(self.root / found) if isinstance(found, str) else found.kept
+            check_finite_state(self.root / name, kept, module)
             module.load_state_dict(kept["module"])
         except ContinualError:
             raise
         except Exception as error:  # whatever another network's weights or another version's ledger lead to
-            name = found if isinstance(found, str) else found.name
             raise ContinualError(
                 f"{self.root / name} does not fit the module: {error} Choose another folder, or remove this one."
             ) from error
@@ -215,20 +152,6 @@ class RunStore:
         path = self.root / name
         return record_sha256(path.parent) if path.name == MANIFEST else file_sha256(path)
 
-    def _check_finite(self, kept: Mapping[str, Any], module: nn.Module, name: str) -> None:
-        """Raises ContinualError for a state that an earlier version stored after training diverged."""
-        infinite = not_finite({n: x for n, x in module.state_dict().items() if isinstance(x, Tensor)})
-        found = {n: x for n, x in kept["module"].items() if isinstance(x, Tensor) and n not in infinite}
-        names = not_finite(found)
-        scores = torch.tensor(kept["progress"]["rows"], dtype=torch.float64)
-        if names or bool(scores.isnan().any()):
-            what = described(names, found) if names else "the scores"
-            phase = kept["progress"]["finished"][-1] if kept["progress"]["finished"] else "the first"
-            raise ContinualError(
-                f"{self.root / name} holds numbers that are not finite, first in {what}: training diverged in phase"
-                f" '{phase}' or before. Choose another folder, or remove {self.root} to start anew."
-            )
-
     @property
     def _states(self) -> tuple[Path, Path]:
         return self.root / "state.pt", self.root / "state.previous.pt"
@@ -244,7 +167,7 @@ class RunStore:
 
     def _read(self, path: Path, wanted: Mapping[str, Any], allow: Sequence[str]) -> FoundState:
         """A state of the wanted run."""
-        kept = self._load(path)
+        kept = load_state(path)
         if kept["format"] < 2:
             self._check_older_format(path, kept, wanted)
             return FoundState(path.name, kept, [])
@@ -264,11 +187,11 @@ class RunStore:
             return not differences(read_json(self.root / "settings.json"), wanted)
         return False
 
-    def _read_older(self, problem: _DamagedError, wanted: Mapping[str, Any], allow: Sequence[str]) -> FoundState:
+    def _read_older(self, problem: DamagedError, wanted: Mapping[str, Any], allow: Sequence[str]) -> FoundState:
         newest, older = self._states
         try:
             return self._read(older, wanted, allow)
-        except _DamagedError as too:
+        except DamagedError as too:
             raise ContinualError(
                 f"{newest} {problem}, and {older} {too}; remove the folder {self.root} to start anew."
             ) from too
@@ -278,7 +201,7 @@ class RunStore:
         progress, (newest, older) = found.progress, self._states
         damaged = self.damaged(progress)
         if damaged and found.name == newest.name and older.exists():
-            with suppress(_DamagedError, ContinualError):
+            with suppress(DamagedError, ContinualError):
                 before = self._read(older, wanted, allow)
                 new = [name for name in damaged if before.progress.files.get(name) != progress.files[name]]
                 if new and progress.finished[:-1] == before.progress.finished:
@@ -289,42 +212,10 @@ class RunStore:
                     return before
         return found
 
-    def _load(self, path: Path) -> dict[str, Any]:
-        if not path.exists():
-            raise _DamagedError("is missing")
-        try:
-            kept = load_tensors(path, "is damaged")
-        except ContinualError as error:
-            raise _DamagedError("is damaged") from error
-        if not isinstance(kept, dict) or not {"module", "progress", "start"} <= kept.keys():
-            raise _DamagedError("is damaged: it holds no state of a run")
-        if kept.keys() == {"module", "progress", "start"}:  # format 1
-            kept["format"] = 1
-        form = kept.get("format", FORMAT)
-        if not isinstance(form, int) or form > FORMAT:
-            raise ContinualError(
-                f"{path} has format {form}; this lightning_cf reads up to {FORMAT}. Update lightning_cf, or choose"
-                " another folder."
-            )
-        if form >= 2 or len(kept) > 4:
-            if not set(_CONTENT) <= kept.keys() or "checksum" not in kept:
-                raise _DamagedError("is damaged: parts of it are missing")
-            if kept["checksum"] != content_sha256({name: kept[name] for name in _CONTENT}):
-                raise _DamagedError("is damaged: what it holds does not match its checksum")
-        known = {each.name for each in fields(RunProgress)}
-        progress = kept["progress"]
-        if not isinstance(progress, dict) or "finished" not in progress or not progress.keys() <= known:
-            strange = sorted(set(progress) - known) if isinstance(progress, dict) else []
-            raise ContinualError(
-                f"{path} was written by another version of lightning_cf: it tells of {strange or 'no progress'}. Go on"
-                f" with that version, or remove the folder {self.root} to start anew."
-            )
-        return kept
-
     def _check_older_format(self, path: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         """A state without checksum and settings is taken where all that can be told of it is in order."""
         if path == self._states[1]:
-            raise _DamagedError("was written by an older version")
+            raise DamagedError("was written by an older version")
         found = read_json(self.root / "settings.json")
         names = ("method", "isolation", "epochs", "invariance_epochs", "seed", "score_on", "processes")
         outputs = {name: task["outputs"] for name, task in wanted["tasks"].items()}
@@ -335,30 +226,10 @@ class RunStore:
             {**{name: wanted[name] for name in names}, "order": wanted["order"], "outputs": outputs},
             (),
         )
-        problem = _unsound(kept)
+        problem = unsound(kept)
         if problem:
             raise ContinualError(f"{path} is damaged: {problem}; remove the folder {self.root} to start anew.")
         self._warn(
             f"{path} was written by an older version of lightning_cf, without a checksum and with few of its run's"
             " settings: whether network, data and optimiser are the same is not known."
         )
-
-
-def _unsound(kept: Mapping[str, Any]) -> str:
-    """What shows, without a checksum, that a state is not what a run left; empty if nothing does."""
-    weights = {name: value for name, value in kept["module"].items() if isinstance(value, torch.Tensor)}
-    for name, value in weights.items():
-        if value.is_floating_point() and bool(value.isnan().any()):
-            return f"'{name}' is not finite"
-    try:
-        ledger = NeuronLedger.from_state_dict(kept["module"][_EXTRA_STATE])
-        learned = [name[6:] for name in kept["progress"]["finished"] if name.startswith("learn ")]
-        if [task.name for task in ledger.tasks] != learned and ledger.tasks:
-            return f"its ledger knows other tasks than {learned}"
-        for record in ledger.records:
-            owner = ledger.owners[record["layer"]]
-            if int((owner == ledger.index(record["task"])).sum()) != record["claimed"]:
-                return f"its ledger has other owners of '{record['layer']}' than task '{record['task']}' claimed"
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        return f"its ledger cannot be read ({error!r})"
-    return ""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning_cf.callbacks.divergence import WatchingCallback
 from lightning_cf.callbacks.session import ContinualCallback
-from lightning_cf.errors import ContinualError, check_list
+from lightning_cf.errors import ContinualError, check_count, check_list
 from lightning_cf.lightning_api import (
     Callback,
     LightningDataModule,
@@ -20,6 +24,45 @@ from lightning_cf.lightning_api import (
 )
 
 MakeTrainer = Callable[..., Trainer]
+
+
+@dataclass(frozen=True)
+class Trainers:
+    """Makes the Trainers of a run, one a phase.
+
+    Attributes:
+        factory: the user's, which makes a Trainer from keywords.
+        epochs: of LEARN, for each task.
+        invariance_epochs: of INVARIANCE, for each task.
+    """
+
+    factory: MakeTrainer
+    epochs: int
+    invariance_epochs: int
+
+    @classmethod
+    def of(cls, factory: MakeTrainer, *, epochs: int, invariance_epochs: int) -> Trainers:
+        """As the constructor; raises ContinualError for epochs that are no counts."""
+        epochs = check_count("runner", "epochs", epochs)
+        return cls(factory, epochs, check_count("runner", "invariance_epochs", invariance_epochs, least=0))
+
+    def make(self, *, max_epochs: int, callbacks: Sequence[Callback], root: Path) -> Trainer:
+        """A Trainer from the user's factory, with copies of the callbacks that the factory gives, then those given."""
+        theirs = self.factory.keywords if isinstance(self.factory, partial) else {}
+        if "max_epochs" in theirs:
+            raise ContinualError(
+                f"runner: the trainer sets max_epochs={theirs['max_epochs']}; the runner's epochs={self.epochs} and"
+                f" invariance_epochs={self.invariance_epochs} decide. Leave max_epochs out."
+            )
+        given = copy.deepcopy(listed_callbacks("the trainer's callbacks", theirs.get("callbacks")))
+        return make_trainer(self.factory, max_epochs=max_epochs, callbacks=[*given, *callbacks], root=root)
+
+
+def for_phase(callbacks: Sequence[Callback | None]) -> list[Callback]:
+    """Copies of the callbacks of a phase, with one that watches whether training diverges if none of them does."""
+    copies = [copy.deepcopy(callback) for callback in callbacks if callback is not None]
+    watched = any(isinstance(callback, WatchingCallback) for callback in copies)
+    return copies if watched else [*copies, WatchingCallback()]
 
 
 def make_trainer(factory: MakeTrainer, *, max_epochs: int, callbacks: Sequence[Callback], root: Path) -> Trainer:

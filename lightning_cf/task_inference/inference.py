@@ -17,7 +17,7 @@ from lightning_cf.task_inference.combined import STRATEGIES
 from lightning_cf.task_inference.readout import Readout, View, read
 from lightning_cf.task_inference.sites import Sites, kept
 from lightning_cf.task_inference.strategies import CHOICES
-from lightning_cf.task_inference.trained import Trained, heads_of
+from lightning_cf.task_inference.trained import Trained, trained_heads
 from lightning_cf.task_inference.variants import changed
 from lightning_cf.utilities.randomness import keyed_generator
 
@@ -142,7 +142,7 @@ class TaskInference:
     def _fit(self, known: Known, training: tuple[View, Int64[Tensor, "samples"]], held_out: View) -> None:
         view, labels = training
         trained = {}
-        for head in heads_of(STRATEGIES[name] for name in self.strategies):
+        for head in trained_heads(STRATEGIES[name] for name in self.strategies):
             if head.head in self.training and self.training_sites is not None:
                 values = head.narrowed(self.training[head.head], self.training_sites, known.sites)
                 trained[head.head] = {key: value.to(view.logits.device) for key, value in values.items()}

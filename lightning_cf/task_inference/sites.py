@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lightning_cf.network.consumers import consumers, input_units
 from lightning_cf.network.structure import NO_UNIT, Structure, layer_of
-from lightning_cf.ownership.ledger import FREE, NeuronLedger
+from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 
 DEPTH = 2
 """How many layers of a chain are kept."""

@@ -121,10 +121,10 @@ def places(among: Int64[Tensor, "_"], wanted: Int64[Tensor, "_"]) -> Int64[Tenso
 
 def changes_input(strategy: Strategy) -> bool:
     """Whether it trains over changed inputs too, and so changes what all other strategies see."""
-    return any(head.changes for head in heads_of([strategy]))
+    return any(head.changes for head in trained_heads([strategy]))
 
 
-def heads_of(strategies: Iterable[Strategy]) -> list[Trained]:
+def trained_heads(strategies: Iterable[Strategy]) -> list[Trained]:
     """A strategy for each head that some strategies, or their parts, have."""
     found: dict[str, Trained] = {}
     for strategy in strategies:

@@ -61,7 +61,7 @@ def _next_draws() -> tuple[float, float, float]:
 
 
 @contextmanager
-def on_device(module: LightningModule, device: torch.device) -> Iterator[None]:
+def placed_on(module: LightningModule, device: torch.device) -> Iterator[None]:
     """The module on a device; afterwards back where it was."""
     before = module.device
     module.to(device)

@@ -8,8 +8,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-NONE = 0
+NO_LABEL = 0
 """The label of what no unit computes: inputs and constants."""
+
+UNUSED = -1
+"""Stands for the label of an entry of a tensor of which nothing is known, since no element is made from it."""
 
 Labels = Int64[Tensor, "..."]
 
@@ -32,7 +35,7 @@ class Units:
         """While set, nothing is united."""
 
     def __len__(self) -> int:
-        """How many labels there are, NONE included."""
+        """How many labels there are, NO_LABEL included."""
         return self._count
 
     def new(self, count: int) -> Int64[Tensor, "count"]:
@@ -44,12 +47,12 @@ class Units:
         """Unites labels pair by pair, broadcast; returns the labels, the other side's where one side has none."""
         a, b = torch.broadcast_tensors(a, b)
         if self.still:
-            return torch.where(a != NONE, a, b)
-        both = (a != NONE) & (b != NONE) & (a != b)
+            return torch.where(a != NO_LABEL, a, b)
+        both = (a != NO_LABEL) & (b != NO_LABEL) & (a != b)
         if bool(both.any()):
             pairs = (a[both] * self._count + b[both]).unique()
             self._edges.append(torch.stack([pairs // self._count, pairs % self._count]))
-        return torch.where(a != NONE, a, b)
+        return torch.where(a != NO_LABEL, a, b)
 
     def unite_along(self, labels: Labels, dims: Iterable[int]) -> Labels:
         """Unites labels that differ only in their position along ``dims``; those dims keep size one."""
@@ -86,14 +89,14 @@ class Units:
 
 
 def sole(labels: Labels, shape: tuple[int, ...]) -> Labels:
-    """Labels reduced to a shape that broadcasts to theirs: ``NONE`` where several different ones meet."""
+    """Labels reduced to a shape that broadcasts to theirs: ``NO_LABEL`` where several different ones meet."""
     while labels.ndim > len(shape):
         labels = sole_along(labels, [0]).squeeze(0)
     return sole_along(labels, [dim for dim, size in enumerate(shape) if size == 1 and labels.shape[dim] != 1])
 
 
 def sole_along(labels: Labels, dims: Iterable[int]) -> Labels:
-    """The label that all positions along ``dims`` share, ``NONE`` where there are several; those dims keep size one."""
+    """The label that all positions along ``dims`` share, ``NO_LABEL`` for several; those dims keep size one."""
     for dim in dims:
         if labels.shape[dim] == 0:
             labels = labels.new_zeros([1 if d == dim % labels.ndim else n for d, n in enumerate(labels.shape)])

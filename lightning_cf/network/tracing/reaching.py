@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from lightning_cf.network.ways import running_way
 
 WHOLE = (torch.nn.functional.rms_norm, torch.rms_norm)
 """Functions that a trace takes for one operation, though they consist of several."""
@@ -56,6 +59,30 @@ class Reaching(TorchDispatchMode):
         ]
         self.note(func, (args, kwargs), (out, changed))
         return out
+
+
+class IdleCalls:
+    """Which calls of layers reach nothing that the network returns.
+
+    Attributes:
+        found: path of the layer, number of the way through the network, and which call it was there, from 0 on.
+    """
+
+    def __init__(self) -> None:
+        self.found: set[tuple[str, int, int]] = set()
+        self._aside: dict[int, bool] = {}
+        self._calls: Counter[tuple[str, int]] = Counter()
+
+    def note(self, results: Sequence[Tensor], aside: bool) -> None:
+        """Keeps in mind whether the results of an operation reach nothing that the network returns."""
+        self._aside |= {id(x): aside for x in results}
+
+    def left(self, path: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        """Counts a call of a layer, as its forward hook; a call is idle if all that it returns is."""
+        way, results = running_way(), [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        if results and all(self._aside.get(id(x), False) for x in results):
+            self.found.add((path, way, self._calls[path, way]))
+        self._calls[path, way] += 1
 
 
 class _Functions(TorchFunctionMode):

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cf.network.tracing.labels import NONE, Labels, sole
-
-UNUSED = -1
-"""Stands for an entry of which nothing is known."""
+from lightning_cf.network.tracing.labels import NO_LABEL, UNUSED, Labels, Units, sole
 
 
 @dataclass(frozen=True)
@@ -34,11 +31,11 @@ class Origin:
 
     @classmethod
     def whole(cls, tensor: Tensor) -> Origin:
-        """A parameter's own."""
+        """The origin of a parameter or buffer as it stands: each element is its own entry."""
         return cls(tensor.shape, tuple(range(tensor.ndim)), trained=isinstance(tensor, nn.Parameter))
 
     def of(self, shape: tuple[int, ...]) -> Tensor:
-        """The number of each element's entry."""
+        """For a tensor of this shape, the number of each element's entry in the parameter, -1 where there is none."""
         if self.numbers is not None:
             return self.numbers
         assert self.axes is not None
@@ -48,7 +45,7 @@ class Origin:
         return numbers.permute([*ordered, *rest]).reshape(shape)
 
     def moved(self, shape: tuple[int, ...], move: Callable[[Tensor], Tensor]) -> Origin:
-        """Of what a movement makes of the tensor."""
+        """The origin of what a movement, such as a view or a permutation, makes of a tensor of this shape."""
         if self.axes is not None:
             axes = self._axes_after(move)
             if axes is not None:
@@ -87,8 +84,15 @@ class Origin:
         """Whether all slices along the first axis are the same entries."""
         return self.numbers is not None and bool((self.numbers == self.numbers[:1]).all())
 
+    def unite_repeats(self, units: Units, labels: Labels) -> None:
+        """Units that one entry computes, or reads, at several places share one fate; ``labels`` are the elements'."""
+        assert self.numbers is not None
+        numbers, labels = self.numbers[self.numbers >= 0], labels[self.numbers >= 0]
+        first = torch.zeros(self.shape.numel(), dtype=torch.int64).scatter_reduce(0, numbers, labels, "amax")
+        units.unite(first[numbers], labels)
+
     def place(self, labels: Labels, shape: tuple[int, ...]) -> Labels:
-        """Labels of the elements as labels of the parameter's entries; several at one entry are NONE.
+        """Labels of the elements as labels of the parameter's entries; several at one entry are NO_LABEL.
 
         Args:
             labels: broadcast with the tensor, or larger than it.
@@ -111,13 +115,13 @@ class Origin:
         low = torch.full((self.shape.numel(),), torch.iinfo(torch.int64).max)
         low = low.scatter_reduce(0, numbers, values, "amin")
         placed = torch.full((self.shape.numel(),), UNUSED).scatter_reduce(0, numbers, values, "amax")
-        placed[(low != placed) & (placed != UNUSED)] = NONE
+        placed[(low != placed) & (placed != UNUSED)] = NO_LABEL
         return placed.reshape(self.shape)
 
 
 @dataclass(frozen=True)
 class Level:
-    """Units over which a module takes a reduction that can be taken by owners (see ``normalisation.py``).
+    """Units over which a module takes a reduction that can be taken by owners (see ``ownership/owner_aware_norms.py``).
 
     Attributes:
         module: path of the module.

@@ -57,6 +57,14 @@ class Call:
         given = [self.given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
         return [x for x in given if isinstance(x, Tensor)]
 
+    @property
+    def shape_makers(self) -> list[Tensor]:
+        """The arguments whose values decide how large the result of an operation is."""
+        if self.func.overloadpacket is aten.index:
+            return [x for x in self.given["indices"] if isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8)]
+        deciding = [self.given[name] for name in ("mask", "repeats") if isinstance(self.given.get(name), Tensor)]
+        return deciding or self.tensors
+
     def in_place(self, x: Tensor) -> bool:
         """Whether a result is one of the arguments."""
         return any(x is tensor for tensor in self.tensors)
@@ -75,14 +83,27 @@ class Call:
         return [x for x in tree_leaves(self.func(*args, **kwargs)) if isinstance(x, Tensor)]
 
 
+def named(func: Any, path: str) -> str:
+    """An operation and the module that runs it, as messages call them."""
+    return f"'{func.overloadpacket}' in module '{path or 'forward'}'"
+
+
 @runtime_checkable
 class Tracer(Protocol):
     """What a rule may ask of the tracer."""
 
-    units: Units
     apart: bool
     shadows: Shadows
-    norms: dict[str, Tensor]
+
+    @property
+    def units(self) -> Units:
+        """Which labels are one."""
+        ...
+
+    @property
+    def norms(self) -> dict[str, Tensor]:
+        """For modules by path, labels of the elements that each normalises together."""
+        ...
 
     @property
     def path(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_cf.network.tracing.labels import NONE
+from lightning_cf.network.tracing.labels import NO_LABEL
 from lightning_cf.network.tracing.rules.call import Call, Rule, Tracer
 from lightning_cf.network.tracing.rules.unknown import unite
 
@@ -77,7 +77,7 @@ def _weighted(tracer: Tracer, x: Tensor, weight: Tensor, shape: torch.Size, *, t
 def _by_positions(resolved: Tensor) -> bool:
     """Whether each row is one unit, and not all are the same."""
     top = resolved.amax(-1, keepdim=True)
-    return bool(((resolved == top) | (resolved == NONE)).all()) and bool((top != top.amax(-2, keepdim=True)).any())
+    return bool(((resolved == top) | (resolved == NO_LABEL)).all()) and bool((top != top.amax(-2, keepdim=True)).any())
 
 
 def _repeated(tracer: Tracer, weight: Tensor) -> bool:

@@ -3,7 +3,7 @@
 A reduction over units makes them one, unless each unit may have it over what its own owner may read. That is so where
 all that is done with the result within the module is done element by element with those units. If the module returns
 them then, and holds no layers, its forward pass can run once for each owner; else the reduction can give one result for
-each unit, where it keeps its dims (see ``normalisation.py``).
+each unit, where it keeps its dims (see ``ownership/owner_aware_norms.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.network.tracing.labels import NONE, Labels, Units
+from lightning_cf.network.tracing.labels import NO_LABEL, Labels, Units
 from lightning_cf.network.tracing.reductions import Reduction
 from lightning_cf.network.tracing.rules.call import aten
 from lightning_cf.network.tracing.shadows import Level, Shadows
@@ -91,7 +91,7 @@ class Formulas:
             return None
         resolved = self.units.resolve(labels)
         varying = [dim for dim in range(x.ndim) if bool((resolved != resolved.narrow(dim, 0, 1)).any())]
-        if len(varying) != 1 or varying[0] not in dims or not bool((resolved != NONE).all()):
+        if len(varying) != 1 or varying[0] not in dims or not bool((resolved != NO_LABEL).all()):
             return None
         for dim in range(x.ndim):
             labels = labels if dim in varying else labels.amax(dim, keepdim=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_cf.network.tracing.labels import NONE
+from lightning_cf.network.tracing.labels import NO_LABEL
 from lightning_cf.network.tracing.rules.call import Call, Rule, Tracer
 from lightning_cf.network.tracing.rules.elementwise import joined_origins
 from lightning_cf.network.tracing.rules.unknown import unite
@@ -32,7 +32,7 @@ def along(argument: str = "dim", *, keeps: bool = False) -> Rule:
         labels = tracer.labels(x)
         resolved = tracer.units.resolve(labels)
         mixes = resolved.numel() > 0 and any(
-            bool(((resolved != resolved.amax(dim, keepdim=True)) & (resolved != NONE)).any()) for dim in dims
+            bool(((resolved != resolved.amax(dim, keepdim=True)) & (resolved != NO_LABEL)).any()) for dim in dims
         )
         if not mixes:  # positions, or one unit
             for dim in dims:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_cf.network.tracing.labels import NONE, sole_along
+from lightning_cf.network.tracing.labels import NO_LABEL, sole_along
 from lightning_cf.network.tracing.rules.call import Call, Tracer
 from lightning_cf.network.tracing.shadows import Shadow, laid_out_like
 
@@ -49,7 +49,7 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
 def normalise(
     tracer: Tracer, x: Tensor, dims: int, scale: Tensor | None, shift: Tensor | None, results: Sequence[Tensor]
 ) -> None:
-    """LayerNorm and RMSNorm over the last ``dims`` dims; where they hold several units, see ``normalisation.py``."""
+    """LayerNorm and RMSNorm over the last ``dims`` dims; the module may normalise by owners instead."""
     labels = tracer.labels(x)
     over = list(range(x.ndim - dims, x.ndim))
     resolved = tracer.units.resolve(labels)
@@ -63,7 +63,7 @@ def normalise(
     tracer.use(scale, "scale", elements)
     tracer.use(shift, "shift", elements)
     resolved = tracer.units.resolve(elements)
-    if int((resolved.unique() != NONE).sum()) > 1 and not by_owners(tracer, elements):
+    if int((resolved.unique() != NO_LABEL).sum()) > 1 and not by_owners(tracer, elements):
         tracer.mix(x, over, "a second normalisation of another shape")
     _write_normalised(tracer, x, labels, results)
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_cf.network.tracing.labels import NONE
+from lightning_cf.network.tracing.labels import NO_LABEL
 from lightning_cf.network.tracing.rules.call import Call, Tracer
 from lightning_cf.network.tracing.rules.elementwise import constant
 from lightning_cf.network.tracing.shadows import Shadow, laid_out_like
@@ -36,7 +36,7 @@ def unite(tracer: Tracer, call: Call) -> None:
         if x.numel():
             found = tracer.mix(x, range(x.ndim), call.name, unknown=True).reshape(())
             one = one if tracer.apart else tracer.units.unite(one, found)
-    if one == NONE and weights:
+    if one == NO_LABEL and weights:
         one = tracer.units.new(1)[0]
     for x in weights:
         tracer.use(x, "scale", one.expand(x.shape))

@@ -1,0 +1,61 @@
+"""How a forward pass is made visible: which module runs now, and no fused kernel that hides the operations within."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def following(
+    module: nn.Module,
+    running: list[str],
+    entered: Callable[[Any], None] = lambda given: None,
+    left: Callable[[Any], None] = lambda output: None,
+) -> Iterator[None]:
+    """Keeps a stack of the paths of the modules that run, the innermost last, meanwhile.
+
+    Args:
+        module: the network.
+        running: the stack.
+        entered: takes what the innermost module is given, before it runs.
+        left: takes what it returns.
+    """
+
+    def enter(path: str, child: nn.Module, args: Any, kwargs: Any) -> None:
+        running.append(path)
+        entered((args, kwargs))
+
+    def leave(child: nn.Module, args: Any, output: Any) -> None:
+        left(output)
+        running.pop()
+
+    with ExitStack() as stack:
+        for path, child in module.named_modules():
+            if isinstance(child, torch.jit.ScriptModule):
+                continue  # it takes no hooks
+            before = child.register_forward_pre_hook(partial(enter, path), prepend=True, with_kwargs=True)
+            stack.callback(before.remove)
+            stack.callback(child.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Fused kernels off, so that the operations they consist of are seen."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TF32 acceleration")
+            with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+                yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

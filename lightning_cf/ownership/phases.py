@@ -1,0 +1,27 @@
+"""How far the ledger's tasks have come: learned, partitioned, sealed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["learn", "invariance", "sealed"]
+PHASES = ("learn", "invariance", "sealed")
+"""In the order in which a task goes through them."""
+
+
+@dataclass
+class TaskEntry:
+    """What the ledger knows of a task.
+
+    Attributes:
+        name: its name.
+        classes: labels in its data.
+        outputs: the head's columns that belong to it, one a class.
+        phase: "learn" until it is partitioned, then "invariance", then "sealed".
+    """
+
+    name: str
+    classes: list[int]
+    outputs: list[int]
+    phase: Phase = "learn"

@@ -1,0 +1,127 @@
+"""What a ledger refuses, and why: outputs that are taken, tasks out of their turn, other networks, full layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from jaxtyping import Int64
+from torch import Tensor
+
+from lightning_cf.errors import CapacityError, ContinualError, check_list
+from lightning_cf.network.structure import Structure
+from lightning_cf.ownership.levels import FREE
+from lightning_cf.ownership.phases import TaskEntry
+
+
+def check_outputs(name: str, outputs: Sequence[int], reserved: Mapping[str, Sequence[int]], width: int) -> list[int]:
+    """The output columns that a task asks for, as a list.
+
+    Args:
+        name: of the task.
+        outputs: the columns.
+        reserved: columns of each task by name.
+        width: how many columns the head has.
+
+    Raises:
+        ContinualError: for a column that another task has, or that the head does not have.
+    """
+    owner = f"Task '{name}'"
+    outputs = check_list(owner, "outputs", outputs, "columns")
+    strange = [output for output in outputs if isinstance(output, bool) or not isinstance(output, int)]
+    if strange:
+        raise ContinualError(f"{owner}: outputs must be whole numbers, got {strange[0]!r}.")
+    for output in outputs:
+        if not 0 <= output < width:
+            raise ContinualError(
+                f"Task '{name}' needs output {output}, but the output head has {width} columns"
+                f" (0 to {width - 1}). Widen the head, the old rows first (a ContinualModule does it"
+                f" for classes), or correct the task's classes.{one_column(width)}"
+            )
+        for other, taken in reserved.items():
+            if other != name and output in taken:
+                raise ContinualError(
+                    f"Task '{name}' and task '{other}' both have output {output}. Give one of them outputs=[...] of"
+                    " its own, or wrap the module in ContinualModule, which adds outputs for classes that return."
+                )
+    return list(outputs)
+
+
+def one_column(width: int) -> str:
+    """What to do where the head's only output tells two classes apart; for messages."""
+    if width > 1:
+        return ""
+    return (
+        " Where one output tells two classes apart, say so: outputs=[0], metric=torchmetrics.classification."
+        "BinaryAccuracy(), and evaluate= that gives that output as the target's shape has it."
+    )
+
+
+def check_open(name: str, current: TaskEntry | None) -> None:
+    """Raises ContinualError for a task that was begun and is not the current one: it is over."""
+    if current is None or current.name != name:
+        raise ContinualError(
+            f"Task '{name}' was learned before and its units are sealed; give new data a name of its own."
+        )
+
+
+def check_partitioned(before: TaskEntry, name: str, origin: str) -> None:
+    """Raises ContinualError if the task before the one of that name was not partitioned.
+
+    Args:
+        before: the task before.
+        name: of the task that is to start.
+        origin: the file that the ledger was read from, or empty.
+    """
+    if before.phase == "learn":
+        source = f" The ledger was read from {origin}: load a later checkpoint, or" if origin else ""
+        raise ContinualError(
+            f"Task '{name}' cannot start: task '{before.name}' was never partitioned, so nothing would"
+            f" protect it.{source} {'fit' if source else 'Fit'} '{before.name}' again up to its partition"
+            " (PartitionCallback, after=...)."
+        )
+
+
+def check_network(
+    owners: Mapping[str, Int64[Tensor, "_"]], outputs: Int64[Tensor, "columns"], structure: Structure
+) -> None:
+    """Raises ContinualError if a network is not the one that a ledger was made for.
+
+    Args:
+        owners: the ledger's owners of each group's units, by the group's name.
+        outputs: its owners of the output columns.
+        structure: of the network.
+    """
+    sizes = {group.name: group.size for group in structure.groups}
+    known = {name: len(owner) for name, owner in owners.items()}
+    if sizes != known or structure.head.size != len(outputs):
+        raise ContinualError(
+            f"The ledger was made for another network: it knows units {known} and {len(outputs)} outputs,"
+            f" the network has {sizes} and {structure.head.size}. Where earlier tasks have heads of their own, make"
+            " them known first: ContinualModule(module).add_task(task)."
+        )
+
+
+def check_capacity(
+    name: str, owners: Mapping[str, Int64[Tensor, "_"]], groups: Iterable[str], tasks: Sequence[TaskEntry]
+) -> None:
+    """Raises CapacityError if a group has no free unit left for the task of that name.
+
+    Args:
+        name: of the task that is to start.
+        owners: of each group's units, by the group's name.
+        groups: names of those of which it must own some units.
+        tasks: those so far, by their number.
+    """
+    for group in groups:
+        owner = owners[group]
+        if not bool((owner == FREE).any()):
+            shares = ", ".join(
+                f"{int((owner == i).sum())} by '{task.name}'"
+                for i, task in enumerate(tasks)
+                if bool((owner == i).any())
+            )
+            raise CapacityError(
+                f"Task '{name}' cannot start: no free unit is left in '{group}' ({len(owner)} of"
+                f" {len(owner)} owned: {shares}). Lower max_claim for the tasks before it, raise"
+                " reserve_tasks, or widen the layer."
+            )
