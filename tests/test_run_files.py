@@ -12,7 +12,7 @@ from runs import HARMS, pair, run_of, swap
 
 from lightning_cf import ContinualError, PartitionRecord, RunWarning
 from lightning_cf.ownership.levels import FREE
-from lightning_cf.reporting.tables import write_unit_pictures
+from lightning_cf.reporting.unit_pictures import write_unit_pictures
 from lightning_cf.sequence.store import RunStore
 from lightning_cf.utilities.files import read_json, write_json
 

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from lightning_cf.cli import doctor, stopping
 from lightning_cf.cli.progress_bar import RunBar
 from lightning_cf.cli.run_log import logged_warnings
 from lightning_cf.cli.stopping import check_stopped, ended_by_signals
 from lightning_cf.cli.sweep import run_job
-from lightning_cf.errors import ContinualError, RunWarning, check_choice, check_count, check_text, printable, warn
-from lightning_cf.lightning_api import MisconfigurationException, Trainer
-from lightning_cf.reporting.tables import print_summary, write_pictures, write_unit_pictures
+from lightning_cf.cli.telling import fail
+from lightning_cf.errors import ContinualError, RunWarning, check_choice, check_count, check_text, warn
+from lightning_cf.lightning_api import Trainer
+from lightning_cf.reporting.result_pictures import write_pictures
+from lightning_cf.reporting.tables import print_summary
+from lightning_cf.reporting.unit_pictures import write_unit_pictures
 from lightning_cf.sequence.comparison import VARIABLE, differences
 from lightning_cf.sequence.preflight import Method, check_root
 from lightning_cf.sequence.result import Result
@@ -75,7 +75,7 @@ def main() -> None:
         except Exception as error:
             if _wanted not in (None, "", "0"):
                 raise
-            _fail(error, foreseen=True)  # outside of a job it is Hydra that reads what the user wrote
+            fail(error, foreseen=True)  # outside of a job it is Hydra that reads what the user wrote
 
 
 def _main() -> None:
@@ -111,7 +111,7 @@ def _job(config: DictConfig) -> float | None:
             check_stopped()
             if _wanted not in (None, "", "0"):
                 raise
-            _fail(error)
+            fail(error)
     return None
 
 
@@ -303,32 +303,3 @@ def _set(name: str, value: str | None) -> None:
         os.environ.pop(name, None)
     else:
         os.environ[name] = value
-
-
-def _fail(error: Exception, *, foreseen: bool = False) -> NoReturn:
-    check_stopped()  # what else went wrong on the way out
-    text = printable(" ".join(_told(error, foreseen).split())).removeprefix("lightning-cf: ")
-    print(f"lightning-cf: error: {text}", file=sys.stderr)
-    sys.exit(1)
-
-
-def _told(error: BaseException, foreseen: bool) -> str:
-    """What a user got wrong as it stands; with its type, and a hint, what nobody foresaw."""
-    cause = error.__cause__
-    found = error
-    while isinstance(found, (HydraException, OmegaConfBaseException)) and found.__cause__ is not None:
-        found = found.__cause__
-    if isinstance(found, ContinualError):
-        return str(found).partition(" raised while resolving interpolation: ")[2] or str(found)
-    if isinstance(error, InstantiationException) and cause is not None:
-        target, key = (re.search(p, str(error)) for p in (r"target '([^']*)'", r"full_key: (\S+)"))
-        return f"{key[1] if key else 'the configuration'}: {target[1] if target else 'it'} cannot be made: {cause}"
-    text = str(error).partition("\nConfig search path")[0].partition("\nSee https://")[0]
-    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
-        text += f" {cause}"
-    text = text.replace("\n    full_key:", " Key:").partition("\n    object_type=")[0]
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename} cannot be used: {error.strerror}. Choose another folder with run=FOLDER."
-    if text and (foreseen or isinstance(error, (HydraException, OmegaConfBaseException, MisconfigurationException))):
-        return text
-    return f"{type(error).__name__}: {text} (HYDRA_FULL_ERROR=1 shows where.)"

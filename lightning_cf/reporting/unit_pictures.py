@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -12,7 +13,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, RunWarning, warn
 from lightning_cf.partition.options import MEASURES
 from lightning_cf.partition.similarity import Similarity
 from lightning_cf.records.record import LayerRecord, PartitionRecord
@@ -21,6 +22,20 @@ MOST_ARROWS, MOST_UNITS, MOST_BOUNDS = 400, 512, 40
 SAMPLE = 1024
 
 KINDS = {"claimed": "#1b6ca8", "redundant": "#f0b27a", "of earlier tasks": "#b5b5b5"}
+
+
+def write_unit_pictures(tasks: Path) -> None:
+    """Writes ``units.png`` and ``similarity.png`` beside the record of every task's partition."""
+    for manifest in sorted(tasks.glob("*/partition.json")):
+        try:
+            record = PartitionRecord.load(manifest.parent)
+        except ContinualError as error:
+            warn(f"{error} Its pictures are left out.", RunWarning)
+            continue
+        if not record.layers:
+            continue  # a network that is its output layer alone has no units to show
+        units_picture(record).savefig(manifest.parent / "units.png", dpi=150)
+        similarity_picture(record).savefig(manifest.parent / "similarity.png", dpi=150)
 
 
 def units_picture(record: PartitionRecord) -> Figure:
