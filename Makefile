@@ -35,7 +35,7 @@ $(VENV)/zoo: requirements-zoo.lock $(VENV)/installed
 # The transformers library's own classes, each through three tasks. In a folder of its own: torchmetrics imports the
 # library wherever it finds it, and nothing else here is to.
 transformers: $(VENV)/transformers
-	PYTHONPATH=$(VENV)/transformers $(VENV)/bin/pytest --numprocesses 2 -m slow tests/test_transformers.py
+	PYTHONPATH=$(VENV)/transformers $(VENV)/bin/pytest --numprocesses 2 -m slow tests/whole/test_transformers.py
 
 $(VENV)/transformers: requirements-transformers.lock $(VENV)/installed
 	rm -rf $@

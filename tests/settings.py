@@ -491,4 +491,4 @@ SETTINGS = [
     Setting(name="BatchNorm", group="module", module=partial(Net, norm=nn.BatchNorm1d)),
     Setting(name="LayerNorm", group="module", module=partial(Net, norm=nn.LayerNorm), tolerance=1e-5),
 ]
-"""Every setting; several processes are in tests/test_cli.py."""
+"""Every setting; several processes are in tests/cli/test_cli.py."""
