@@ -47,12 +47,12 @@ class Classifier(LightningModule):
         self.cosine = check_flag("Classifier", "cosine", cosine)
 
     def forward(self, x: Tensor) -> Tensor:  # plain types: TorchScript reads them
-        """Logits of a batch."""
+        """Logits of a batch, one column a class."""
         logits: Tensor = self.network(x)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch."""
+        """Mean cross-entropy of a batch (inputs, labels), logged as ``train_loss``."""
         x, y = batch
         loss = F.cross_entropy(self(x), y)
         self.log("train_loss", loss)

@@ -252,7 +252,7 @@ class Structure:
 
     @property
     def n_units(self) -> int:
-        """Number of units, outputs included."""
+        """How many units the network has, its output columns included: the length of a vector over all units."""
         return self.head.first + self.head.size
 
     @property

@@ -78,7 +78,7 @@ class AccuracyMatrix(Metric):
         self.rows.append(torch.tensor(scores, dtype=torch.float64))
 
     def compute(self) -> dict[str, float]:
-        """All averages by name."""
+        """Average accuracy, forgetting, backward and forward transfer, by the names that ``result.json`` has."""
         return {
             "average_accuracy": self.average,
             "forgetting": self.forgetting,
@@ -88,7 +88,7 @@ class AccuracyMatrix(Metric):
 
     @property
     def initial(self) -> Row:
-        """Scores at initialisation."""
+        """Scores of all tasks before anything was trained: b in forward transfer."""
         return self.rows[0]
 
     @property
@@ -103,7 +103,7 @@ class AccuracyMatrix(Metric):
 
     @property
     def average(self) -> float:
-        """See :func:`average_accuracy`."""
+        """Mean score over all tasks after the last one; see :func:`average_accuracy`."""
         return average_accuracy(self.matrix)
 
     @property

@@ -18,7 +18,8 @@ from torch import nn
 
 from lightning_cf.errors import ContinualError, RunWarning, warn
 from lightning_cf.learner.state import ContinualState
-from lightning_cf.records.record import MANIFEST, record_sha256
+from lightning_cf.records.manifest import MANIFEST
+from lightning_cf.records.record import record_sha256
 from lightning_cf.sequence.comparison import check_same, differences
 from lightning_cf.sequence.run_progress import RunProgress
 from lightning_cf.sequence.stored_state import (

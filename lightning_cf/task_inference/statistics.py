@@ -38,7 +38,7 @@ class Mahalanobis(Strategy):
         self.rank = rank
 
     def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
-        """Means and whitening."""
+        """Class means, and the covariance within classes: leading directions, their variances, the rest's."""
         return _gaussian(self.units(view), labels, classes, self.rank)
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
@@ -60,7 +60,7 @@ class FirstLayer(Mahalanobis):
     name, needs = "first_layer", "first"
 
     def units(self, view: View) -> Samples:
-        """Those of the first layer."""
+        """The first layer's units before their activation, one row a sample."""
         return view.before[0]
 
 
@@ -182,7 +182,7 @@ class InputGaussian(Strategy):
         return {"mean": view.inputs.mean(dim=0), "variance": variance + 0.05 * variance.mean().clamp_min(1e-6)}
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
-        """The log-density a value."""
+        """The log-density of each input, divided by how many values it has."""
         assert view.inputs is not None
         terms = (view.inputs - fitted["mean"]).square() / fitted["variance"] + fitted["variance"].log()
         return -terms.mean(dim=1) / 2
@@ -202,7 +202,7 @@ class InputSubspaces(Strategy):
         self.clusters, self.rank = clusters, rank
 
     def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
-        """Centres and directions."""
+        """For each class the centres of its clusters of inputs, and the leading directions around each."""
         assert view.inputs is not None
         return _local(view.inputs, labels, classes, self.clusters, self.rank, scaled=False)
 

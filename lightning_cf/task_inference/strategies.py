@@ -107,7 +107,7 @@ class Plain(Strategy):
     name, raw = "plain", True
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
-        """The highest output."""
+        """The task's highest output for each sample."""
         return view.logits.amax(dim=1)
 
     def probabilities(
@@ -123,7 +123,7 @@ class Joint(Strategy):
     name, raw = "joint", True
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
-        """The highest output."""
+        """The task's highest output for each sample; over all tasks, the highest of all outputs decides."""
         return view.logits.amax(dim=1)
 
 
@@ -133,7 +133,7 @@ class Energy(Strategy):
     name = "energy"
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
-        """The log-sum-exp."""
+        """The log-sum-exp of the task's outputs for each sample."""
         energy: Tensor = view.logits.logsumexp(dim=1)
         return energy
 

@@ -48,7 +48,7 @@ class Limits:
 
     @classmethod
     def of(cls, trainer: Trainer) -> Limits:
-        """Those of a Trainer."""
+        """How much of its loaders a Trainer reads, from the Trainer's options."""
         steps = trainer.max_steps
         distributes = trainer._accelerator_connector.use_distributed_sampler
         check = trainer.val_check_interval
