@@ -167,7 +167,7 @@ class RunStore:
         warn(text, RunWarning)
 
     def _read(self, path: Path, wanted: Mapping[str, Any], allow: Sequence[str]) -> FoundState:
-        """A state of the wanted run."""
+        """A state, if it is one of the wanted run; raises ContinualError for another run's."""
         kept = load_state(path)
         if kept["format"] < 2:
             self._check_older_format(path, kept, wanted)

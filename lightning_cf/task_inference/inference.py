@@ -233,7 +233,7 @@ class TaskInference:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and plain containers."""
+        """Everything that is kept, as tensors and plain containers that ``torch.load(weights_only=True)`` reads."""
         return {
             "strategies": list(self.strategies),
             "unit": self.unit,

@@ -72,7 +72,15 @@ class View:
 
     @classmethod
     def of(cls, readout: Readout, sites: Sites) -> View:
-        """A task's view of a batch."""
+        """What a task's scores look at in a batch that was read.
+
+        Args:
+            readout: of the batch.
+            sites: where the task's scores look.
+
+        Raises:
+            ContinualError: if a layer that they look at did not run in that forward pass.
+        """
         device = readout.outputs.device
         unseen = [site.weight for site in sites.hidden if site.weight not in readout.read]
         if unseen:

@@ -46,7 +46,7 @@ class Mahalanobis(Strategy):
         return -_distance(self.units(view), fitted).amin(dim=1)
 
     def units(self, view: View) -> Samples:
-        """What the distance is taken in."""
+        """The units in which the distance is taken, one row a sample."""
         return _hidden(view)
 
 
@@ -176,7 +176,7 @@ class InputGaussian(Strategy):
     needs = "inputs"
 
     def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
-        """Mean and variance of each value."""
+        """Mean and variance of each of the input's values over the training data."""
         assert view.inputs is not None
         variance = view.inputs.var(dim=0)
         return {"mean": view.inputs.mean(dim=0), "variance": variance + 0.05 * variance.mean().clamp_min(1e-6)}

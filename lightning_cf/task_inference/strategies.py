@@ -77,7 +77,12 @@ class Strategy(ABC):
 
     @abstractmethod
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
-        """The task's score of each sample."""
+        """The task's score of each sample; higher means more likely the task's.
+
+        Args:
+            fitted: what :meth:`keep` kept of the task, on the view's device.
+            view: what the task's sub-network shows of a batch.
+        """
 
     def probabilities(
         self, scores: TaskScores, spread: Tensor, threshold: Tensor
