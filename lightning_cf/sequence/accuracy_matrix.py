@@ -123,5 +123,5 @@ class AccuracyMatrix(Metric):
 
     @property
     def forward_transfer(self) -> float:
-        """What earlier tasks changed in later ones' first scores, see :func:`forward_transfer`; 0 for joint training."""
+        """What earlier tasks changed in later ones' first scores; 0 for joint training."""
         return forward_transfer(self.matrix, self.initial) if self.sequential else 0.0
