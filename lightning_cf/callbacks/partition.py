@@ -31,7 +31,7 @@ from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.ledger import ISOLATIONS, Isolation
 from lightning_cf.partition.claim import PartitionWarning, warn_of_cost
 from lightning_cf.partition.options import PartitionKeywords, PartitionOptions
-from lightning_cf.records.recording import TaskFolders
+from lightning_cf.records.folders import TaskFolders
 from lightning_cf.tasks.scoring_check import check_scoring
 from lightning_cf.tasks.task import Task
 from lightning_cf.utilities.describing import describe

@@ -47,7 +47,7 @@ class RunBar:
 
     @staticmethod
     def write(text: str) -> None:
-        """Prints a line above the bar."""
+        """Prints a line above the bar, which stays where it is."""
         tqdm.write(text, file=sys.stderr)
 
 

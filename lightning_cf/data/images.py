@@ -47,7 +47,7 @@ class TensorImages(Dataset[Batch]):
         return (images if self.transform is None else self.transform(images)), self.labels[indices]
 
     def of_classes(self, classes: Sequence[int]) -> TensorImages:
-        """The images of some classes."""
+        """The images of some classes only, with their labels as they were."""
         chosen = torch.isin(self.labels, torch.tensor(list(classes)))
         return TensorImages(self.images[chosen], self.labels[chosen], self.transform)
 
@@ -98,18 +98,18 @@ class ImageData(LightningDataModule):
             self.splits = replace(splits, train=splits.train.augmented(augment))
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled."""
+        """Shuffled training batches; a last one that is not full is left out unless it is the only one."""
         full = len(self.splits.train) >= self.batch_size
         return DataLoader(
             self.splits.train, self.batch_size, shuffle=len(self.splits.train) > 0, drop_last=full, collate_fn=_collate
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """In order."""
+        """Validation images in their order, 1024 a batch."""
         return DataLoader(self.splits.val, 1024, collate_fn=_collate)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """In order."""
+        """Test images in their order, 1024 a batch."""
         return DataLoader(self.splits.test, 1024, collate_fn=_collate)
 
 

@@ -115,7 +115,7 @@ class AffinePerturbation(ABC):
         """The maps drawn for ``vectors``, of their type and on their device."""
 
     def __call__(self, vectors: Vectors, generator: Generator) -> Vectors:
-        """Mapped vectors."""
+        """Copies of the vectors, one row a unit, each mapped by a map of its own drawn from the generator."""
         wide = widened(vectors)
         return self.maps(wide, generator)(wide).to(vectors)
 
@@ -143,7 +143,7 @@ class Rotation(AffinePerturbation):
         check_number("Rotation", "degrees", self.degrees)
 
     def maps(self, vectors: Vectors, generator: Generator) -> AffineMaps:
-        """One plane a unit."""
+        """For each unit a turn in a plane of its own, that of its vector and a random direction orthogonal to it."""
         plane = _plane(vectors, generator)
         angle = math.radians(self.degrees)
         less = -2 * math.sin(angle / 2) ** 2  # cos - 1, without cancellation for small angles
@@ -165,7 +165,7 @@ class Translation(AffinePerturbation):
         check_number("Translation", "length", self.length, least=0.0)
 
     def maps(self, vectors: Vectors, generator: Generator) -> AffineMaps:
-        """One displacement a unit."""
+        """For each unit a displacement in a random direction, as long as ``length`` times its vector."""
         lengths = self.length * vectors.norm(dim=1, keepdim=True)
         return replace(AffineMaps.identity(vectors), shift=lengths * _directions(standard_normal(vectors, generator)))
 
@@ -186,7 +186,7 @@ class Shear(AffinePerturbation):
         check_number("Shear", "factor", self.factor)
 
     def maps(self, vectors: Vectors, generator: Generator) -> AffineMaps:
-        """One plane a unit."""
+        """For each unit a shear along a random direction orthogonal to its vector."""
         plane = _plane(vectors, generator)
         return replace(AffineMaps.identity(vectors), left=self.factor * plane[:, 1:], right=plane[:, :1])
 
@@ -205,7 +205,7 @@ class Scaling(AffinePerturbation):
         check_number("Scaling", "factor", self.factor, least=1.0)
 
     def maps(self, vectors: Vectors, generator: Generator) -> AffineMaps:
-        """One factor a unit."""
+        """For each unit a factor of its own, log-uniform between ``1 / factor`` and ``factor``."""
         exponent = torch.rand(len(vectors), generator=generator).to(vectors) * 2 - 1
         return replace(AffineMaps.identity(vectors), scale=self.factor**exponent)
 

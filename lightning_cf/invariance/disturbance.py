@@ -73,14 +73,14 @@ class Disturbance:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Puts the undisturbed values back."""
+        """Copies the undisturbed values back, bit for bit; does nothing where nothing is perturbed."""
         for base in self.base:
             base.put_back(self.tensors)
         self.base = []
 
     @property
     def lasts(self) -> bool:
-        """Whether something is perturbed now."""
+        """Whether the network is perturbed at this moment, so that what is frozen is not as it is owned."""
         return bool(self.base)
 
     def changes(self, tensor: Tensor) -> bool:
@@ -141,14 +141,14 @@ class _Base:
     shared: Bool[Tensor, "units values"] | None
 
     def put_back(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what may be disturbed."""
+        """Copies the undisturbed values back, but for entries that claimed units or outputs use too."""
         tensor, values = tensors[self.rows.tensor], self.values
         if self.shared is not None:
             values = torch.where(self.shared, self.rows.read(tensor), values)
         self.rows.write(tensor, values, self.units)
 
     def put_back_shared(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what may not."""
+        """Copies the values back of entries that claimed units or outputs use too: these may not be disturbed."""
         tensor = tensors[self.rows.tensor]
         if self.shared is not None:
             self.rows.write(tensor, torch.where(self.shared, self.values, self.rows.read(tensor)), self.units)

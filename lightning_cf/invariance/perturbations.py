@@ -41,7 +41,7 @@ class Resample:
     """
 
     def __call__(self, vectors: Vectors, generator: Generator) -> Vectors:
-        """Fresh directions."""
+        """Vectors of the same lengths in fresh random directions, one row a unit."""
         direction = standard_normal(vectors, generator)
         resampled: Tensor = direction * (vectors.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True))
         return resampled
@@ -61,7 +61,7 @@ class Noise:
         check_number("Noise", "scale", self.scale, least=0.0)
 
     def __call__(self, vectors: Vectors, generator: Generator) -> Vectors:
-        """Vectors with noise."""
+        """The vectors with noise added whose length is about ``scale`` times theirs, one row a unit."""
         length = vectors.norm(dim=1, keepdim=True) / vectors.shape[1] ** 0.5
         noisy: Tensor = vectors + self.scale * length * standard_normal(vectors, generator)
         return noisy
@@ -72,7 +72,7 @@ class Ablate:
     """Zero: the units are silent. Their biases, norm scales and norm shifts are zeroed with the vectors."""
 
     def __call__(self, vectors: Vectors, generator: Generator) -> Vectors:
-        """Zeros."""
+        """Zeros in the shape of the vectors; nothing is drawn."""
         return torch.zeros_like(vectors)
 
 
@@ -132,7 +132,7 @@ class Compose:
         object.__setattr__(self, "perturbations", _some("Compose", self.perturbations))
 
     def __call__(self, vectors: Vectors, generator: Generator) -> Vectors:
-        """Vectors after all of them."""
+        """The vectors after each perturbation in turn, all drawn from the same generator."""
         disturbed = widened(vectors)
         for perturbation in self.perturbations:
             disturbed = perturbation(disturbed, generator)
@@ -260,7 +260,7 @@ def _check_given(name: str, value: Given | None, axes: int) -> None:
 
 
 def _kind(value: object) -> str:
-    """What was given, in short."""
+    """In few words of what kind a given value is, for messages."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)} and type {value.dtype}"
     return repr(value)[:80]

@@ -20,7 +20,7 @@ from lightning_cf.network.finite import rows_finite
 from lightning_cf.network.forward import call, in_precision_of
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.task_inference import STRATEGIES, Known, Prediction, Sites, TaskInference, View
-from lightning_cf.task_inference.inference import read_all, variants_of
+from lightning_cf.task_inference.read_variants import read_all, variants_of
 from lightning_cf.task_inference.sites import Watched
 from lightning_cf.task_inference.trained import trained_heads
 from lightning_cf.task_inference.watching import watch

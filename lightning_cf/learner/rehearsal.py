@@ -22,7 +22,7 @@ from lightning_cf.network.forward import call, eval_mode, same_state
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
 from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference, View, read
-from lightning_cf.task_inference.inference import variants_of
+from lightning_cf.task_inference.read_variants import variants_of
 from lightning_cf.task_inference.trained import Trained, trained_heads
 from lightning_cf.task_inference.variants import VARIANTS, differs, strange
 from lightning_cf.tasks.evaluation import forward_context, on_device, predict

@@ -20,7 +20,7 @@ from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.partition.claim import Claimer, warn_of_cost
 from lightning_cf.partition.folding import cut_claimed
 from lightning_cf.partition.options import PartitionOptions
-from lightning_cf.records.recording import TaskFolders
+from lightning_cf.records.folders import TaskFolders
 from lightning_cf.tasks.evaluation import judge, predict
 from lightning_cf.tasks.reading import samples_in
 from lightning_cf.tasks.scoring_check import warn_of_constant

@@ -93,13 +93,13 @@ class Snapshot:
 
     @classmethod
     def of(cls, module: nn.Module) -> Snapshot:
-        """The numbers of now."""
+        """Copies all parameters and buffers of a network as they are now; lazy ones have no numbers yet."""
         tensors = named_tensors(module).items()
         return cls({name: x.detach().to("cpu", copy=True) for name, x in tensors if not is_lazy(x)})
 
     @torch.no_grad()
     def put_back(self, module: nn.Module) -> None:
-        """Makes them the network's again."""
+        """Copies the numbers back into the network, in place; tensors that are new or of another shape stay."""
         for name, tensor in named_tensors(module).items():
             kept = self.values.get(name)
             if kept is not None and kept.shape == tensor.shape:

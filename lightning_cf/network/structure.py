@@ -75,7 +75,7 @@ class Rows:
         return tensor.detach() if self.axis is None else tensor.detach().movedim(self.axis, 0)
 
     def _places(self, tensor: Tensor, index: Int64[Tensor, "some rows"]) -> tuple[Tensor, ...]:
-        """Where the entries are in ``_lines``."""
+        """What to index ``_lines`` with for the entries of some units, given their rows of ``index``."""
         places = index.flatten().to(tensor.device)
         return (places,) if self.axis is not None else torch.unravel_index(places, tensor.shape)
 
@@ -218,7 +218,7 @@ class Structure:
         return self.rides.get(task, 0) if self.ways > 1 else 0
 
     def uses_on(self, name: str, way: int) -> tuple[Entries, ...]:
-        """Where one way uses a tensor."""
+        """Where one way through the network uses a tensor, by the tensor's name; empty where it does not."""
         return tuple(use for use in self.entries.get(name, ()) if way in use.ways)
 
     def groups_on(self, way: int) -> tuple[UnitGroup, ...]:
@@ -254,7 +254,7 @@ class Structure:
 
     @property
     def n_units(self) -> int:
-        """Number of units, outputs included."""
+        """How many units the network has, its output columns included: the length of a vector over all units."""
         return self.head.first + self.head.size
 
     @property

@@ -30,7 +30,7 @@ class Ways:
         self.forwards = tuple(forwards)
 
     def __call__(self, module: nn.Module, examples: Sequence[Any]) -> tuple[Any, ...]:
-        """What each way returns."""
+        """Runs the network in each way on the example of that way; a tuple of what each returns."""
         found = []
         for number, (forward, example) in enumerate(zip(self.forwards, examples, strict=True)):
             token = _RUNNING.set(number)

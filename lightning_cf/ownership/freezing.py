@@ -24,7 +24,7 @@ class Passing(Protocol):
 
     @property
     def lasts(self) -> bool:
-        """Whether they are changed now."""
+        """Whether the entries are changed at this moment; once it is over, the frozen values count again."""
         ...
 
     def changes(self, tensor: Tensor) -> bool:

@@ -38,7 +38,7 @@ class Masks:
 
     @property
     def structure(self) -> Structure:
-        """The network's."""
+        """The network's structure, whose entries the masks are for."""
         return self.now.structure
 
     def frozen(self, tensors: Mapping[str, Tensor]) -> dict[str, Bool[Tensor, "..."]]:

@@ -202,7 +202,7 @@ _FUNCTIONS: dict[Any, Sequence[str]] = {
 
 @contextmanager
 def _outside_children(module: nn.Module, calls: _Calls) -> Iterator[None]:
-    """Counts the children that run, meanwhile."""
+    """Meanwhile ``calls`` knows whether a child of the module runs, whose operations are not the module's own."""
 
     def enter(*_: Any) -> None:
         calls.inside += 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,26 +20,9 @@ from lightning_cf.errors import ContinualError, check_path
 from lightning_cf.ownership.ledger import Isolation
 from lightning_cf.partition.clusters import Partition
 from lightning_cf.partition.similarity import Similarity
+from lightning_cf.records.manifest import MANIFEST, MEANING, VERSION, as_json, read_manifest, within, write_manifest
 from lightning_cf.records.similarity_tiles import StoredSimilarity, damaged, read_array, write_array, write_tiles
-from lightning_cf.utilities.files import make_folder, with_checksum, without_checksum, write_atomically, writing
-
-VERSION, MANIFEST = 1, "partition.json"
-
-MEANING = {
-    "candidates": "numbers, within the layer, of the units that were partitioned",
-    "representative": "number of the representative of each unit's cluster: its own number for a non-redundant unit,"
-    " another one for a redundant unit, -1 for a unit that took no part, since an earlier task owns it"
-    " or an earlier partition of this task gave it up",
-    "owner": "number of the task that owns each unit after the claim, -1 for a free unit",
-    "magnitude": "Euclidean norm of each unit's incoming weights",
-    "direction": "incoming weights of each unit over their norm, one row a unit; zeros for a zero vector",
-    "bias": "bias of each unit",
-    "_after": "the same after INVARIANCE",
-    "similarity": "degree of similarity of the candidates, in their order, in square tiles: ROW_COLUMN.npy starts at"
-    " entry (ROW * tile, COLUMN * tile) of the matrix; tiles below the diagonal are left out, by symmetry",
-    "float": "nan, inf or -inf, which JSON does not have",
-}
-"""Part of every ``partition.json``, so that whoever finds the files knows what they hold."""
+from lightning_cf.utilities.files import make_folder, writing
 
 _PLAIN = ("task", "position", "isolation", "constraints", "accuracy", "ablation_accuracy")
 _ARRAYS = ("candidates", "representative", "owner", "magnitude", "direction", "bias")
@@ -160,7 +142,7 @@ class PartitionRecord:
             for number, layer in enumerate(self.layers)
         ]
         plain = {name: getattr(self, name) for name in _PLAIN}
-        _write_manifest(folder, {"version": VERSION, "meaning": MEANING, **plain, "layers": layers})
+        write_manifest(folder, {"version": VERSION, "meaning": MEANING, **plain, "layers": layers})
         for path in older.values():
             shutil.rmtree(path)
 
@@ -172,7 +154,7 @@ class PartitionRecord:
             ContinualError: if there is no record, one of a newer format, or one whose files are missing or damaged.
         """
         folder = check_path("PartitionRecord", "folder", folder)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         try:
             layers = tuple(_read_layer(Path(folder), entry) for entry in manifest["layers"])
             return cls(**{name: manifest[name] for name in _PLAIN}, layers=layers)
@@ -191,12 +173,12 @@ def complete_record(folder: str | Path, after: Mapping[str, tuple[Float[Tensor, 
         ContinualError: as :meth:`PartitionRecord.load`, and for a layer that the record does not have in that shape.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     try:
         files = {entry["name"]: entry["arrays"] for entry in manifest["layers"]}
         for arrays in files.values():
             for array in arrays.values():
-                _within(folder, array["file"])
+                within(folder, array["file"])
     except (KeyError, TypeError, AttributeError) as error:
         raise damaged(folder / MANIFEST, error) from error
     for name, (vectors, _) in after.items():
@@ -209,21 +191,21 @@ def complete_record(folder: str | Path, after: Mapping[str, tuple[Float[Tensor, 
     for arrays in files.values():
         for name in _AFTER:
             arrays.pop(name, None)
-    _write_manifest(folder, manifest)  # a kill below then leaves no mixture of two completions
+    write_manifest(folder, manifest)  # a kill below then leaves no mixture of two completions
     for name, polar in after.items():
         place = files[name]["direction"]["file"].rpartition("/")[0]
         files[name] |= _write_arrays(folder, place, dict(zip(_AFTER, _polar(*polar), strict=True)))
-    _write_manifest(folder, manifest)
+    write_manifest(folder, manifest)
 
 
 def record_sha256(folder: Path) -> str | None:
     """SHA-256 of what a record says of the partition, whether or not it is completed; None where it is damaged."""
     try:
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         for entry in manifest["layers"]:
             for name in _AFTER:
                 entry["arrays"].pop(name, None)
-        return hashlib.sha256(json.dumps(_as_json(manifest), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(as_json(manifest), sort_keys=True).encode()).hexdigest()
     except (ContinualError, KeyError, TypeError, AttributeError):
         return None
 
@@ -263,56 +245,11 @@ def _write_arrays(folder: Path, place: str, arrays: Mapping[str, Tensor]) -> dic
 
 def _read_layer(folder: Path, entry: Mapping[str, Any]) -> LayerRecord:
     arrays = {
-        name: torch.from_numpy(read_array(_within(folder, x["file"]), x["shape"], x.get("sha256")))
+        name: torch.from_numpy(read_array(within(folder, x["file"]), x["shape"], x.get("sha256")))
         for name, x in entry["arrays"].items()
     }
     stored = entry["similarity"]
     similarity = stored and StoredSimilarity(
-        _within(folder, stored["folder"]), stored["units"], stored["tile"], stored.get("sha256")
+        within(folder, stored["folder"]), stored["units"], stored["tile"], stored.get("sha256")
     )
     return LayerRecord(entry["name"], tuple(entry["layers"]), entry["threshold"], **arrays, similarity=similarity)
-
-
-def _within(folder: Path, name: str) -> Path:
-    """A file or folder that a record names, which can only be one of its own."""
-    if re.fullmatch(r"partition-\d+(/[A-Za-z0-9._-]+)+", name) is None or ".." in name.split("/"):
-        raise ContinualError(
-            f"{folder / MANIFEST} names {name!r}, which is none of its own files; copy the record's folder again as a"
-            " whole, or partition again."
-        )
-    return folder / name
-
-
-def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    text = json.dumps(with_checksum(_as_json(manifest)), indent=2, allow_nan=False)
-    write_atomically(folder / MANIFEST, text)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.exists():
-        raise ContinualError(f"{folder} holds no record of a partition; give a folder with a {MANIFEST}.")
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        newer = found["version"] > VERSION
-        plain = found if newer else without_checksum(found)
-        manifest: dict[str, Any] = json.loads(json.dumps(plain), object_hook=_from_json)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged(path, error) from error
-    if newer:
-        raise ContinualError(
-            f"{path} has format {manifest['version']}; this lightning_cf reads up to {VERSION}. Update lightning_cf."
-        )
-    return manifest
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _as_json(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
-    return {"float": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _from_json(value: dict[str, Any]) -> Any:
-    return float(value["float"]) if value in [{"float": text} for text in ("nan", "inf", "-inf")] else value

@@ -46,7 +46,7 @@ def summary(results: Mapping[str, Result]) -> str:
 
 
 def _told(result: Result) -> str:
-    """Accuracy where nobody names the task."""
+    """Average accuracy where nobody names the task, for the table; empty where no task can be inferred."""
     found = result.class_incremental
     return "" if found is None else f"{found['average_accuracy']:.4f}"
 

@@ -78,7 +78,7 @@ class AccuracyMatrix(Metric):
         self.rows.append(torch.tensor(scores, dtype=torch.float64))
 
     def compute(self) -> dict[str, float]:
-        """All averages by name."""
+        """Average accuracy, forgetting, backward and forward transfer, by the names that ``result.json`` has."""
         return {
             "average_accuracy": self.average,
             "forgetting": self.forgetting,
@@ -88,7 +88,7 @@ class AccuracyMatrix(Metric):
 
     @property
     def initial(self) -> Row:
-        """Scores at initialisation."""
+        """Scores of all tasks before anything was trained: b in forward transfer."""
         return self.rows[0]
 
     @property
@@ -103,25 +103,25 @@ class AccuracyMatrix(Metric):
 
     @property
     def average(self) -> float:
-        """See :func:`average_accuracy`."""
+        """Mean score over all tasks after the last one; see :func:`average_accuracy`."""
         return average_accuracy(self.matrix)
 
     @property
     def forgetting(self) -> float:
-        """See :func:`mean_forgetting`; 0 for joint training."""
+        """Mean forgetting over all tasks but the last, see :func:`mean_forgetting`; 0 for joint training."""
         return mean_forgetting(self.matrix) if self.sequential else 0.0
 
     @property
     def forgetting_per_task(self) -> list[float]:
-        """See :func:`forgetting`; zeros for joint training."""
+        """What each task lost since its best score, see :func:`forgetting`; zeros for joint training."""
         return [float(x) for x in forgetting(self.matrix)] if self.sequential else [0.0] * self.tasks
 
     @property
     def backward_transfer(self) -> float:
-        """See :func:`backward_transfer`; 0 for joint training."""
+        """What later tasks changed in earlier ones' scores, see :func:`backward_transfer`; 0 for joint training."""
         return backward_transfer(self.matrix) if self.sequential else 0.0
 
     @property
     def forward_transfer(self) -> float:
-        """See :func:`forward_transfer`; 0 for joint training."""
+        """What earlier tasks changed in later ones' first scores; 0 for joint training."""
         return forward_transfer(self.matrix, self.initial) if self.sequential else 0.0

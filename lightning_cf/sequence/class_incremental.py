@@ -44,7 +44,7 @@ class StrategyScores:
     stored_floats: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``result.json``."""
+        """The scores with their averages after the last task, as ``result.json`` shows them."""
         return {
             "accuracy_matrix": [row.accuracy for row in self.rows],
             "average_accuracy": _mean(self.rows[-1].accuracy) if self.rows else None,
@@ -56,7 +56,7 @@ class StrategyScores:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> StrategyScores:
-        """What ``dataclasses.asdict`` gave."""
+        """Makes the scores again that ``dataclasses.asdict`` described, as a stored run keeps them."""
         return cls([Scored(**row) for row in state["rows"]], state["stored_floats"])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback, TaskInferenceCallback
 from lightning_cf.errors import ContinualError
 from lightning_cf.ownership.ledger import Isolation
-from lightning_cf.records.recording import TaskFolders
+from lightning_cf.records.folders import TaskFolders
 from lightning_cf.sequence.trainers import Trainers
 from lightning_cf.subspaces.subspace import LearnedSubspace
 from lightning_cf.task_inference import Strategy

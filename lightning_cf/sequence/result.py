@@ -70,7 +70,7 @@ class Result:
         tasks: Sequence[Task],
         constant_predictor: Sequence[float | None],
     ) -> Result:
-        """Gathers what a run left."""
+        """Gathers what a run left: its progress, the ledger's records, and the network as it stands."""
         accuracy = AccuracyMatrix(len(tasks))
         for row in progress.rows:
             accuracy.update(row)
@@ -90,7 +90,7 @@ class Result:
         )
 
     def averages(self) -> dict[str, float]:
-        """Average accuracy, forgetting, backward and forward transfer."""
+        """Average accuracy, forgetting, backward and forward transfer by name, as plain numbers."""
         return {name: float(value) for name, value in self.accuracy.compute().items()}
 
     @property

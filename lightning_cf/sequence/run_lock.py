@@ -85,7 +85,7 @@ class RunLock:
             write_json(self._about, _about_this_process())
 
     def release(self) -> None:
-        """Gives the lock back."""
+        """Gives the lock back so that another run may have the folder; does nothing where it is not held."""
         lease, self._lease, self.busy = self._lease, None, False
         if lease is not None:
             with suppress(OSError):

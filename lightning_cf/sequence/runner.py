@@ -209,7 +209,7 @@ class SequentialTaskRunner(StoredRun):
             self.progress.note_capacity(self.state.ledger.capacity())
 
     def result(self) -> Result:
-        """What the run found so far."""
+        """Scores and partitions so far, with what a constant predictor would reach; reads all scoring data once."""
         with placed_on(self.module, self.host.strategy.root_device), isolated_generators():
             constant = constant_scores(self.module, self.state, self.tasks, self.score_on)
         return Result.of(self.progress, self.module, self.state, self.tasks, constant)

@@ -18,7 +18,8 @@ from torch import nn
 
 from lightning_cf.errors import ContinualError, RunWarning, warn
 from lightning_cf.learner.state import ContinualState
-from lightning_cf.records.record import MANIFEST, record_sha256
+from lightning_cf.records.manifest import MANIFEST
+from lightning_cf.records.record import record_sha256
 from lightning_cf.sequence.comparison import check_same, differences
 from lightning_cf.sequence.run_progress import RunProgress
 from lightning_cf.sequence.stored_state import (
@@ -166,7 +167,7 @@ class RunStore:
         warn(text, RunWarning)
 
     def _read(self, path: Path, wanted: Mapping[str, Any], allow: Sequence[str]) -> FoundState:
-        """A state of the wanted run."""
+        """A state, if it is one of the wanted run; raises ContinualError for another run's."""
         kept = load_state(path)
         if kept["format"] < 2:
             self._check_older_format(path, kept, wanted)

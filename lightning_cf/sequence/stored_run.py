@@ -18,8 +18,8 @@ from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.steps import synchronise
 from lightning_cf.lightning_api import Trainer
 from lightning_cf.module import ContinualModule
-from lightning_cf.records.record import MANIFEST
-from lightning_cf.records.recording import TaskFolders
+from lightning_cf.records.folders import TaskFolders
+from lightning_cf.records.manifest import MANIFEST
 from lightning_cf.sequence.comparison import check_allow
 from lightning_cf.sequence.preflight import check_root, check_tasks
 from lightning_cf.sequence.run_folder import check_room, size_of, take_folder, tell_damage, tell_differences

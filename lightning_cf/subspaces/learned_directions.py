@@ -53,7 +53,7 @@ class DirectionLearner:
         return self
 
     def detach(self) -> None:
-        """Stops watching."""
+        """Removes the hooks from the gradients; what was learned so far stays."""
         while self._handles:
             self._handles.pop().remove()
 

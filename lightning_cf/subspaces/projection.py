@@ -44,7 +44,7 @@ class Projection:
         return self
 
     def detach(self) -> None:
-        """Removes every hook."""
+        """Removes the hooks from the optimisers: steps are free from now on."""
         while self.handles:
             self.handles.pop().remove()
 
@@ -80,7 +80,7 @@ class _Held:
 
     @torch.no_grad()
     def project(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes out what lies outside."""
+        """Takes out of what training added to the held vectors all that lies outside the sub-space, in place."""
         if any(tensors[name].requires_grad for name in self.still):
             self.still = {name for name in self.still if not tensors[name].requires_grad}
             self.basis = self._leaving_still(tensors)

@@ -152,7 +152,7 @@ class LearnedSubspace:
         check_count("subspace", "seed", self.seed, least=0)
 
     def basis(self, layer: str, inputs: int, directions: Bases) -> Basis | None:
-        """What was learned."""
+        """The directions learned so far for a layer; None before there are any, so that nothing is held."""
         return directions.get(layer)
 
 

@@ -30,7 +30,7 @@ class InputAutoencoder(Strategy):
         self.width, self.steps = width, steps
 
     def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
-        """Trains it."""
+        """Trains an autoencoder on the inputs of the view: its weights, and the mean input."""
         assert view.inputs is not None
         x = view.inputs
         generator = keyed_generator(self.name, x.shape[1], self.width)
@@ -52,7 +52,7 @@ class InputAutoencoder(Strategy):
         return {name: value.detach() for name, value in trained.items()}
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
-        """Minus the mean squared residual."""
+        """Minus the mean squared residual of each input: an input like those of the task is given back well."""
         assert view.inputs is not None
         return -_residual(fitted, view.inputs)
 

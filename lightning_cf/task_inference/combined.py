@@ -1,4 +1,4 @@
-"""Sums of scores, and all strategies by name."""
+"""Strategies that are sums of others' scores."""
 
 from __future__ import annotations
 
@@ -8,27 +8,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError, check_choice
-from lightning_cf.task_inference.autoencoder import InputAutoencoder
-from lightning_cf.task_inference.neither import Neither
 from lightning_cf.task_inference.readout import View
-from lightning_cf.task_inference.reconstruction import Reconstruction
-from lightning_cf.task_inference.rotations import Rotations
-from lightning_cf.task_inference.statistics import (
-    FirstLayer,
-    InputGaussian,
-    InputSubspaces,
-    LocalSubspaces,
-    Mahalanobis,
-)
 from lightning_cf.task_inference.strategies import (
-    CHOICES,
-    NEEDS,
-    Energy,
     Fitted,
-    Joint,
-    MaxSoftmax,
-    Plain,
     Strategy,
     TaskScores,
 )
@@ -66,14 +48,14 @@ class Sum(Strategy):
         return found
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
-        """The sum."""
+        """The sum of the parts' scores, each calibrated on held-out data of the task."""
         total = view.logits.new_zeros(len(view.logits))
         for part in self.parts:
             total = total + self.calibrated(part, fitted, view)
         return total
 
     def own(self, part: Strategy, fitted: Fitted) -> dict[str, Tensor]:
-        """What a part keeps."""
+        """Of what a sum keeps of a task, what is the part's, by the part's own names."""
         prefix = f"{part.name}."
         return {key.removeprefix(prefix): value for key, value in fitted.items() if key.startswith(prefix)}
 
@@ -102,58 +84,12 @@ class Aided(Sum):
         self.leading, self.aid, self.share = leading, aid, share
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
-        """The sum."""
+        """The leading score as it is, plus ``share`` times the calibrated aid."""
         leading: Tensor = self.leading.score(self.own(self.leading, fitted), view)
         return leading + self.share * self.calibrated(self.aid, fitted, view)
 
     def probabilities(
         self, scores: TaskScores, spread: Tensor, threshold: Tensor
     ) -> Float[Tensor, "batch tasks_and_none"]:
-        """As the raw score's."""
+        """As the leading strategy makes them of its scores; the aid only shifts these a little."""
         return self.leading.probabilities(scores, spread, threshold)
-
-
-STRATEGIES: dict[str, Strategy] = {
-    strategy.name: strategy
-    for strategy in (
-        Plain(),
-        Joint(),
-        Energy(),
-        MaxSoftmax(),
-        Mahalanobis(),
-        FirstLayer(),
-        LocalSubspaces(),
-        Sum("mahalanobis_energy", [Mahalanobis(), Energy()]),
-        Sum("subspaces_energy", [LocalSubspaces(), Energy()]),
-        Reconstruction(),
-        Reconstruction("reconstruction_logits", 0.02),
-        Aided("reconstruction_subspaces", Reconstruction("reconstruction_logits", 0.02), LocalSubspaces(), share=0.1),
-        Neither(),
-        Sum("neither_mahalanobis", [Neither(), Mahalanobis()]),
-        Rotations(),
-        Rotations("rotations_once", ensemble=False),
-        InputGaussian(),
-        InputSubspaces(),
-        InputAutoencoder(),
-    )
-}
-"""All strategies by name; the last three are models of the input beside the network. Registered ones follow."""
-
-_OURS = frozenset(STRATEGIES)
-
-
-def register(strategy: Strategy) -> Strategy:
-    """Makes a strategy known by its name, in this process: to fit it, and to load what was fitted with it.
-
-    Args:
-        strategy: with a name of its own; takes the place of an earlier one of that name.
-
-    Raises:
-        ContinualError: for a name that one of this package's strategies has, or needs that there are not.
-    """
-    name = getattr(strategy, "name", None)
-    if not isinstance(name, str) or not name or name in (*CHOICES, *_OURS):
-        raise ContinualError(f"task_inference: {type(strategy).__name__} needs a name of its own, got {name!r}.")
-    check_choice(f"task_inference: {name}", "needs", strategy.needs, ("", *NEEDS))
-    STRATEGIES[name] = strategy
-    return strategy

@@ -2,60 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.finite import not_finite, rows_finite
-from lightning_cf.task_inference.combined import STRATEGIES
-from lightning_cf.task_inference.readout import Readout, View, read
+from lightning_cf.task_inference.prediction import Inferred, Prediction
+from lightning_cf.task_inference.read_variants import read_all, variants_of
+from lightning_cf.task_inference.readout import Readout, View
+from lightning_cf.task_inference.registry import STRATEGIES, check_strategies
 from lightning_cf.task_inference.sites import Sites, kept
-from lightning_cf.task_inference.strategies import CHOICES
 from lightning_cf.task_inference.trained import Trained, trained_heads
-from lightning_cf.task_inference.variants import changed
 from lightning_cf.utilities.randomness import keyed_generator
 
 REJECTED = 0.01
 """Share of a task's own held-out inputs that its threshold takes for none of the known ones."""
-
-
-class Prediction(NamedTuple):
-    """What is said of a batch when nobody says which task it belongs to.
-
-    Attributes:
-        classes: the class of each sample, -1 for none of the known ones.
-        probabilities: of each class by its number and, last, of none of the known ones; rows sum to 1.
-        tasks: position of the inferred task in the sequence, -1 for none.
-        scores: of the likeliest task; what it means depends on the strategy, higher is likelier.
-    """
-
-    classes: Int64[Tensor, "batch"]
-    probabilities: Float[Tensor, "batch classes_and_none"]
-    tasks: Int64[Tensor, "batch"]
-    scores: Float[Tensor, "batch"]
-
-
-@dataclass(frozen=True)
-class Inferred:
-    """Scores of the known tasks for a batch.
-
-    Attributes:
-        scores: of each task, higher is likelier.
-        probabilities: of each task and, last, of none.
-        classes: the class that each task sees in each sample.
-        within: for each task the probabilities of its classes.
-    """
-
-    scores: Float[Tensor, "batch tasks"]
-    probabilities: Float[Tensor, "batch tasks_and_none"]
-    classes: Int64[Tensor, "batch tasks"]
-    within: tuple[Float[Tensor, "batch _"], ...]
 
 
 @dataclass
@@ -267,7 +233,7 @@ class TaskInference:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and plain containers."""
+        """Everything that is kept, as tensors and plain containers that ``torch.load(weights_only=True)`` reads."""
         return {
             "strategies": list(self.strategies),
             "unit": self.unit,
@@ -289,7 +255,7 @@ class TaskInference:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> TaskInference:
-        """What :meth:`state_dict` described."""
+        """Makes again, on the CPU, what :meth:`state_dict` described; also what older versions did."""
         tasks = [
             Known(
                 task["name"],
@@ -304,36 +270,3 @@ class TaskInference:
         sites = None if state["training_sites"] is None else Sites.from_state_dict(state["training_sites"])
         of, left_out = state.get("training_task", ""), list(state.get("left_out", ()))
         return cls(tuple(state["strategies"]), tasks, state["unit"], training, sites, of, left_out)
-
-
-def variants_of(names: Sequence[str]) -> tuple[str, ...]:
-    """The changes of the input that some strategies look at; names that there are not have none."""
-    known = [STRATEGIES[name] for name in names if name in STRATEGIES]
-    return tuple(dict.fromkeys(variant for strategy in known for variant in strategy.variants))
-
-
-def read_all(
-    module: nn.Module, tasks: Sequence[Sites], run: Callable[[Any], Any], batch: Any, variants: Sequence[str]
-) -> Readout:
-    """What a network shows of a batch, and of the batch with its input changed.
-
-    Args:
-        module: the network.
-        tasks: what to look at.
-        run: runs the network on a batch.
-        batch: an input, or a tuple whose first is the input.
-        variants: names of the changes.
-    """
-    others = {name: read(module, tasks, partial(run, changed(batch, name))) for name in variants}
-    others = {name: replace(other, inputs=None) for name, other in others.items()}
-    return replace(read(module, tasks, partial(run, batch)), others=others)
-
-
-def check_strategies(names: Sequence[str]) -> None:
-    """Raises ContinualError for a strategy that there is not."""
-    for name in names:
-        if name not in STRATEGIES:
-            raise ContinualError(
-                f"task_inference must be one of {', '.join((*CHOICES, *STRATEGIES))}; got {name!r}; a strategy of your"
-                " own has to be registered first: lightning_cf.task_inference.register."
-            )

@@ -30,7 +30,7 @@ class Neither(LinearHead):
         self.share = share
 
     def columns(self, classes: int) -> int:
-        """One."""
+        """One output, "neither", however many classes the task has."""
         return 1
 
     def loss(self, fitted: Fitted, view: View, labels: Int64[Tensor, "samples"]) -> Float[Tensor, ""]:

@@ -72,7 +72,15 @@ class View:
 
     @classmethod
     def of(cls, readout: Readout, sites: Sites) -> View:
-        """A task's view of a batch."""
+        """What a task's scores look at in a batch that was read.
+
+        Args:
+            readout: of the batch.
+            sites: where the task's scores look.
+
+        Raises:
+            ContinualError: if a layer that they look at did not run in that forward pass.
+        """
         device = readout.outputs.device
         unseen = [site.weight for site in sites.hidden if site.weight not in readout.read]
         if unseen:
@@ -97,7 +105,7 @@ class View:
         return cls(readout.inputs, hidden, logits, own, chain, others, before)
 
     def part(self, chosen: Tensor | slice) -> View:
-        """Some samples of it."""
+        """The view of some of its samples, by their places in the batch."""
         inputs = None if self.inputs is None else self.inputs[chosen]
         hidden, before = (tuple(x[chosen] for x in units) for units in (self.hidden, self.before))
         others = {name: view.part(chosen) for name, view in self.others.items()}
@@ -114,7 +122,7 @@ class View:
 
     @classmethod
     def joined(cls, views: Iterable[View]) -> View:
-        """Several batches as one."""
+        """One view of several batches of a task, their samples one after another."""
         views = list(views)
         given = [view.inputs for view in views if view.inputs is not None]
         hidden = tuple(torch.cat(parts) for parts in zip(*(view.hidden for view in views), strict=True))
@@ -168,7 +176,7 @@ class Recorder(TorchFunctionMode):
         self.columns: dict[str, Tensor] = {}
 
     def watching(self) -> ExitStack:
-        """Watches meanwhile."""
+        """Records while the context that it gives lasts; run the forward pass in it, then ask :meth:`readout`."""
         stack = ExitStack()
         for path in self.heads:
             hook = self.module.get_submodule(path).register_forward_hook(partial(self._keep, path), prepend=True)
@@ -217,7 +225,14 @@ class Recorder(TorchFunctionMode):
         return flat.reshape(heads.shape), weights
 
     def readout(self, first: str | None) -> Readout:
-        """What was seen."""
+        """What the forward pass showed.
+
+        Args:
+            first: name of the weight that reads the network's input, or None where no layer does.
+
+        Raises:
+            ContinualError: if no output layer ran.
+        """
         if not self.columns:
             raise ContinualError(f"No output layer ran in the forward pass; there are {', '.join(self.heads)}.")
         batch = len(next(iter(self.columns.values())))

@@ -33,7 +33,7 @@ class Rotations(LinearHead):
         self.variants = tuple(VARIANTS) if ensemble else ()
 
     def columns(self, classes: int) -> int:
-        """One a class and rotation."""
+        """An output for each class in each of the four rotations."""
         return classes * (1 + len(VARIANTS))
 
     def loss(self, fitted: Fitted, view: View, labels: Int64[Tensor, "samples"]) -> Float[Tensor, ""]:

@@ -71,7 +71,7 @@ class Watched:
     whole: bool = True
 
     def both(self, other: Watched) -> Watched:
-        """What two trials showed alike."""
+        """What held in this trial and in another one: only that is taken for a property of the network."""
         apart = self.second ^ other.second
         weights = (self.weights & other.weights) - apart
         return Watched(weights, self.second & weights, self.hooked & other.hooked, self.whole)
@@ -153,7 +153,7 @@ class Sites:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain containers and tensors."""
+        """Where scores look, as tensors and plain containers for a checkpoint."""
         return {
             "inputs": self.inputs,
             "hidden": [(s.weight, kept(s.columns), kept(s.own), s.producer, kept(s.rows)) for s in self.hidden],
@@ -165,7 +165,7 @@ class Sites:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Sites:
-        """What :meth:`state_dict` described."""
+        """Makes the sites again, on the CPU, that :meth:`state_dict` described."""
         hidden = tuple(
             Site(weight, columns.cpu(), own.cpu(), producer, rows.cpu())
             for weight, columns, own, producer, rows in state["hidden"]

@@ -36,7 +36,7 @@ class Mahalanobis(Strategy):
         self.rank = rank
 
     def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
-        """Means and whitening."""
+        """Class means, and the covariance within classes: leading directions, their variances, the rest's."""
         return _gaussian(self.units(view), labels, classes, self.rank)
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
@@ -44,7 +44,7 @@ class Mahalanobis(Strategy):
         return -_distance(self.units(view), fitted).amin(dim=1)
 
     def units(self, view: View) -> Samples:
-        """What the distance is taken in."""
+        """The units in which the distance is taken, one row a sample."""
         return _hidden(view)
 
 
@@ -58,7 +58,7 @@ class FirstLayer(Mahalanobis):
     name, needs = "first_layer", "first"
 
     def units(self, view: View) -> Samples:
-        """Those of the first layer."""
+        """The first layer's units before their activation, one row a sample."""
         return view.before[0]
 
 
@@ -177,13 +177,13 @@ class InputGaussian(Strategy):
     needs = "inputs"
 
     def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
-        """Mean and variance of each value."""
+        """Mean and variance of each of the input's values over the training data."""
         assert view.inputs is not None
         variance = view.inputs.var(dim=0)
         return {"mean": view.inputs.mean(dim=0), "variance": variance + 0.05 * variance.mean().clamp_min(1e-6)}
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
-        """The log-density a value."""
+        """The log-density of each input, divided by how many values it has."""
         assert view.inputs is not None
         terms = (view.inputs - fitted["mean"]).square() / fitted["variance"] + fitted["variance"].log()
         return -terms.mean(dim=1) / 2
@@ -203,7 +203,7 @@ class InputSubspaces(Strategy):
         self.clusters, self.rank = clusters, rank
 
     def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
-        """Centres and directions."""
+        """For each class the centres of its clusters of inputs, and the leading directions around each."""
         assert view.inputs is not None
         return _local(view.inputs, labels, classes, self.clusters, self.rank, scaled=False)
 

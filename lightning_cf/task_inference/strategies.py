@@ -77,7 +77,12 @@ class Strategy(ABC):
 
     @abstractmethod
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
-        """The task's score of each sample."""
+        """The task's score of each sample; higher means more likely the task's.
+
+        Args:
+            fitted: what :meth:`keep` kept of the task, on the view's device.
+            view: what the task's sub-network shows of a batch.
+        """
 
     def probabilities(
         self, scores: TaskScores, spread: Tensor, threshold: Tensor
@@ -107,7 +112,7 @@ class Plain(Strategy):
     name, raw = "plain", True
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
-        """The highest output."""
+        """The task's highest output for each sample."""
         return view.logits.amax(dim=1)
 
     def probabilities(
@@ -123,7 +128,7 @@ class Joint(Strategy):
     name, raw = "joint", True
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
-        """The highest output."""
+        """The task's highest output for each sample; over all tasks, the highest of all outputs decides."""
         return view.logits.amax(dim=1)
 
 
@@ -133,7 +138,7 @@ class Energy(Strategy):
     name = "energy"
 
     def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
-        """The log-sum-exp."""
+        """The log-sum-exp of the task's outputs for each sample."""
         energy: Tensor = view.logits.logsumexp(dim=1)
         return energy
 

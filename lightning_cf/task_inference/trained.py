@@ -67,7 +67,7 @@ class Trained(Strategy):
         held_out: View,
         trained: Mapping[str, Fitted],
     ) -> dict[str, Tensor]:
-        """The head, as trained."""
+        """What was trained under this strategy's head, as it stands at the end of the task."""
         return dict(trained.get(self.head, {}))
 
 
@@ -77,7 +77,7 @@ class LinearHead(Trained):
     def begin(
         self, view: View, labels: Int64[Tensor, "samples"], classes: int, unit: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Zeros."""
+        """A weight (own units x outputs) and a bias of zeros, so that the head says nothing before it was trained."""
         columns = self.columns(classes)
         return {
             "weight": view.logits.new_zeros(own_units(view).shape[1], columns),
@@ -94,7 +94,7 @@ class LinearHead(Trained):
 
     @staticmethod
     def outputs(fitted: Fitted, view: View) -> Float[Tensor, "batch outputs"]:
-        """What the layer computes."""
+        """What the linear layer computes of the task's own units, one row a sample."""
         return own_units(view) @ fitted["weight"] + fitted["bias"]
 
 

@@ -106,7 +106,7 @@ class Scorer:
         self.counted = False
 
     def add(self, batch: Any, number: int) -> None:
-        """Counts a batch."""
+        """Runs the network on a batch, looks at predictions and targets, and adds them to the metric."""
         task, where = self.task, f"batch {number} of {self.what}"
         self.shapes = ""
         predictions, target = predict(self.module, task, batch)

@@ -115,7 +115,7 @@ class Loaders:
         return replace(reading, parts=pairs_in) if pairs else reading
 
     def testing(self) -> Reading | None:
-        """Test data, if there are any."""
+        """Test data of this task alone; None where its data have no test loader."""
         return self._of_this_task("test") if self._given("test") else None
 
     def given(self, *stages: str) -> dict[str, Any]:

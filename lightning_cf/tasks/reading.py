@@ -48,7 +48,7 @@ class Limits:
 
     @classmethod
     def of(cls, trainer: Trainer) -> Limits:
-        """Those of a Trainer."""
+        """How much of its loaders a Trainer reads, from the Trainer's options."""
         steps = trainer.max_steps
         distributes = trainer._accelerator_connector.use_distributed_sampler
         check = trainer.val_check_interval
@@ -113,7 +113,7 @@ class Reading:
         return self.loaders[0][1]
 
     def of(self, *places: int) -> Reading:
-        """The same of these loaders only."""
+        """A reading of the loaders at these places only, as the Trainer numbers them."""
         return replace(self, loaders=[(place, loader) for place, loader in self.loaders if place in places])
 
     def __iter__(self) -> Iterator[Any]:
@@ -132,7 +132,7 @@ class Reading:
                         break
 
     def _stopped(self, seen: int) -> None:
-        """Says once that more may come."""
+        """Warns, once for each kind of data, that reading stopped though a loader without a length may give more."""
         if self.what in self.told:
             return
         self.told.add(self.what)

@@ -70,16 +70,7 @@ class Task(LightningDataModule):
         self.name: str = _checked_name(name)
         self.classes = None if classes is None else _checked_columns(name, "classes", classes)
         self.outputs = None if outputs is None else _checked_columns(name, "outputs", outputs)
-        if self.classes is None and self.outputs is None and evaluate is None:
-            raise ContinualError(
-                f"Task '{name}' needs classes=[...] or outputs=[...]: what of the head is its own? Or evaluate=...,"
-                " which returns the task's own outputs."
-            )
-        if self.classes and self.outputs and len(self.classes) != len(self.outputs):
-            raise ContinualError(
-                f"Task '{name}' has {len(self.classes)} classes {self.classes} but {len(self.outputs)} outputs"
-                f" {self.outputs}; give one output a class."
-            )
+        _check_head(name, self.classes, self.outputs, evaluates=evaluate is not None)
         if metric is not None:
             check_kind(f"Task '{name}'", "metric", metric, Metric, "one torchmetrics Metric, such as BinaryAccuracy()")
         self.metric = metric
@@ -101,7 +92,13 @@ class Task(LightningDataModule):
         """The stage of the data's first setup, and the attributes that it set."""
         check_same_lightning(f"Task '{name}'", data)
         self.data = data if isinstance(data, LightningDataModule) else _Loaders(name, data)
-        # Lightning asks of each hook whether it is overridden, so only those that the data overrides are passed on.
+        self._pass_on_hooks()
+
+    def _pass_on_hooks(self) -> None:
+        """Gives the data's hooks and options as the task's own.
+
+        Lightning asks of each hook whether it is overridden, so only those that the data overrides are passed on.
+        """
         for hook in _HOOKS:
             if is_overridden(hook, self.data, parent=LightningDataModule):
                 setattr(self, hook, getattr(self.data, hook))
@@ -234,12 +231,26 @@ class _Loaders(LightningDataModule):
             setattr(self, f"{stage}_dataloader", _Constant(loader).get)
 
 
+def _check_head(name: str, classes: list[int] | None, outputs: list[int] | None, *, evaluates: bool) -> None:
+    """Raises ContinualError for a task that does not say what of the head is its own, or says it twice otherwise."""
+    if classes is None and outputs is None and not evaluates:
+        raise ContinualError(
+            f"Task '{name}' needs classes=[...] or outputs=[...]: what of the head is its own? Or evaluate=...,"
+            " which returns the task's own outputs."
+        )
+    if classes and outputs and len(classes) != len(outputs):
+        raise ContinualError(
+            f"Task '{name}' has {len(classes)} classes {classes} but {len(outputs)} outputs"
+            f" {outputs}; give one output a class."
+        )
+
+
 class _Constant:
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def get(self) -> Any:
-        """The value."""
+        """The loader, as a data module's hook gives it."""
         return self.value
 
 

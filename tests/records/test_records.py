@@ -388,7 +388,7 @@ def test_a_first_record_cut_off_is_refused(tmp_path, call):
 
 
 @pytest.mark.parametrize(
-    "moment", [*(("numpy.save", call) for call in range(14)), ("lightning_cf.records.record.write_atomically", 0)]
+    "moment", [*(("numpy.save", call) for call in range(14)), ("lightning_cf.records.manifest.write_atomically", 0)]
 )
 def test_a_record_cut_off_leaves_the_older_one(tmp_path, moment):
     older = stored_with(tmp_path, 3)

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from runs import pair, run_of
 
 from lightning_cf import ContinualError, SequentialTaskRunner
-from lightning_cf.records.recording import TaskFolders
+from lightning_cf.records.folders import TaskFolders
 from lightning_cf.sequence import run_folder
 from lightning_cf.sequence.run_lock import SoftFileLease
 from lightning_cf.utilities.files import write_atomically, write_bytes

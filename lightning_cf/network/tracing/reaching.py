@@ -42,7 +42,7 @@ class Reaching(TorchDispatchMode):
         return found[::-1]
 
     def note(self, func: Any, arguments: Any, written: Any) -> None:
-        """Takes an operation in."""
+        """Takes in an operation that ran: what memory it read, and what memory it wrote or returned."""
         read, results = ([x for x in tree_leaves(tensors) if isinstance(x, Tensor)] for tensors in (arguments, written))
         self.names.append(str(func))
         self._flows.append(([_place(x) for x in read], [_place(x) for x in results]))

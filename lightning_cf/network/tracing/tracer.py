@@ -120,7 +120,7 @@ class LabelTracer(TorchDispatchMode):
 
     @property
     def units(self) -> Units:
-        """Which labels are one."""
+        """Which labels are one: those of units that must share one fate."""
         return self.found.units
 
     @property

@@ -39,7 +39,7 @@ class Call:
 
     @classmethod
     def of(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Call:
-        """Binds the arguments."""
+        """A call as a dispatch mode sees it, with its arguments by the names of the operator's schema."""
         given = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
         given |= dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -47,7 +47,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        """The operator's name."""
+        """The operator's name without its overload, such as ``aten.add``, for messages."""
         return str(self.func.overloadpacket)
 
     @property
@@ -97,7 +97,7 @@ class Tracer(Protocol):
 
     @property
     def units(self) -> Units:
-        """Which labels are one."""
+        """Which labels are one: those of units that must share one fate."""
         ...
 
     @property
@@ -111,7 +111,7 @@ class Tracer(Protocol):
         ...
 
     def labels(self, x: Tensor) -> Tensor:
-        """Unit labels of an activation."""
+        """Unit labels of an activation, one an element, ``NO_LABEL`` where no unit computed it."""
         ...
 
     def is_weight(self, x: Any) -> bool:
@@ -123,7 +123,7 @@ class Tracer(Protocol):
         ...
 
     def write(self, out: Tensor, labels: Tensor, *, live: bool = True) -> None:
-        """Puts labels beside a result."""
+        """Puts labels beside a result; ``live`` says whether the result depends on the network's input."""
         ...
 
     def use(self, x: Tensor | None, role: Role, target: Tensor, source: Tensor | None = None) -> None:
@@ -131,7 +131,7 @@ class Tracer(Protocol):
         ...
 
     def mix(self, x: Tensor, dims: Sequence[int], operation: str, *, unknown: bool = False) -> Tensor:
-        """Unites the units of ``x`` along dims."""
+        """Unites the units of ``x`` along dims, which keep size one, and notes the operation that did it."""
         ...
 
     def mix_later(self, x: Tensor, result: Tensor, dims: Sequence[int], operation: str, *, final: bool = False) -> None:
@@ -147,7 +147,7 @@ class Tracer(Protocol):
         ...
 
     def read(self, x: Tensor, operation: str) -> None:
-        """Notes that a value left the tensors."""
+        """Notes that a value became a number in Python, where what is done with it cannot be seen."""
         ...
 
 

@@ -66,13 +66,13 @@ def glu(tracer: Tracer, call: Call) -> None:
 
 
 def as_real(tracer: Tracer, call: Call) -> None:
-    """Complex numbers as pairs."""
+    """``view_as_real``: both parts of a complex number keep its label, along a new last axis."""
     labels = tracer.labels(call.given["self"])
     tracer.write(call.results[0], labels[..., None].expand(call.results[0].shape))
 
 
 def as_complex(tracer: Tracer, call: Call) -> None:
-    """Pairs as complex numbers."""
+    """``view_as_complex``: the two parts, along the last axis, become one number, so their units are united."""
     x = call.given["self"]
     tracer.write(call.results[0], tracer.mix(x, [x.ndim - 1], call.name)[..., 0])
 

@@ -55,7 +55,7 @@ class Formulas:
         """Modules whose children hold no weights: they can run several times for one."""
 
     def enter(self, path: str, given: Any) -> None:
-        """Begins a module's run."""
+        """Notes what a module is given when it begins to run: whether it changes its inputs is asked when it ends."""
         if path in self._alone:
             tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor) and not x.is_inference()]
             self._given[path] = [(x, x._version) for x in tensors]

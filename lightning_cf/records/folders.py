@@ -1,4 +1,4 @@
-"""Writes the record of each task's partition, while a module is trained (US 12387107, paragraph 39)."""
+"""A folder for each task, where the record of its partition is written (US 12387107, paragraph 39)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TaskFolders:
         return self.of(len(ledger.tasks) - 1, ledger.tasks[-1].name)
 
     def write(self, ledger: NeuronLedger, options: PartitionOptions, outcome: Outcome) -> None:
-        """Records a partition just made."""
+        """Writes the record of the latest task's partition into the task's folder, in place of an older one."""
         layers = tuple(
             LayerRecord.of(
                 found.group.name,
