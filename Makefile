@@ -8,18 +8,20 @@ ARGS ?=
 demo: $(VENV)/installed
 	$(VENV)/bin/lightning-cf $(ARGS)
 
-test: $(VENV)/installed $(VENV)/zoo
+test: $(VENV)/installed $(VENV)/zoo $(VENV)/linters
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	PYTHONPATH=$(VENV)/linters:. $(VENV)/bin/python $(VENV)/linters/bin/lint-imports
 	$(VENV)/bin/pytest --numprocesses 2
 
-# The whole suite as other processors would round: their vector widths, one thread and two. Takes hours.
+# The whole suite as other processors would round: their vector widths, one thread and two. Takes hours. Threads that wait
+# sleep, so that twice two of them fit on two cores.
 machines: $(VENV)/installed $(VENV)/zoo
 	for capability in default avx2 avx512; do for threads in 1 2; do \
 		echo "$$capability, $$threads threads"; \
-		ATEN_CPU_CAPABILITY=$$capability $(VENV)/bin/pytest --numprocesses $$((3 - threads)) --threads $$threads \
-			-m "slow or not slow" || exit 1; done; done
+		ATEN_CPU_CAPABILITY=$$capability OMP_WAIT_POLICY=passive $(VENV)/bin/pytest --numprocesses 2 \
+			--threads $$threads -m "slow or not slow" || exit 1; done; done
 
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +32,12 @@ $(VENV)/installed: requirements.lock pyproject.toml
 # Networks of timm, to be checked for exactness. Without its dependencies: none of them is needed to make a network.
 $(VENV)/zoo: requirements-zoo.lock $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-zoo.lock
+	touch $@
+
+# Checks which package may import which. In a folder of its own: it needs rich, with which Lightning shows other bars.
+$(VENV)/linters: requirements-linters.lock $(VENV)/installed
+	rm -rf $@
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --target $@ --requirement $<
 	touch $@
 
 # The transformers library's own classes, each through three tasks. In a folder of its own: torchmetrics imports the
@@ -43,18 +51,18 @@ $(VENV)/transformers: requirements-transformers.lock $(VENV)/installed
 	touch $@
 
 # Part of the suite in a project that imports pytorch_lightning, the other name of the same library.
-OTHER_NAME = test_callbacks test_heads test_module test_schedule
+OTHER_NAME = callbacks/test_callbacks callbacks/test_heads callbacks/test_schedule whole/test_module
 other-name: $(VENV)/installed
 	rm -rf $(VENV)/other-name && mkdir $(VENV)/other-name && cp -r tests conf pyproject.toml $(VENV)/other-name
 	cd $(VENV)/other-name && sed -i -e 's/lightning[.]pytorch/pytorch_lightning/g' -e 's/lightning[.]fabric/lightning_fabric/g' \
 		-e 's/module="lightning"/module="(pytorch_)?lightning"/' -e 's/UserWarning:lightning/UserWarning:pytorch_lightning/' \
-		tests/*.py pyproject.toml
+		$$(find tests -name '*.py') pyproject.toml
 	cd $(VENV)/other-name && sed -i '1a import pytorch_lightning' tests/conftest.py
 	cd $(VENV)/other-name && $(abspath $(VENV))/bin/pytest --numprocesses 2 $(OTHER_NAME:%=tests/%.py)
 
 # Part of the suite on the oldest versions that pyproject.toml allows, torch excepted, in an environment of its own. They
 # warn of what was deprecated since in the newest versions of what they need themselves, which nothing here pins.
-FLOORS = configs data doctor lean_imports ledger lightning_api metrics partition records run_files run_lock scores \
+FLOORS = configs data doctor lean_imports ledger lightning_api accuracy_matrix clusters records run_files run_lock scores \
 	similarity structure unit_pictures yaml
 floors: $(VENV)/floors/installed
 	PYTHONPATH=. $(VENV)/floors/bin/python -m pytest --numprocesses 2 -W ignore::DeprecationWarning \

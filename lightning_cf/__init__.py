@@ -3,6 +3,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_cf.moved import install
+
+install()  # former names of modules, for one release
+
 __version__ = "0.1.0"  # the only place that says it: the build reads it here
 
 if TYPE_CHECKING:

@@ -70,12 +70,13 @@ BETWEEN = (
     "torch",
     "hydra",
     "contextlib",
+    "importlib",
     "jaxtyping",
 )
 """Packages that may stand between us and the user's own code when something is to be warned of."""
 
 
-def warn(text: str, category: type[ContinualWarning]) -> None:
+def warn(text: str, category: type[ContinualWarning | DeprecationWarning]) -> None:
     """Warns of the line of the user's code that led here: filters of Lightning's own warnings leave ours alone.
 
     >>> with warnings.catch_warnings(record=True) as heard:

@@ -1,1 +1,0 @@
-"""What each kind of tensor operation does to units."""
