@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_cf import Classifier, InvarianceCallback, MaskedGradientCallback, PartitionCallback
 from lightning_cf.data import digits, split_tasks
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.nested_norms import Nesting, nested_layer_norm
 from lightning_cf.tasks.evaluation import evaluate

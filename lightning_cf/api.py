@@ -17,7 +17,7 @@ from lightning_cf.errors import (
 )
 from lightning_cf.invariance.affine import Rotation, Scaling, Shear, Translation
 from lightning_cf.invariance.perturbations import Ablate, Affine, Compose, InSubspace, Mixture, Noise, Resample
-from lightning_cf.learner.state import keep_ledger
+from lightning_cf.learner.keeping import keep_ledger
 from lightning_cf.models import Classifier
 from lightning_cf.module import ContinualModule
 from lightning_cf.ownership.ledger import NeuronLedger

@@ -15,9 +15,9 @@ from lightning_cf.callbacks import (
     TaskInferenceCallback,
 )
 from lightning_cf.errors import ContinualError, LedgerWarning, check_kind, warn
-from lightning_cf.learner.inferring import predict_any
+from lightning_cf.learner.keeping import keep_ledger, ledger_of
 from lightning_cf.learner.meeting import meet_task
-from lightning_cf.learner.state import keep_ledger, ledger_of
+from lightning_cf.learner.predicting import predict_any
 from lightning_cf.learner.widening import fit_heads
 from lightning_cf.lightning_api import Callback, LightningModule, check_same_lightning
 from lightning_cf.ownership.ledger import NeuronLedger

@@ -33,7 +33,7 @@ MOVED = {
     "result": "sequence.result",
     "runner": "sequence.runner",
     "similarity": "partition.similarity",
-    "state": "learner.state",
+    "state": "learner.keeping",
     "steps": "learner.steps",
     "structure": "network.structure",
     "subspace": "subspaces.subspace",

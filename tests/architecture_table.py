@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.network.structure import NO_UNIT, layer_of
 
 PATH = Path(__file__).parent.parent / "docs" / "architectures.md"

@@ -15,7 +15,7 @@ from lightning_cf import (
     TaskInferenceCallback,
 )
 from lightning_cf.data import digits, split_tasks
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.models import CNN, MLP, ResNet
 from lightning_cf.network.forward import eval_mode
 from lightning_cf.network.output_heads import heads_of

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_cf import InvarianceCallback, MaskedGradientCallback, PartitionCallback
-from lightning_cf.partition.claim import PartitionWarning
+from lightning_cf.partition.cost import PartitionWarning
 
 
 def numbers(size=64, classes=(0, 1), seed=0):

@@ -12,7 +12,8 @@ from lightning_cf.callbacks.session import ContinualCallback
 from lightning_cf.errors import ContinualError, check_count
 from lightning_cf.invariance.disturbance import Disturbance
 from lightning_cf.invariance.perturbations import Perturbation, Resample, check_perturbation
-from lightning_cf.learner.state import ContinualState, state_of
+from lightning_cf.learner.keeping import state_of
+from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.levels import FREE

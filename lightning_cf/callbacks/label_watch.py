@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.learner.state import ledger_of
+from lightning_cf.learner.keeping import ledger_of
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.tasks.loaders import pairs_in
 from lightning_cf.tasks.targets import labels_of, left_out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError, LedgerWarning, warn
-from lightning_cf.learner.state import keep_ledger, ledger_of
+from lightning_cf.learner.keeping import keep_ledger, ledger_of
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.output_heads import fit_head

@@ -14,7 +14,8 @@ from lightning_cf.callbacks.averaging import exact_averages
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.errors import ContinualError, ContinualWarning, check_flag, warn
 from lightning_cf.functional.holding import Hold
-from lightning_cf.learner.state import ContinualState, ledger_of, state_for, state_of
+from lightning_cf.learner.keeping import ledger_of, state_for, state_of
+from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
 from lightning_cf.subspaces.subspace import Subspace, check_subspace
 from lightning_cf.tasks.task import Task

@@ -24,12 +24,13 @@ from lightning_cf.errors import (
     warn,
 )
 from lightning_cf.functional.phases import check, select
-from lightning_cf.learner.state import ContinualState, ledger_of, state_for, state_of
+from lightning_cf.learner.keeping import ledger_of, state_for, state_of
+from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.steps import decide_together, partition_task, remember_claim, seal_task
 from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.ledger import ISOLATIONS, Isolation
-from lightning_cf.partition.claim import PartitionWarning, warn_of_cost
+from lightning_cf.partition.cost import PartitionWarning, warn_of_cost
 from lightning_cf.partition.options import PartitionKeywords, PartitionOptions
 from lightning_cf.records.folders import TaskFolders
 from lightning_cf.tasks.scoring_check import check_scoring

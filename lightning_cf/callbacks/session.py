@@ -13,8 +13,9 @@ from lightning_cf.callbacks.loading import LoadGuard, check_resumed, check_weigh
 from lightning_cf.callbacks.precision import check_inputs
 from lightning_cf.errors import ContinualError, DivergenceWarning, warn
 from lightning_cf.functional.phases import watched
+from lightning_cf.learner.keeping import keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.learner.meeting import meet_task
-from lightning_cf.learner.state import ContinualState, keep_ledger, ledger_of, state_for, state_of
+from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import (
     DDPStrategy,
     LightningModule,
@@ -31,7 +32,7 @@ from lightning_cf.ownership.fingerprints import keep_fingerprints
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.ledger_state import CHECKPOINT_KEY
 from lightning_cf.ownership.mending import mend_free
-from lightning_cf.partition.claim import PartitionWarning
+from lightning_cf.partition.cost import PartitionWarning
 from lightning_cf.tasks.task import Task
 
 

@@ -15,9 +15,10 @@ from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_number, warn
 from lightning_cf.learner.choosing import choose_strategies
 from lightning_cf.learner.inferring import finite_samples, inference_of, keep_inference, look, unseen
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.learner.nameless import forward_is_told
 from lightning_cf.learner.rehearsal import rehearse
-from lightning_cf.learner.state import ContinualState, state_of
+from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.task_inference import STRATEGIES, Strategy, TaskInference, register
 from lightning_cf.task_inference.strategies import CHOICES

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_cf.errors import ContinualError, DivergenceError, check_choice, check_kind
 from lightning_cf.exactness.check import check_exact
 from lightning_cf.exactness.probe import probe
+from lightning_cf.functional.inputs import Inputs, number_of
 from lightning_cf.network.finite import described, in_forward_order, infinite_on_purpose, not_finite
-from lightning_cf.network.forward import Forward, call, eval_mode, in_precision_of, named_tensors
+from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors
 from lightning_cf.network.structure import Structure
 from lightning_cf.network.tracing.trace import trace as follow
 from lightning_cf.ownership.fingerprints import keep_fingerprints
@@ -26,9 +24,6 @@ from lightning_cf.partition.claim import Claimer
 from lightning_cf.partition.options import PartitionOptions
 from lightning_cf.partition.outcome import Outcome
 from lightning_cf.utilities.randomness import derive_seed, isolated_generators, seed_torch
-
-FOLD_SAMPLES = 4096
-"""From how many inputs of the task the regression learns what to fold."""
 
 
 def trace(module: nn.Module, example: Any, forward: Forward = call, *, isolation: Isolation = "exact") -> Structure:
@@ -155,13 +150,13 @@ def claim(
         raise ContinualError("claim: no task is being learned; ledger.begin(name, outputs=[...]) starts one.")
     if options is not None:
         select(structure, ledger, options)
-    inputs = _Inputs(module, batches)
+    inputs = Inputs(module, batches)
     claimer = Claimer(
         module=module,
         structure=structure,
         ledger=ledger,
         options=options or PartitionOptions(),
-        score=lambda: _number(module, score),
+        score=lambda: number_of(module, score),
         higher_is_better=higher_is_better,
         passes=lambda: (partial(forward, module, x) for x in inputs),
         start=start,
@@ -275,42 +270,3 @@ def check_finite(module: nn.Module, structure: Structure, when: str) -> None:
     names = not_finite(tensors)
     if names:
         raise DivergenceError(f"{when}: the network is not finite, first in {described(names, tensors)}.")
-
-
-class _Inputs:
-    """The inputs of some batches, on the network's device and in its precision, as often as they are asked for."""
-
-    def __init__(self, module: nn.Module, batches: Iterable[Any]) -> None:
-        self.module, self.batches = module, batches
-        if not isinstance(batches, Iterable):
-            raise ContinualError(f"claim: batches must be an iterable of inputs, got a {type(batches).__name__}.")
-        if iter(batches) is batches:  # it can be read once only
-            self.batches = list(self._enough(batches))
-        self.first = next(iter(self), None)
-        if self.first is None:
-            raise ContinualError("claim: batches gives no batch; give the task's training data.")
-
-    def __iter__(self) -> Iterator[Any]:
-        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        for batch in self._enough(self.batches):
-            x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
-            yield tree_map_only(Tensor, lambda t: t.to(device), in_precision_of(self.module, x))
-
-    @staticmethod
-    def _enough(batches: Iterable[Any]) -> Iterator[Any]:
-        seen = 0
-        for batch in batches:
-            yield batch
-            seen += next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), 1)
-            if seen >= FOLD_SAMPLES:
-                return
-
-
-def _number(module: nn.Module, score: Callable[[], float]) -> float:
-    """What a user's score says, which may put the network into another mode."""
-    with eval_mode(module), torch.no_grad():
-        found: Any = score()
-    value = found.item() if isinstance(found, Tensor) and found.numel() == 1 else found
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ContinualError(f"claim: score must give one number, such as an accuracy; got {found!r}.")
-    return float(value)

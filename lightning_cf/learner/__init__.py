@@ -3,6 +3,6 @@
 Begin with :mod:`lightning_cf.learner.state`; the steps between training phases are :mod:`lightning_cf.learner.steps`.
 """
 
-from lightning_cf.learner.state import keep_ledger
+from lightning_cf.learner.keeping import keep_ledger
 
 __all__ = ["keep_ledger"]

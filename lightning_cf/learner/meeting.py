@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_cf.learner.state import ContinualState, state_for
+from lightning_cf.learner.keeping import state_for
+from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.widening import add_classes, follow_head, grow, note_heads
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.tasks.task import Task

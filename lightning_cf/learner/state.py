@@ -10,33 +10,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ReferenceType, ref
 
-import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from lightning_cf.errors import ContinualError, StructureError, StructureWarning, check_kind, warn
+from lightning_cf.errors import ContinualError, StructureError, StructureWarning, warn
 from lightning_cf.functional.phases import trace
 from lightning_cf.functional.showing import view_of
 from lightning_cf.invariance.disturbance import Disturbance
-from lightning_cf.lightning_api import LightningModule, is_overridden
+from lightning_cf.learner.ways import _alike, _batch, _own_way, _same_way, _traced
+from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.finite import Snapshot
 from lightning_cf.network.foreign_heads import check_foreign_heads
-from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors, same_state, samples
+from lightning_cf.network.forward import Forward, samples
 from lightning_cf.network.structure import Structure
 from lightning_cf.network.ways import Ways
 from lightning_cf.ownership.ledger import Isolation, NeuronLedger
 from lightning_cf.ownership.output_view import OutputView
-from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 from lightning_cf.partition.outcome import Outcome
-from lightning_cf.tasks.evaluation import on_device
-from lightning_cf.tasks.targets import checked_pair
-from lightning_cf.tasks.task import Task, required_arguments, supervised
-from lightning_cf.tasks.training_batches import first_batch
+from lightning_cf.tasks.task import Task, supervised
 from lightning_cf.utilities.randomness import isolated_generators
-
-_ATTRIBUTE = "_continual_state"
-_PENDING = "_continual_ledger"
 
 
 @dataclass
@@ -278,86 +269,6 @@ class ContinualState:
 _MIXED = "Or use isolation='perturb' with MaskedGradientCallback(mask_outputs=False)."
 
 
-def _batch(example: Any) -> int:
-    """How many samples an example has."""
-    return next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim), 1)
-
-
-def _same_way(structure: Structure, a: int, b: int) -> bool:
-    """Whether two ways through a network use all that they use alike."""
-    if structure.ways == 1:
-        return True
-    return all((a in use.ways) == (b in use.ways) for uses in structure.entries.values() for use in uses)
-
-
-def _alike(module: LightningModule, a: tuple[Any, Forward], b: tuple[Any, Forward]) -> bool:
-    """Whether a network runs the same operations on the same parameters and buffers for two examples."""
-    seen = [_Signature.of(module, example, forward) for example, forward in (a, b)]
-    return None not in seen and seen[0] == seen[1]
-
-
-class _Signature(TorchDispatchMode):
-    """The operations that run, and which of a module's tensors each takes."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names = {id(tensor): name for name, tensor in named_tensors(module).items()}
-        self.found: list[tuple[str, ...]] = []
-
-    @classmethod
-    def of(cls, module: LightningModule, example: Any, forward: Forward) -> list[tuple[str, ...]] | None:
-        """Of one forward pass; None where it fails."""
-        recorder = cls(module)
-        try:
-            with torch.no_grad(), isolated_generators(), eval_mode(module), same_state(module), recorder:
-                forward(module, samples(module, example, 2))
-        except Exception:  # whatever a user's forward pass raises
-            return None
-        return recorder.found
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        names = [self.names[id(x)] for x in tree_leaves((args, kwargs)) if id(x) in self.names]
-        self.found.append((str(func), *names))
-        return func(*args, **(kwargs or {}))
-
-
-def state_of(module: nn.Module) -> ContinualState | None:
-    """The state kept beside a module, or None before its first task."""
-    state: ContinualState | dict[str, Any] | None = getattr(module, _ATTRIBUTE, None)
-    if isinstance(state, dict):  # the module comes out of a pickle
-        del module.__dict__[_ATTRIBUTE]
-        ledger = NeuronLedger.from_state_dict(state["ledger"])
-        try:
-            kept = pickle.loads(state["state"])
-        except Exception:  # it was made in another process, whose evaluate= is not there: a fit traces the module anew
-            object.__setattr__(module, _PENDING, _Pending(ledger))
-            return None
-        state = ContinualState(ledger=ledger, **kept)
-        object.__setattr__(module, _ATTRIBUTE, state)
-    return state
-
-
-class _Pending:
-    """A ledger that waits beside a module for its first fit."""
-
-    def __init__(self, ledger: NeuronLedger) -> None:
-        self.ledger = ledger
-
-    def __reduce__(self) -> Any:
-        return dict, (_packed(self.ledger),)
-
-
-def _pending(module: nn.Module) -> NeuronLedger | None:
-    """The ledger that waits beside a module, if one does."""
-    kept: _Pending | dict[str, Any] | None = getattr(module, _PENDING, None)
-    if isinstance(kept, dict):
-        kept = _Pending(NeuronLedger.from_state_dict(kept["ledger"]))
-        object.__setattr__(module, _PENDING, kept)
-    return None if kept is None else kept.ledger
-
-
 _TRAVELLING = ("structure", "example", "forward", "mask_outputs", "start", "met", "mixed")
 
 
@@ -370,145 +281,3 @@ def _packed(ledger: NeuronLedger, state: ContinualState | None = None) -> dict[s
         except Exception:  # whatever the parts of a user's own raise
             found = None
     return {"ledger": ledger.state_dict(), "state": found}
-
-
-def state_for(module: LightningModule, task: Task) -> ContinualState:
-    """The state kept beside a module; made by tracing it on the task's data when there is none.
-
-    Raises:
-        StructureError: if the module cannot be traced.
-        ContinualError: if the task has no data, or its batches give no input to trace with.
-    """
-    state = state_of(module)
-    if state is None:
-        example, forward = _way(module, task)
-        ledger = _pending(module)
-        isolation: Isolation = "exact" if ledger is None else ledger.isolation
-        mixed = ""
-        try:
-            structure = _traced(module, task, example, forward, isolation=isolation)
-        except StructureError as error:
-            if ledger is not None:
-                raise
-            structure = _traced_apart(module, task, example, forward, error)
-            ledger = NeuronLedger.for_structure(structure)
-            ledger.isolation = "perturb"  # all that it can be; ``set_isolation`` says so where it is to be another
-            mixed = str(error)
-        ledger = ledger or NeuronLedger.for_structure(structure)
-        if ledger.head != structure.head_layer:
-            raise ContinualError(
-                f"Task '{task.name}' leads to the output head '{structure.head_layer}', but the module's ledger knows"
-                f" '{ledger.head}' as the first one. Where earlier tasks have heads of their own, make them known"
-                " first: ContinualModule(module).add_task(task)."
-            )
-        state = ContinualState(structure, ledger, example, forward, mask_outputs=not mixed, mixed=mixed)
-        object.__setattr__(module, _ATTRIBUTE, state)
-    return state
-
-
-def ledger_of(module: nn.Module) -> NeuronLedger | None:
-    """The ledger kept beside a module, also one that was loaded before the module's first fit."""
-    state = state_of(module)
-    return _pending(module) if state is None else state.ledger
-
-
-def keep_ledger(module: nn.Module, ledger: NeuronLedger) -> None:
-    """Makes a ledger the module's own, such as one that ``NeuronLedger.from_checkpoint`` read.
-
-    A network with norms that mix units needs it to compute what it computed when the checkpoint was written: under
-    ``exact`` these norms go by owners (see ``normalisation.py``). Loading a ContinualModule does it by itself.
-    """
-    check_kind("keep_ledger", "module", module, nn.Module, "the network that the ledger is about")
-    check_kind("keep_ledger", "ledger", ledger, NeuronLedger, "a NeuronLedger, such as from_checkpoint(path) reads")
-    state = state_of(module)
-    if state is None:
-        object.__setattr__(module, _PENDING, _Pending(ledger))
-    else:
-        ledger.revision = state.ledger.revision + 1  # so that masks made for the other one are made anew
-        state.ledger = ledger
-    make_owner_aware(module, ledger.norm_owners())
-
-
-def _way(module: LightningModule, task: Task) -> tuple[Any, Forward]:
-    """An example, and how the task runs the network on it: all outputs, and those that it is scored on."""
-    batch = first_batch(module, task)
-    inputs = _inputs(module, task, batch)
-    if task.evaluate is supervised and inputs is not None and required_arguments(module.forward) == 1:
-        return inputs, call
-    _check_pairs(module, task, batch)
-    example, evaluated = _scored(module, task, batch)
-    if inputs is None or not _runs(module, inputs):
-        return example, evaluated
-    return (inputs, example), Ways([call, evaluated])
-
-
-def _own_way(module: LightningModule, task: Task) -> tuple[Any, Forward]:
-    """An example, and how a further task runs the network on it."""
-    batch = task.check_data()
-    _check_pairs(module, task, batch)
-    if task.evaluate is supervised and required_arguments(module.forward) == 1:
-        return on_device(module, task, batch)[0], call
-    return _scored(module, task, batch)
-
-
-def _scored(module: LightningModule, task: Task, batch: Any) -> tuple[Any, Forward]:
-    """A batch, and what the task makes of it to be scored."""
-    return on_device(module, task, batch), lambda net, batch: checked_pair(task, task.evaluate(net, batch))[0]
-
-
-def _check_pairs(module: LightningModule, task: Task, batch: Any) -> None:
-    if task.evaluate is supervised and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-        raise ContinualError(
-            f"Task '{task.name}': its batches are no (input, target) pairs, so there is no example to trace"
-            f" {type(module).__name__} with, and no telling how to score it. Give the task"
-            " evaluate=lambda module, batch: (predictions, target), or set example_input_array in the module."
-        )
-
-
-def _inputs(module: LightningModule, task: Task, batch: Any) -> Any:
-    """What the module's forward pass takes, as far as one can tell."""
-    if not is_overridden("forward", module, parent=LightningModule):
-        return None
-    if module.example_input_array is not None:
-        return module.example_input_array
-    first = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
-    if not isinstance(first, Tensor):
-        return None
-    moved = on_device(module, task, batch)
-    return moved if first is batch else moved[0]
-
-
-def _runs(module: LightningModule, inputs: Any) -> bool:
-    """Whether the module's forward pass takes these inputs."""
-    try:
-        with torch.no_grad(), eval_mode(module):
-            call(module, samples(module, inputs, 2))
-    except Exception:  # whatever a user's forward pass raises
-        return False
-    return True
-
-
-def _traced_apart(
-    module: LightningModule, task: Task, example: Any, forward: Forward, reason: StructureError
-) -> Structure:
-    try:
-        return _traced(module, task, example, forward, isolation="perturb")
-    except StructureError:
-        raise StructureError(f"{reason} Neither isolation='perturb' nor exclude= helps without that.") from reason
-
-
-def _traced(module: LightningModule, task: Task, example: Any, forward: Forward, *, isolation: Isolation) -> Structure:
-    try:
-        return trace(module, example, forward, isolation=isolation)
-    except ContinualError:
-        raise
-    except Exception as error:
-        advice = "That is what its evaluate= says; let it run the module as a training step does."
-        if task.evaluate is supervised:
-            advice = (
-                "Give the task evaluate=lambda module, batch: (predictions, target), or set example_input_array in the"
-                " module."
-            )
-        raise ContinualError(
-            f"Task '{task.name}': {type(module).__name__} cannot run on its first batch: {error} {advice}"
-        ) from error

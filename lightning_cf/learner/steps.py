@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.functional.phases import FOLD_SAMPLES, check_finite, run_claim, seal
+from lightning_cf.functional.inputs import FOLD_SAMPLES
+from lightning_cf.functional.phases import check_finite, run_claim, seal
 from lightning_cf.learner.inferring import remember_task
-from lightning_cf.learner.state import keep_ledger, ledger_of, state_for, state_of
+from lightning_cf.learner.keeping import keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.network.forward import eval_mode, named_tensors
 from lightning_cf.ownership.ledger import NeuronLedger
-from lightning_cf.partition.claim import Claimer, warn_of_cost
+from lightning_cf.partition.claim import Claimer
+from lightning_cf.partition.cost import warn_of_cost
 from lightning_cf.partition.folding import cut_claimed
 from lightning_cf.partition.options import PartitionOptions
 from lightning_cf.records.folders import TaskFolders

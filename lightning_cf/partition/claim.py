@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning, warn
+from lightning_cf.errors import ContinualError, DivergenceWarning, warn
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.structure import Structure, UnitGroup, layer_of
 from lightning_cf.ownership.frozen_entries import FrozenEntries
@@ -20,46 +20,13 @@ from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 from lightning_cf.ownership.phases import Phase
-from lightning_cf.partition.clusters import Partition, partition, partition_into
+from lightning_cf.partition.clusters import Partition
+from lightning_cf.partition.comparing import compare
 from lightning_cf.partition.folding import Passes, consumer_moments, cut_claimed, fold_claimed
 from lightning_cf.partition.options import PartitionOptions
 from lightning_cf.partition.outcome import GroupOutcome, Outcome
+from lightning_cf.partition.proposals import Proposals
 from lightning_cf.partition.regression import Moments, Sample
-from lightning_cf.partition.similarity import Similarity
-from lightning_cf.partition.unit_outputs import unit_outputs
-from lightning_cf.utilities.randomness import keyed_generator
-
-
-class PartitionWarning(ContinualWarning):
-    """A partition that works, but not as its options suggest."""
-
-
-def warn_of_cost(
-    ledger: NeuronLedger, tolerance: float, *, now: float | None = None, lower_is_better: bool = False
-) -> None:
-    """Warns where the current task's claim cost more than the tolerance, and training after it did not win that back.
-
-    Args:
-        ledger: after the task's partition.
-        tolerance: how much of the metric a claim may cost.
-        now: the task's score after INVARIANCE, None where that was left out.
-        lower_is_better: the metric's direction.
-    """
-    name = ledger.tasks[-1].name
-    record = next((r for r in ledger.records if r["task"] == name and not r.get("within_tolerance", True)), None)
-    if record is None:
-        return
-    before, right_after = record["accuracy"], record["ablation_accuracy"]
-    if now is not None and (now - before if lower_is_better else before - now) <= tolerance:
-        return
-    warn(
-        f"Task '{name}': no claim within the budget keeps the metric within tolerance={tolerance}, so it has the whole"
-        f" budget: {before:.4f} before the partition, {right_after:.4f} right after it,"
-        + (f" {now:.4f} when its claim is sealed." if now is not None else " and no INVARIANCE followed.")
-        + " Raise max_claim or lower reserve_tasks, so that it may claim more; train longer after the partition; or"
-        " raise tolerance, if that is good enough.",
-        PartitionWarning,
-    )
 
 
 @dataclass(kw_only=True)
@@ -136,14 +103,25 @@ class Claimer:
         before = self._reference(self._finite(self.score(), "before its partition"))
         candidates = self._candidates()
         vectors = self._vectors()
-        self._similarities = self._compare(candidates)
+        self._similarities = compare(
+            self.module,
+            self.structure,
+            self._groups,
+            candidates,
+            self.options,
+            passes=self.passes,
+            way=self._way,
+            start=self.start,
+            copied=self.keep,
+        )
         self._moments: Mapping[str, Moments | Sample] = (
             consumer_moments(self.module, self.structure, self.passes, self._way) if self.options.fold and exact else {}
         )
         self._tell_left_out()
         budgets = self._budgets(candidates)
         after, within = before, True
-        for proposed in self._proposals(budgets):
+        proposals = Proposals(self._similarities, self.options, self.seed, self.ledger.tasks[-1].name)
+        for proposed in proposals.of(self._groups, budgets, undo=self._restore):
             partitions = self._with_needed(candidates, proposed)
             self._apply(candidates, partitions)
             after = self.score()
@@ -157,7 +135,19 @@ class Claimer:
                 within = False  # INVARIANCE may win it back: see ``warn_of_cost``
         if not exact:
             self._restore()
-        found = tuple(
+        found = self._outcomes(candidates, partitions, vectors, budgets)
+        self._record(found, before, after, within)
+        outcome = Outcome(before, after, found)
+        return outcome.after(self.earlier) if self._again and self.earlier is not None else outcome
+
+    def _outcomes(
+        self,
+        candidates: Mapping[str, Tensor],
+        partitions: Mapping[str, Partition],
+        vectors: Mapping[str, tuple[Tensor | None, Tensor | None]],
+        budgets: Mapping[str, int],
+    ) -> tuple[GroupOutcome, ...]:
+        return tuple(
             GroupOutcome(
                 group,
                 candidates[group.name],
@@ -168,9 +158,6 @@ class Claimer:
             )
             for group in self._groups
         )
-        self._record(found, before, after, within)
-        outcome = Outcome(before, after, found)
-        return outcome.after(self.earlier) if self._again and self.earlier is not None else outcome
 
     def _finite(self, score: float, when: str) -> float:
         """The same score; raises ContinualError for one that no claim can be judged by."""
@@ -232,99 +219,6 @@ class Claimer:
         ways = [way for task, way in self.structure.rides.items() if task not in begun]
         others = sum(any(g.name == group.name for g in self.structure.groups_on(way)) for way in ways)
         return min(self.tasks_left, 1 + others) if ways else self.tasks_left
-
-    def _compare(self, candidates: Mapping[str, Tensor]) -> dict[str, Similarity]:
-        tensors, measure = named_tensors(self.module), self.options.measure
-        outputs = (
-            unit_outputs(self.module, self.structure, self._groups, self.passes, way=self._way)
-            if measure == "activation"
-            else {}
-        )
-        similarities = {}
-        for group in self._groups:
-            units = candidates[group.name]
-            if measure == "activation":
-                vectors = outputs[group.name]
-                biases = vectors.new_zeros(len(vectors))
-            else:
-                vectors, biases = group.vectors(tensors), group.biases(tensors)
-                if measure == "update":
-                    if self.start is None:
-                        raise ContinualError(
-                            "partition: measure='update' compares with the weights at the task's start, which nothing"
-                            " kept. Add PartitionCallback to the fit in which the task is learned, or use"
-                            " measure='weight'."
-                        )
-                    vectors, biases = vectors - group.weights(self.start), biases - group.biases(self.start)
-            custom = measure if callable(measure) else None
-            if self.keep:
-                vectors, biases = vectors[units.to(vectors.device)].cpu(), biases[units.to(vectors.device)].cpu()
-                similarities[group.name] = Similarity(vectors, biases, measure=custom)
-            else:
-                similarities[group.name] = Similarity(vectors, biases, measure=custom, units=units.to(vectors.device))
-        return similarities
-
-    # Which claims to try
-
-    def _proposals(self, budgets: Mapping[str, int]) -> Iterator[dict[str, Partition]]:
-        """Partitions of every group, from the smallest claim up; just one for a fixed threshold."""
-        if self.options.threshold != "auto":
-            yield self._fixed(budgets, self.options.threshold)
-            return
-        share, counts = self.options.min_claim, None
-        while counts != budgets:
-            self._restore()  # compared are the weights before any claim
-            counts = {
-                group.name: min(budgets[group.name], max(1, math.ceil(share * group.size - 1e-9)))
-                for group in self._groups
-            }
-            yield {
-                name: partition_into(
-                    self._similarities[name],
-                    count,
-                    clusters=self.options.clusters,
-                    representative=self.options.representative,
-                    generator=self._generator(name),
-                )
-                for name, count in counts.items()
-            }
-            share *= 1.25
-
-    def _fixed(self, budgets: Mapping[str, int], threshold: float) -> dict[str, Partition]:
-        partitions, capped = {}, []
-        for name, similarity in self._similarities.items():
-            partitions[name] = self._partition(name, threshold, None)
-            found = int(partitions[name].non_redundant.sum())
-            if found > budgets[name]:
-                partitions[name] = self._partition(name, threshold, budgets[name])
-                median, ninety, ninety_nine, most = similarity.quantiles()
-                capped.append(
-                    f"'{name}': {found} of {len(similarity)} units non-redundant, capped to {budgets[name]}"
-                    f" (similarities: median {median:.2f}, 90% {ninety:.2f}, 99% {ninety_nine:.2f}, largest {most:.2f})"
-                )
-        if capped:
-            warn(
-                f"Task '{self.ledger.tasks[-1].name}': threshold={threshold} finds too little redundancy with"
-                f" measure='{self.options.measure_name}'; max_claim caps the claim, the units of highest magnitude"
-                " stay. "
-                + "; ".join(capped)
-                + ". Choose a threshold below the largest similarity, or threshold='auto'.",
-                PartitionWarning,
-            )
-        return partitions
-
-    def _partition(self, group: str, threshold: float, limit: int | None) -> Partition:
-        return partition(
-            self._similarities[group],
-            threshold,
-            limit=limit,
-            clusters=self.options.clusters,
-            representative=self.options.representative,
-            generator=self._generator(group),
-        )
-
-    def _generator(self, group: str) -> torch.Generator:
-        return keyed_generator(self.seed, self.ledger.tasks[-1].name, "representative", group)
 
     # Trying a claim
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -13,18 +12,14 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.partition.representatives import Representative, check_generator, first_members, represented
 from lightning_cf.partition.similarity import Similarity
 from lightning_cf.partition.spanning_forest import Forest, spanning_forest
+from lightning_cf.partition.thresholds import TOLERANCE, components_threshold, double_at, place_of, threshold_above
 
 Clusters = Literal["leader", "components"]
 CLUSTERS = ("leader", "components")
 
-Representative = Literal["magnitude", "random"]
-REPRESENTATIVES = ("magnitude", "random")
-
-TOLERANCE = 1e-9
-"""Slack of every comparison with the threshold, so that rounding does not part identical units at threshold 1."""
 
 TILE = 1024
 
@@ -60,7 +55,7 @@ class Partition:
     @property
     def cluster(self) -> Int64[Tensor, "units"]:
         """Number of each unit's cluster, from 0 on in the order of the clusters' first units."""
-        first = _first_member(self.representative, torch.arange(len(self.representative)))
+        first = first_members(self.representative, torch.arange(len(self.representative)))
         number: Tensor = first.unique(return_inverse=True)[1]
         return number
 
@@ -100,7 +95,7 @@ def partition(
     Raises:
         ContinualError: if representatives are to be drawn without a generator.
     """
-    _check_generator(representative, generator)
+    check_generator(representative, generator)
     if clusters == "components":
         forest = spanning_forest(similarity, TILE, threshold - TOLERANCE)
         leaders, members = _connect(similarity, forest, threshold, limit)
@@ -109,7 +104,7 @@ def partition(
         for block in (members < 0).nonzero().flatten().split(TILE):
             members[block] = _first_leader(similarity, block, leaders, threshold)
     members = _join(similarity, leaders, members)
-    return Partition(_represent(members, representative, generator), threshold)
+    return Partition(represented(members, representative, generator), threshold)
 
 
 def partition_into(
@@ -136,12 +131,12 @@ def partition_into(
     Raises:
         ContinualError: if representatives are to be drawn without a generator.
     """
-    _check_generator(representative, generator)
+    check_generator(representative, generator)
     if clusters == "components":
         forest = spanning_forest(similarity, TILE)
-        threshold = _components_threshold(forest, count)
+        threshold = components_threshold(forest, count)
         members = _join(similarity, *_connect(similarity, forest, threshold, count))
-        return Partition(_represent(members, representative, generator), threshold)
+        return Partition(represented(members, representative, generator), threshold)
     if len(similarity) <= KEPT:
         similarity = similarity.kept()
     if similarity.measure is not None:
@@ -152,14 +147,6 @@ def partition_into(
     else:
         threshold = _leader_threshold(similarity, count)
     return partition(similarity, threshold, limit=count, representative=representative, generator=generator)
-
-
-def _check_generator(representative: Representative, generator: torch.Generator | None) -> None:
-    if representative == "random" and generator is None:
-        raise ContinualError(
-            "partition: representative='random' draws from a generator, got generator=None; give it"
-            " torch.Generator().manual_seed(...)."
-        )
 
 
 def _leader_threshold(similarity: Similarity, count: int) -> float:
@@ -206,17 +193,17 @@ def _leader_threshold_of_many(similarity: Similarity, count: int) -> float:
 
 def _leader_threshold_of_measure(similarity: Similarity, count: int) -> float:
     ends = [values.aminmax() for _, _, values in similarity.tiles(TILE)]
-    lowest = _place(min(float(end.min) for end in ends))
-    highest = _place(_threshold_above(max(float(end.max) for end in ends)))
+    lowest = place_of(min(float(end.min) for end in ends))
+    highest = place_of(threshold_above(max(float(end.max) for end in ends)))
     # The scale is unknown and may span many orders of magnitude: halves the number of doubles between, not their range.
     leaders = _leader_counter(similarity, count)
     while lowest < highest:
         middle = (lowest + highest) // 2
-        if leaders(_double(middle)) >= count:
+        if leaders(double_at(middle)) >= count:
             highest = middle
         else:
             lowest = middle + 1
-    return _double(highest)
+    return double_at(highest)
 
 
 def _leader_counter(similarity: Similarity, most: int) -> Callable[[float], int]:
@@ -242,56 +229,15 @@ def _leader_counter(similarity: Similarity, most: int) -> Callable[[float], int]
     return count
 
 
-def _components_threshold(forest: Forest, count: int) -> float:
-    if forest.units == 1:
-        return 1.0  # any other is as good
-    if count == 1:
-        return float(forest.similarities[-1])
-    return _threshold_above(float(forest.similarities[forest.units - count]))
-
-
-def _threshold_above(value: float) -> float:
-    """A threshold that ``value`` does not reach, as little above it as doubles allow."""
-    threshold = value + TOLERANCE
-    while threshold - TOLERANCE <= value:
-        threshold = math.nextafter(threshold, math.inf)
-    return threshold
-
-
-def _place(value: float) -> int:
-    """The place of a double among all doubles in their order, 0 for zero."""
-    return int(math.copysign(1, value)) * int(struct.unpack("<q", struct.pack("<d", abs(value)))[0])
-
-
-def _double(place: int) -> float:
-    """The double at a place."""
-    return math.copysign(float(struct.unpack("<d", struct.pack("<q", abs(place)))[0]), place)
-
-
 def _connect(
     similarity: Similarity, forest: Forest, threshold: float, limit: int | None
 ) -> tuple[list[int], Int64[Tensor, "units"]]:
     """The largest unit of each component by falling magnitude, and each unit's; -1 for the units beyond ``limit``."""
     order = similarity.norms.argsort(descending=True, stable=True)
-    members = _first_member(forest.components(threshold - TOLERANCE), order)
+    members = first_members(forest.components(threshold - TOLERANCE), order)
     leaders = order[members[order] == order][:limit]
     members[~torch.isin(members, leaders)] = -1
     return leaders.tolist(), members
-
-
-def _represent(
-    members: Int64[Tensor, "units"], representative: Representative, generator: torch.Generator | None
-) -> Int64[Tensor, "units"]:
-    """Each unit's representative, where so far it is its cluster's largest unit."""
-    if representative == "magnitude":
-        return members
-    return _first_member(members, torch.randperm(len(members), generator=generator))
-
-
-def _first_member(clusters: Int64[Tensor, "units"], order: Int64[Tensor, "units"]) -> Int64[Tensor, "units"]:
-    """For each unit the member of its cluster that comes first in ``order``; clusters go by any number below units."""
-    first = torch.full_like(order, len(order)).scatter_reduce(0, clusters, order.argsort(), "amin")
-    return order[first[clusters]]
 
 
 def _lead(similarity: Similarity, threshold: float, limit: int | None) -> tuple[list[int], Int64[Tensor, "units"]]:

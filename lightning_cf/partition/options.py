@@ -18,7 +18,8 @@ from lightning_cf.errors import (
     check_share,
 )
 from lightning_cf.network.structure import Structure, UnitGroup
-from lightning_cf.partition.clusters import CLUSTERS, REPRESENTATIVES, Clusters, Representative
+from lightning_cf.partition.clusters import CLUSTERS, Clusters
+from lightning_cf.partition.representatives import REPRESENTATIVES, Representative
 from lightning_cf.partition.similarity import PairMeasure
 
 Measure = Literal["weight", "update", "activation"] | PairMeasure

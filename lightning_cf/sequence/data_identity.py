@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, default_collat
 from lightning_cf.tasks.contexts import seeded
 from lightning_cf.tasks.loaders import STAGES
 from lightning_cf.tasks.task import Task
-from lightning_cf.utilities.describing import UNKNOWN, constructor_names, content_sha256, describe, made_from, sketch
+from lightning_cf.utilities.content import content_sha256
+from lightning_cf.utilities.describing import UNKNOWN, constructor_names, describe, made_from, sketch
 
 _PLAIN = (bool, int, float, str, Tensor, np.ndarray)
 

@@ -30,7 +30,7 @@ from lightning_cf.sequence.stored_state import (
     load_state,
     unsound,
 )
-from lightning_cf.utilities.describing import content_sha256
+from lightning_cf.utilities.content import content_sha256
 from lightning_cf.utilities.files import file_sha256, make_folder, read_json, write_bytes, write_json, writing
 
 

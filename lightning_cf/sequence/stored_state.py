@@ -14,7 +14,7 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.network.finite import described, not_finite
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.sequence.run_progress import RunProgress
-from lightning_cf.utilities.describing import content_sha256
+from lightning_cf.utilities.content import content_sha256
 from lightning_cf.utilities.files import load_tensors
 
 FORMAT = 2

@@ -18,10 +18,10 @@ from lightning_cf import (
     Resample,
     Task,
 )
-from lightning_cf.learner.state import keep_ledger, state_of
+from lightning_cf.learner.keeping import keep_ledger, state_of
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.levels import FREE
-from lightning_cf.partition.claim import PartitionWarning
+from lightning_cf.partition.cost import PartitionWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
 

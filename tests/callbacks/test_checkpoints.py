@@ -25,7 +25,7 @@ from lightning_cf import (
     SequentialTaskRunner,
     keep_ledger,
 )
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.models import MLP
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.tracing.trace import trace

@@ -30,13 +30,13 @@ from lightning_cf import (
     Task,
     TaskInferenceCallback,
 )
-from lightning_cf.callbacks.divergence import Watch
+from lightning_cf.callbacks.fit_watch import Watch
 from lightning_cf.learner.inferring import inference_of
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.network.finite import not_finite
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.sequence.stored_state import _CONTENT
-from lightning_cf.utilities.describing import content_sha256
+from lightning_cf.utilities.content import content_sha256
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no claim within the budget"),
@@ -366,7 +366,7 @@ class OnDevice(Watch):
 
 @pytest.mark.parametrize(("at", "looked"), [(2, 6), (7, 12), (23, 24)])
 def test_where_it_looks_now_and_then_the_first_step_is_named_all_the_same(at, looked, monkeypatch):
-    monkeypatch.setattr("lightning_cf.callbacks.divergence.Watch", OnDevice)
+    monkeypatch.setattr("lightning_cf.callbacks.fit_watch.Watch", OnDevice)
     module = learned(fault="nan pixel", at=at)
     owned = logits(module)
     with pytest.raises(DivergenceError, match=rf"step {at + 1} .*batch {at % 6}\): the loss is not finite; .*'net\.1'"):

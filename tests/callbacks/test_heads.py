@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_cf import Classifier, ContinualError, SequentialTaskRunner, Task, TaskInferenceCallback
 from lightning_cf.callbacks.heads import aside
 from lightning_cf.learner.inferring import inference_of, view_of
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.models import MLP
 from lightning_cf.network.forward import eval_mode, named_tensors
 from lightning_cf.task_inference import STRATEGIES, Sites, View, read

@@ -24,7 +24,7 @@ from lightning_cf import (
     TaskInferenceCallback,
 )
 from lightning_cf.invariance.disturbance import Disturbance
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.models import MLP
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.levels import FREE

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_cf import Classifier, ContinualModule, NeuronLedger, keep_ledger
 from lightning_cf.callbacks import MaskedGradientCallback
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.freezing import Freezer
 from lightning_cf.ownership.levels import FREE

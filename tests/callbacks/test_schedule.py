@@ -15,8 +15,8 @@ from lightning_cf import (
     NeuronLedger,
     PartitionCallback,
 )
-from lightning_cf.learner.state import state_of
-from lightning_cf.partition.claim import PartitionWarning
+from lightning_cf.learner.keeping import state_of
+from lightning_cf.partition.cost import PartitionWarning
 from lightning_cf.tasks.evaluation import evaluate
 
 pytestmark = [

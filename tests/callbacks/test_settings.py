@@ -27,7 +27,7 @@ from lightning_cf import (
     PartitionCallback,
     Task,
 )
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.ownership.levels import FREE
 
 pytestmark = [

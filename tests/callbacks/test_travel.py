@@ -24,7 +24,7 @@ from lightning_cf import (
     Task,
     TaskInferenceCallback,
 )
-from lightning_cf.learner.state import keep_ledger, ledger_of
+from lightning_cf.learner.keeping import keep_ledger, ledger_of
 from lightning_cf.network.forward import eval_mode
 from lightning_cf.utilities.hooks import Hook
 

@@ -16,7 +16,7 @@ from lightning_cf import MaskedGradientCallback, SequentialTaskRunner, Structure
 from lightning_cf.cli.progress_bar import RunBar
 from lightning_cf.cli.run_log import logged_warnings
 from lightning_cf.errors import ContinualWarning, FrozenWarning
-from lightning_cf.partition.claim import PartitionWarning
+from lightning_cf.partition.cost import PartitionWarning
 from lightning_cf.utilities.noting import noting
 
 SMALL = ["epochs=1", "invariance_epochs=1", "tasks.order=[0,1]", "task_inference=none"]

@@ -26,7 +26,7 @@ from lightning_cf import (
     StructureError,
     Task,
 )
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 
 
 def test_the_core_does_not_load_lightning():

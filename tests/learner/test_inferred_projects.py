@@ -26,7 +26,7 @@ from lightning_cf import (
     TaskInferenceCallback,
 )
 from lightning_cf.learner.inferring import inference_of
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.sequence.joint import JointTask
 from lightning_cf.task_inference import STRATEGIES
 from lightning_cf.task_inference.statistics import LocalSubspaces, Mahalanobis

@@ -23,8 +23,9 @@ from lightning_cf import (
     TaskInferenceCallback,
 )
 from lightning_cf.data import permuted_tasks
-from lightning_cf.learner.inferring import inference_of, predict_any, view_of
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.inferring import inference_of, view_of
+from lightning_cf.learner.keeping import state_of
+from lightning_cf.learner.predicting import predict_any
 from lightning_cf.models import CNN, MLP
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.task_inference import STRATEGIES, Sites, Strategy, View, read

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_cf import ContinualError, ContinualModule, ContinualWarning, Task, TaskInferenceCallback
 from lightning_cf.learner.inferring import inference_of
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
 

@@ -24,9 +24,10 @@ from lightning_cf import (
     Task,
     TaskInferenceCallback,
 )
-from lightning_cf.learner.inferring import inference_of, predict_any, watch_task
+from lightning_cf.learner.inferring import inference_of, watch_task
+from lightning_cf.learner.keeping import state_for, state_of
+from lightning_cf.learner.predicting import predict_any
 from lightning_cf.learner.rehearsal import rehearse
-from lightning_cf.learner.state import state_for, state_of
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, read
 from lightning_cf.task_inference.readout import Recorder

@@ -32,7 +32,7 @@ from lightning_cf.data import split_tasks
 from lightning_cf.errors import FrozenWarning, StructureError
 from lightning_cf.exactness.check import check_exact
 from lightning_cf.exactness.probe import probe
-from lightning_cf.learner.state import keep_ledger, state_for, state_of
+from lightning_cf.learner.keeping import keep_ledger, state_for, state_of
 from lightning_cf.models import MLP
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.fresh_start import reinitialise_free

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lightning_cf import StructureError
 from lightning_cf.errors import StructureWarning
 from lightning_cf.exactness.check import check_exact
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE

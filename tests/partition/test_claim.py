@@ -11,7 +11,8 @@ from lightning_cf.network.forward import call
 from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
-from lightning_cf.partition.claim import Claimer, PartitionWarning, warn_of_cost
+from lightning_cf.partition.claim import Claimer
+from lightning_cf.partition.cost import PartitionWarning, warn_of_cost
 from lightning_cf.partition.options import PartitionOptions
 
 

@@ -231,7 +231,7 @@ def test_a_sample_of_inputs_folds_like_their_moments():
 
 
 def test_wide_layers_are_folded_on_a_sample(monkeypatch):
-    monkeypatch.setattr(folding, "WIDE", 10)
+    monkeypatch.setattr(regression, "WIDE", 10)
     layer = torch.nn.Linear(12, 3)
     found = regression.input_moments({"weight": layer.weight}, [lambda: layer(torch.randn(300, 12)) for _ in range(20)])
     assert found["weight"].rows.shape == (1024, 13)

@@ -19,7 +19,8 @@ from torchmetrics.classification import MulticlassF1Score
 
 from lightning_cf import ContinualError, InvarianceCallback, PartitionCallback, RunWarning, Task
 from lightning_cf.sequence.comparison import VARIABLE, differences
-from lightning_cf.utilities.describing import content_sha256, describe
+from lightning_cf.utilities.content import content_sha256
+from lightning_cf.utilities.describing import describe
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*no claim within the budget", "ignore:You passed in a `val_dataloader`"

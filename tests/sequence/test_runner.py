@@ -28,7 +28,7 @@ from lightning_cf import (
     Task,
 )
 from lightning_cf.data import permuted_tasks
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.learner.steps import synchronise, weights_sha256
 from lightning_cf.models import MLP
 from lightning_cf.ownership.levels import FREE

@@ -13,7 +13,7 @@ from toys import Counted, Net, fit, loader, numbers
 
 from lightning_cf import SequentialTaskRunner, Task, TaskInferenceCallback
 from lightning_cf.errors import ContinualError, DataWarning
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.tasks.reading import Limits
 from lightning_cf.tasks.streams import reads_once
 

@@ -17,7 +17,7 @@ from toys import Net, fit, loader, numbers
 from lightning_cf import ContinualModule, SequentialTaskRunner, Task, TaskInferenceCallback
 from lightning_cf.callbacks.label_watch import LabelWatch
 from lightning_cf.errors import ContinualError, DataWarning
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.tasks.evaluation import constant_predictor, evaluate
 from lightning_cf.tasks.scoring_check import check_scoring
 from lightning_cf.tasks.targets import one_hot_labels

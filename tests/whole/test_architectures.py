@@ -8,7 +8,7 @@ from architectures import ARCHITECTURES
 from learning import fit, own_logits, score, tasks, three
 
 from lightning_cf import ContinualError
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.levels import FREE
 

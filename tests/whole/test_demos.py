@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
 from lightning_cf import Task
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 import lightning_cf
 from lightning_cf import Classifier
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.partition.options import PartitionKeywords
 from lightning_cf.task_inference import STRATEGIES, View
 

@@ -24,7 +24,7 @@ from lightning_cf import (
     StructureWarning,
     Task,
 )
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no claim within the budget"),

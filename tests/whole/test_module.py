@@ -18,7 +18,7 @@ from lightning_cf import (
     keep_ledger,
 )
 from lightning_cf.data import permuted_tasks
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.models import MLP
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")

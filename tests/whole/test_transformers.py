@@ -19,7 +19,7 @@ from lightning_cf import (
     StructureWarning,
     Task,
 )
-from lightning_cf.learner.state import state_of
+from lightning_cf.learner.keeping import state_of
 from lightning_cf.network.forward import named_tensors
 
 INSTALLED = importlib.util.find_spec("transformers") is not None

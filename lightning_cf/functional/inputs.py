@@ -1,0 +1,56 @@
+"""What a user hands to a claim: batches of any kind, and a score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_cf.errors import ContinualError
+from lightning_cf.network.forward import eval_mode, in_precision_of
+
+FOLD_SAMPLES = 4096
+"""From how many inputs of the task the regression learns what to fold."""
+
+
+class Inputs:
+    """The inputs of some batches, on the network's device and in its precision, as often as they are asked for."""
+
+    def __init__(self, module: nn.Module, batches: Iterable[Any]) -> None:
+        self.module, self.batches = module, batches
+        if not isinstance(batches, Iterable):
+            raise ContinualError(f"claim: batches must be an iterable of inputs, got a {type(batches).__name__}.")
+        if iter(batches) is batches:  # it can be read once only
+            self.batches = list(self._enough(batches))
+        self.first = next(iter(self), None)
+        if self.first is None:
+            raise ContinualError("claim: batches gives no batch; give the task's training data.")
+
+    def __iter__(self) -> Iterator[Any]:
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        for batch in self._enough(self.batches):
+            x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+            yield tree_map_only(Tensor, lambda t: t.to(device), in_precision_of(self.module, x))
+
+    @staticmethod
+    def _enough(batches: Iterable[Any]) -> Iterator[Any]:
+        seen = 0
+        for batch in batches:
+            yield batch
+            seen += next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), 1)
+            if seen >= FOLD_SAMPLES:
+                return
+
+
+def number_of(module: nn.Module, score: Callable[[], float]) -> float:
+    """What a user's score says, which may put the network into another mode."""
+    with eval_mode(module), torch.no_grad():
+        found: Any = score()
+    value = found.item() if isinstance(found, Tensor) and found.numel() == 1 else found
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ContinualError(f"claim: score must give one number, such as an accuracy; got {found!r}.")
+    return float(value)

@@ -1,0 +1,98 @@
+"""Predictions for inputs of which nobody says whose task they are."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_cf.errors import ContinualError
+from lightning_cf.learner.inferring import inference_of
+from lightning_cf.learner.keeping import ledger_of
+from lightning_cf.lightning_api import LightningModule, is_overridden
+from lightning_cf.network.finite import rows_finite
+from lightning_cf.network.forward import call, in_precision_of
+from lightning_cf.task_inference import Prediction
+from lightning_cf.tasks.evaluation import forward_context
+
+
+@torch.no_grad()
+def predict_any(module: LightningModule, x: Any, strategy: str | None = None) -> Prediction:
+    """Predicts without a task's name.
+
+    Args:
+        module: a module whose ledger keeps what tasks are inferred by.
+        x: a batch of inputs, as the module's forward pass takes it; a tuple for several.
+        strategy: another one of those that were fitted than the first.
+
+    Raises:
+        ContinualError: if no task was learned that can be inferred.
+    """
+    ledger = ledger_of(module)
+    inference = None if ledger is None else inference_of(ledger)
+    if inference is not None and not inference.strategies:
+        raise ContinualError(
+            f"No strategy infers the tasks of {type(module).__name__}: its network or its tasks allow none, such as"
+            " where a sample has many labels. Name the task and read its outputs, which outputs_of(NAME) of a"
+            " ContinualModule numbers."
+        )
+    if ledger is None or inference is None or not inference.tasks:
+        raise ContinualError(
+            f"{type(module).__name__} knows no task that it could infer: seal one first, with a TaskInferenceCallback"
+            " in the fit (a ContinualModule brings it), on tasks with classes."
+        )
+    if not is_overridden("forward", module, parent=LightningModule):
+        raise ContinualError(
+            f"Predictions without a task's name run the forward pass, but {type(module).__name__} has none. Define"
+            " forward(self, x): it takes a batch of inputs and computes the outputs of all tasks."
+        )
+    x = in_precision_of(module, x)
+
+    def found_of(x: Any) -> Prediction:
+        with forward_context(module):
+            readout = inference.read(module, partial(call, module), x, strategy or inference.strategies[0])
+        if readout.missing:
+            raise ContinualError(
+                f"'{readout.missing[0]}' does not run in the forward pass, so its task cannot be compared with others."
+                " Let forward compute the outputs of all tasks, side by side."
+            )
+        strange = _infinite(x) if readout.inputs is None else None
+        return inference.predict(readout, ledger.width, strategy, none=strange)
+
+    found, fine = found_of(x), _rows_fine(x)
+    if fine is not None and bool(fine.any()) and not bool(fine.all()):
+        # Another pass for the others, as if those rows were like any: a network may compute with the whole batch.
+        others = found_of(_with_other_rows(x, fine))
+        pairs = zip(others, found, strict=True)
+        found = Prediction(*(torch.where(fine.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
+    places = torch.tensor([*(ledger.index(task.name) for task in inference.tasks), -1], device=found.tasks.device)
+    return found._replace(tasks=places[found.tasks])
+
+
+def _rows_of(x: Any) -> list[Tensor]:
+    """The floating-point tensors of an input that hold one row a sample."""
+    given = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim]
+    return [leaf for leaf in given if leaf.is_floating_point() and len(leaf) == len(given[0])]
+
+
+def _rows_fine(x: Any) -> Bool[Tensor, "batch"] | None:
+    """Which rows of an input are finite; None where it has no numbers that might not be."""
+    rows = _rows_of(x)
+    return rows_finite(rows) if rows else None
+
+
+def _infinite(x: Any) -> Bool[Tensor, "batch"] | None:
+    """Which rows of an input hold infinite numbers, which gates and the like make finite."""
+    rows = _rows_of(x)
+    return torch.stack([leaf.reshape(len(leaf), -1).isinf().any(dim=1) for leaf in rows]).any(dim=0) if rows else None
+
+
+def _with_other_rows(x: Any, fine: Bool[Tensor, "batch"]) -> Any:
+    """An input with a copy of its first finite row in the place of each that is not."""
+    chosen = torch.where(fine, torch.arange(len(fine), device=fine.device), fine.int().argmax())
+    rows = {id(leaf) for leaf in _rows_of(x)}
+    return tree_map_only(Tensor, lambda leaf: leaf[chosen.to(leaf.device)] if id(leaf) in rows else leaf, x)
