@@ -39,7 +39,7 @@ from lightning_cf.sequence.trainers import MakeTrainer, Trainers, fit_whole, for
 from lightning_cf.task_inference import Strategy, TaskInference
 from lightning_cf.tasks.contexts import placed_on
 from lightning_cf.tasks.scoring_check import check_scoring
-from lightning_cf.tasks.task import Task
+from lightning_cf.tasks.task import Batches, Task
 from lightning_cf.utilities.randomness import isolated_generators
 
 
@@ -186,11 +186,8 @@ class SequentialTaskRunner(StoredRun):
     def seal(self, task: Task) -> None:
         """Ends the task: what it owns never moves again."""
         options = None if self.parts.partition is None else self.parts.partition.options
-        decide_together(
-            self.host,
-            self.module,
-            lambda: seal_task(self.module, task, options, seed=self.seed, folders=self.folders),
-        )
+        seal = partial(seal_task, self.module, task, options, seed=self.seed, folders=self.folders)
+        decide_together(self.host, self.module, seal)
 
     def learn_jointly(self) -> None:
         """Trains all tasks together, each sample scored on its own task's outputs."""
@@ -200,11 +197,10 @@ class SequentialTaskRunner(StoredRun):
     def score(self) -> None:
         """Scores every task, told which it is and not."""
         with placed_on(self.module, self.host.strategy.root_device):
-            scores = [score_of(self.module, self.state, task, self.score_on) for task in self.tasks]
-            self.progress.rows.append(scores)
+            self.progress.rows.append([self.score_of(task) for task in self.tasks])
             inference = self.inference()
             if inference is not None:
-                tests = [(task, scoring_batches(task, self.score_on)) for task in self.tasks if task.classes]
+                tests = [(task, self.scoring_batches(task)) for task in self.tasks if task.classes]
                 score_strategies(self.module, inference, tests, self.progress.strategies)
         if self.method == "partition" and len(self.progress.rows) > 1:
             self.progress.note_capacity(self.state.ledger.capacity())
@@ -269,6 +265,14 @@ class SequentialTaskRunner(StoredRun):
         """How many tasks are still to come, the current one counted."""
         return len(self.tasks) - len(self.state.ledger.tasks) + 1
 
+    def scoring_batches(self, task: Task) -> Batches:
+        """The data that a task is scored on, as ``score_on`` says."""
+        return scoring_batches(task, self.score_on)
+
+    def score_of(self, task: Task) -> float:
+        """The task's score on that data, on its own outputs; higher is better."""
+        return score_of(self.module, self.state, task, self.score_on)
+
     def inference(self) -> TaskInference | None:
         """What tasks are inferred by now; the highest output where nothing is partitioned."""
         if self.parts.task_inference is None or len(self.progress.rows) < 2:
@@ -281,8 +285,7 @@ class SequentialTaskRunner(StoredRun):
     def note_stage(self, task: Task, stage: str) -> None:
         """Keeps the task's score at a stage of the method: "learned", "partitioned" or "retrained"."""
         with placed_on(self.module, self.host.strategy.root_device):
-            score = score_of(self.module, self.state, task, self.score_on)
-        self.progress.stages.setdefault(task.name, {})[stage] = score
+            self.progress.stages.setdefault(task.name, {})[stage] = self.score_of(task)
 
     def settings(self) -> dict[str, Any]:
         """What must be the same when a run is taken up again; found once, before anything is trained."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
@@ -16,14 +16,12 @@ from lightning_cf.lightning_api import (
     _replace_dunder_methods,
     is_overridden,
 )
+from lightning_cf.tasks.declared import WithData
 from lightning_cf.tasks.holdout import Split, samples_of, split
 from lightning_cf.tasks.reading import Limits, Reading, flat, several, side_by_side
 from lightning_cf.tasks.streams import reads_once
 from lightning_cf.tasks.targets import Place, labels_of, left_out, strange
 from lightning_cf.utilities.randomness import isolated_generators
-
-if TYPE_CHECKING:
-    from lightning_cf.tasks.task import Task
 
 STAGES = ("train", "val", "test")
 
@@ -62,7 +60,7 @@ class Loaders:
         task: whose.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: WithData) -> None:
         self.task = task
         self.limits = Limits()
         self.opened: dict[str, Opened] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError
-
-if TYPE_CHECKING:
-    from lightning_cf.tasks.task import Task
+from lightning_cf.tasks.declared import Declared
 
 IGNORED = -100
 """The label that torch's losses leave out by default; no class has it."""
@@ -119,7 +117,7 @@ def unreachable(predictions: Tensor, target: Tensor, classes: Collection[int], b
     return strange(target.flatten(), (~masked).nonzero().flatten().tolist(), besides)
 
 
-def left_out(task: Task, module: nn.Module | None = None) -> set[int]:
+def left_out(task: Declared, module: nn.Module | None = None) -> set[int]:
     """Labels that are no class but may be there: what the task's metric or the module's losses ignore."""
     found = {IGNORED}
     losses = [] if module is None else [m for m in module.modules() if isinstance(m, _LOSSES)]
@@ -142,7 +140,7 @@ def finite(batch: Any) -> bool:
     return all(bool(x.isfinite().all()) for x in numbers)
 
 
-def checked_pair(task: Task, found: Any) -> tuple[Tensor, Tensor]:
+def checked_pair(task: Declared, found: Any) -> tuple[Tensor, Tensor]:
     """What a task's ``evaluate`` gave.
 
     Raises:
@@ -161,7 +159,7 @@ def checked_pair(task: Task, found: Any) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def check_for_accuracy(task: Task, predictions: Tensor, target: Tensor) -> None:
+def check_for_accuracy(task: Declared, predictions: Tensor, target: Tensor) -> None:
     """Raises ContinualError where the share of right classes, the default metric, says nothing."""
     shapes = f"predictions {list(predictions.shape)} and targets {list(target.shape)} of {target.dtype}"
     way = "Give the task metric=..., or evaluate=lambda module, batch: (predictions, target) with labels as targets."
@@ -178,7 +176,7 @@ def check_for_accuracy(task: Task, predictions: Tensor, target: Tensor) -> None:
         )
 
 
-def check_labels(task: Task, target: Tensor, besides: Collection[int], where: str) -> None:
+def check_labels(task: Declared, target: Tensor, besides: Collection[int], where: str) -> None:
     """Raises ContinualError for a label that is no class of the task.
 
     Args:
@@ -196,7 +194,7 @@ def check_labels(task: Task, target: Tensor, besides: Collection[int], where: st
         )
 
 
-def check_finite(task: Task, batch: Any, predictions: Tensor, target: Tensor, where: str) -> None:
+def check_finite(task: Declared, batch: Any, predictions: Tensor, target: Tensor, where: str) -> None:
     """Raises ContinualError for predictions or targets that are not finite: a metric takes them for a class.
 
     Infinity below is what a masked output has, as long as another of the sample's outputs is finite.
