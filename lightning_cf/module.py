@@ -167,7 +167,7 @@ class ContinualModule(LightningModule):
         return reduced
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The ledger, for ``state_dict``."""
+        """The ledger as plain values, which a ``state_dict`` of this module holds beside its weights."""
         return {} if self.ledger is None else self.ledger.state_dict()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -192,7 +192,7 @@ class ContinualModule(LightningModule):
             checkpoint[CHECKPOINT_KEY] = ledger
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Moves it back."""
+        """Moves the ledger back among the weights, where loading looks for it."""
         super().on_load_checkpoint(checkpoint)
         self._warn_of_loss(checkpoint.get(CHECKPOINT_KEY))
         checkpoint["state_dict"][_EXTRA_STATE] = checkpoint.get(CHECKPOINT_KEY, {})

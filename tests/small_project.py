@@ -14,20 +14,10 @@ from lightning_cf import (
 from lightning_cf.models import MLP
 
 X, Y = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2
-
-
 STEPS, NUMBERS = [], count()
-
-
 dataset = TensorDataset(X, Y)
-
-
 loader = DataLoader(dataset, batch_size=8)
-
-
 data = {"train": loader, "val": loader, "test": loader}
-
-
 quiet = partial(
     Trainer,
     accelerator="cpu",

@@ -24,7 +24,7 @@ class WatchingCallback(Callback):
     _watch: Watch | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins to watch."""
+        """The first of our callbacks begins to watch the fit's numbers."""
         state = state_of(pl_module)
         ours = (c for c in trainer.callbacks if isinstance(c, WatchingCallback))  # type: ignore[attr-defined]
         if state is not None and next(ours) is self:
@@ -85,7 +85,7 @@ class WatchingCallback(Callback):
             watch.put_back(exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Watches no more."""
+        """Forgets the numbers that a fit that diverges would have gone back to."""
         if self._watch is not None:
             self._watch.state.safe = None
             self._watch = None

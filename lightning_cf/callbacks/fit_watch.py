@@ -55,7 +55,7 @@ class Seen:
 
     @property
     def place(self) -> str:
-        """For messages."""
+        """Which step of the fit it was, in words for a message."""
         return f"step {self.step + 1} (global_step {self.step}, epoch {self.epoch}, batch {self.batch})"
 
 

@@ -214,7 +214,7 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, loss: Tensor, owner: Heads) -> Tensor:
-        """Its input."""
+        """Gives its input back: the hooks on it do the work."""
         ctx.owner, ctx.dtype = owner, loss.dtype
         return output.view_as(output)
 

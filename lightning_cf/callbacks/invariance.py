@@ -82,7 +82,7 @@ class InvarianceCallback(ContinualCallback):
             self._revision = state.ledger.revision
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Perturbs."""
+        """Perturbs the redundant units for this batch, in INVARIANCE under ``perturb``."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = state_of(pl_module)
         task = None if state is None else state.ledger.current
@@ -137,7 +137,7 @@ class InvarianceCallback(ContinualCallback):
             self._learn(trainer, pl_module, self._learner)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets go."""
+        """Puts the undisturbed values back and takes the hooks off the gradients."""
         super().teardown(trainer, pl_module, stage)
         self._release(pl_module)
 

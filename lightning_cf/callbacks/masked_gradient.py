@@ -75,7 +75,7 @@ class MaskedGradientCallback(ContinualCallback):
         self._show_known(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts holding."""
+        """From here on only what the task may move moves, and only its outputs are shown."""
         super().on_fit_start(trainer, pl_module)
         state = state_for(pl_module, task_of(trainer, type(self).__name__))
         state.set_mask_outputs(self.mask_outputs)
@@ -135,7 +135,7 @@ class MaskedGradientCallback(ContinualCallback):
             hold.put_back()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets go."""
+        """Takes every hook off the network, and shows all outputs again."""
         super().teardown(trainer, pl_module, stage)
         self._release()
 

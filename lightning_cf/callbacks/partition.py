@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -11,16 +10,14 @@ from torch import Tensor
 from lightning_cf.callbacks.averaging import restart_averages, take_averages
 from lightning_cf.callbacks.best import discount_scores
 from lightning_cf.callbacks.divergence import look_at_outputs
+from lightning_cf.callbacks.schedule import Schedule, counts_steps, last_batch, over, stops, trained
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.errors import (
     ContinualError,
     check_choice,
     check_count,
     check_flag,
-    check_number,
     check_path,
-    check_share,
-    check_text,
     warn,
 )
 from lightning_cf.functional.phases import check, select
@@ -31,7 +28,7 @@ from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.ownership.ledger import ISOLATIONS, Isolation
 from lightning_cf.partition.cost import PartitionWarning, warn_of_cost
-from lightning_cf.partition.options import PartitionKeywords, PartitionOptions
+from lightning_cf.partition.options import PartitionKeywords, options_from
 from lightning_cf.records.folders import TaskFolders
 from lightning_cf.tasks.scoring_check import check_scoring
 from lightning_cf.tasks.task import Task
@@ -95,39 +92,25 @@ class PartitionCallback(ContinualCallback):
         **options: Unpack[PartitionKeywords],
     ) -> None:
         super().__init__()
-        self.after = check_share("partition", "after", after)
+        self.schedule = Schedule(
+            after=after,
+            every_n_steps=every_n_steps,
+            every_n_epochs=every_n_epochs,
+            when_below=when_below,
+            monitor=monitor,
+        )
         check_choice("partition", "isolation", isolation, ISOLATIONS)
         self.isolation: Isolation = isolation
-        for name, count in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
-            if count is not None:
-                check_count("partition", name, count)
-        if when_below is not None:
-            check_number("partition", "when_below", when_below)
-        check_text("partition", "monitor", monitor)
-        self.every_n_steps = every_n_steps
-        self.every_n_epochs = every_n_epochs
-        self.when_below = when_below
-        self.monitor = monitor
-        if every_n_steps is not None and every_n_epochs is not None:
-            raise ContinualError("partition: every_n_steps and every_n_epochs contradict each other; give one of them.")
-        if self.during_training and after != 1.0:
-            raise ContinualError(f"partition: after={after} and {self._due} contradict each other; give one of them.")
         if after == 0 and options.get("measure") == "update":
             raise ContinualError(
                 "partition: measure='update' compares with the weights before the task was learned, which after=0 does"
                 " not have. Use measure='weight' or 'activation'."
             )
         check_flag("partition", "similarity_matrix", similarity_matrix)
-        strange = [name for name in options if name not in PartitionKeywords.__annotations__]
-        if strange:
-            raise ContinualError(
-                f"partition: there is no option {strange[0]!r}; there are"
-                f" {', '.join(sorted(PartitionKeywords.__annotations__))}."
-            )
         folder = None if records is None else check_path("partition", "records", records)
         self.folders = None if folder is None else TaskFolders(folder, similarity_matrix)
         self.similarity_matrix = similarity_matrix
-        self.options = PartitionOptions(**options)
+        self.options = options_from(options)
         self.seed = check_count("partition", "seed", seed, least=0)
         self.ledger = None if ledger is None else check_path("partition", "ledger", ledger)
         self._step = 0
@@ -139,7 +122,16 @@ class PartitionCallback(ContinualCallback):
     @property
     def during_training(self) -> bool:
         """Whether the time of the partition depends on steps, epochs or a logged value, not on a share of the fit."""
-        return any(given is not None for given in (self.every_n_steps, self.every_n_epochs, self.when_below))
+        return self.schedule.during_training
+
+    @property
+    def after(self) -> float:
+        """The share of the fit after which it is due."""
+        return self.schedule.after
+
+    def should_partition(self, trainer: Trainer) -> bool:
+        """Whether a partition is due at the end of this epoch."""
+        return self.schedule.due_at_epoch_end(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the task; keeps its starting weights where the measure needs them."""
@@ -149,20 +141,15 @@ class PartitionCallback(ContinualCallback):
         if before is not None and ends is not None and ends.phase == "invariance" and ends.name != task.name:
             warn_of_cost(before, self.options.tolerance)  # as nothing follows its partition
         super().on_fit_start(trainer, pl_module)
-        state = state_for(pl_module, task_of(trainer, type(self).__name__))
+        state = state_for(pl_module, task)
         current = state.ledger.current
-        if len(state.ledger.tasks) > 1 and state.ledger.isolation != self.isolation:
-            raise ContinualError(
-                f"partition: isolation={self.isolation!r}, but the tasks so far were claimed under"
-                f" {state.ledger.isolation!r}; one network keeps to one of them."
-            )
         state.set_isolation(pl_module, self.isolation)
         self.select(pl_module, state)
-        with state.showing(pl_module, [task_of(trainer, type(self).__name__)]):
-            check_scoring(pl_module, task_of(trainer, type(self).__name__))
+        with state.showing(pl_module, [task]):
+            check_scoring(pl_module, task)
         self._partitioned_at, self._ended = None, False
-        if current is not None and current.phase == "learn" and 0 < self.after < 1 and not _counts_steps(trainer):
-            self._due_epoch(trainer)
+        if current is not None and current.phase == "learn" and 0 < self.after < 1 and not counts_steps(trainer):
+            self.schedule.due_epoch(trainer)
         if self._start is not None or (current is not None and current.phase == "learn"):
             self.remember_start(pl_module, state)
 
@@ -225,13 +212,13 @@ class PartitionCallback(ContinualCallback):
     ) -> None:
         """Partitions when it is due by steps; not at the fit's last one, which ends the phase instead."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._due_by_steps(trainer) and not _last_batch(trainer):
+        if self.schedule.due_by_steps(trainer, self._step) and not last_batch(trainer):
             self._partition_if_due(trainer, pl_module, epochs=trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Partitions when it is due; at the fit's last epoch, before checkpoints are written, ends the phase."""
         super().on_train_epoch_end(trainer, pl_module)
-        if _over(trainer) or _stops(trainer):
+        if over(trainer) or stops(trainer):
             self._end_phase(trainer, pl_module)
         elif self._phase(pl_module) is not None and self.should_partition(trainer):
             self._partition_if_due(trainer, pl_module, epochs=trainer.current_epoch + 1)
@@ -242,31 +229,16 @@ class PartitionCallback(ContinualCallback):
         if not self._ended:
             self._end_phase(trainer, pl_module)
 
-    def should_partition(self, trainer: Trainer) -> bool:
-        """Whether a partition is due at the end of this epoch."""
-        done = trainer.current_epoch + 1
-        if self.every_n_epochs is not None:
-            return done % self.every_n_epochs == 0
-        if self.during_training:
-            return self.every_n_steps is None
-        return 0 < self.after < 1 and not _counts_steps(trainer) and done >= self._due_epoch(trainer)
-
-    def _due_by_steps(self, trainer: Trainer) -> bool:
-        """Whether this batch's steps completed another ``every_n_steps``, or that share of a fit of ``max_steps``."""
-        n = self.every_n_steps
-        if 0 < self.after < 1 and _counts_steps(trainer):
-            return self._step < math.ceil(self.after * trainer.max_steps - 1e-9) <= trainer.global_step
-        return n is not None and trainer.global_step // n > self._step // n
-
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
-        when = {name: getattr(self, name) for name in ("every_n_steps", "every_n_epochs", "when_below", "monitor")}
+        names = ("every_n_steps", "every_n_epochs", "when_below", "monitor")
+        when = {name: getattr(self.schedule, name) for name in names}
         measured = {"measured": describe(self.options.measure)} if callable(self.options.measure) else {}
         return {**when, **self.options.as_dict(), **measured}
 
     def partition_task(self, trainer: Trainer, module: LightningModule, task: Task) -> None:
         """Partitions now: on the first process, which tells the others."""
-        self._partitioned_at = _trained(trainer)
+        self._partitioned_at = trained(trainer)
         take_averages(trainer, module)
         look_at_outputs(trainer)
         decide_together(
@@ -287,44 +259,13 @@ class PartitionCallback(ContinualCallback):
     def _partition_if_due(self, trainer: Trainer, module: LightningModule, *, epochs: int) -> None:
         """The first partition waits for the monitored value; later ones come only where they were asked for."""
         phase = self._phase(module)
-        again = self.every_n_steps is not None or self.every_n_epochs is not None
-        if (phase == "learn" and self._is_below(trainer, epochs)) or (phase == "invariance" and again):
+        again = self.schedule.again
+        if (phase == "learn" and self.schedule.is_below(trainer, epochs)) or (phase == "invariance" and again):
             self.partition_task(trainer, module, task_of(trainer, type(self).__name__))
-
-    def _is_below(self, trainer: Trainer, epochs: int) -> bool:
-        """Whether the monitored value is below its bound, on every process, after so many whole epochs."""
-        if self.when_below is None:
-            return True
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None and epochs < (trainer.check_val_every_n_epoch or 1):
-            return False  # it may come with the first validation
-        if value is None:
-            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            raise ContinualError(
-                f"partition: when_below={self.when_below} watches monitor='{self.monitor}', which was not logged;"
-                f" logged is {logged}. Log it with self.log in the module, or choose another monitor."
-            )
-        below: bool = trainer.strategy.reduce_boolean_decision(float(value) < self.when_below, all=True)
-        return below
 
     def _phase(self, module: LightningModule) -> str | None:
         state = state_of(module)
         return None if state is None or state.ledger.current is None else state.ledger.current.phase
-
-    def _due_epoch(self, trainer: Trainer) -> int:
-        if trainer.max_epochs is None or trainer.max_epochs < 1:
-            raise ContinualError(
-                f"partition: after={self.after} is a share of the fit's epochs or steps, but the Trainer has"
-                " neither max_epochs nor max_steps; set one."
-            )
-        return max(1, math.ceil(self.after * trainer.max_epochs - 1e-9))
-
-    @property
-    def _due(self) -> str:
-        """The options that say when a partition is due."""
-        named = {name: getattr(self, name) for name in ("every_n_steps", "every_n_epochs", "when_below")}
-        given = [f"{name}={value}" for name, value in named.items() if value is not None]
-        return ", ".join(given) or f"after={self.after}"
 
     def _end_phase(self, trainer: Trainer, module: LightningModule) -> None:
         self._ended = True
@@ -333,7 +274,7 @@ class PartitionCallback(ContinualCallback):
         if state is None or phase is None:
             return
         task = task_of(trainer, type(self).__name__)
-        if phase == "invariance" and self._partitioned_at == _trained(trainer):
+        if phase == "invariance" and self._partitioned_at == trained(trainer):
             # The fit was stopped right after the partition: a second fit is its INVARIANCE, if one comes.
             decide_together(trainer, module, lambda: remember_claim(module, task))
             return
@@ -346,50 +287,12 @@ class PartitionCallback(ContinualCallback):
                 lambda: seal_task(module, task, self.options, seed=self.seed, folders=self.folders),
             )
             restart_averages(trainer, module)
-        elif self._due_at_end(trainer):
+        elif self.schedule.due_at_end(trainer, self._step):
             self.partition_task(trainer, module, task)
             decide_together(trainer, module, lambda: remember_claim(module, task))
         else:
             warn(
                 f"Task '{state.ledger.tasks[-1].name}': the fit ended before its partition was due"
-                f" ({self._due}); the next task is refused until this one is partitioned. Fit it again.",
+                f" ({self.schedule.text}); the next task is refused until this one is partitioned. Fit it again.",
                 PartitionWarning,
             )
-
-    def _due_at_end(self, trainer: Trainer) -> bool:
-        """Whether a fit that ends in LEARN ends with a partition, which leaves INVARIANCE to a second fit."""
-        if not self.during_training:
-            return self.after == 1.0 or _over(trainer)
-        if self.every_n_steps is not None:
-            return self._due_by_steps(trainer) and self._is_below(trainer, trainer.current_epoch + 1)
-        return self.should_partition(trainer) and self._is_below(trainer, trainer.current_epoch + 1)
-
-
-def _trained(trainer: Trainer) -> tuple[int, int]:
-    """How far the fit is: its optimiser steps, or its batches where a loop steps behind Lightning's back."""
-    steps = trainer.global_step
-    return steps, 0 if steps else trainer.fit_loop.total_batch_idx
-
-
-def _counts_steps(trainer: Trainer) -> bool:
-    """Whether the fit's length is given in steps alone."""
-    return (trainer.max_epochs is None or trainer.max_epochs < 1) and trainer.max_steps > 0
-
-
-def _over(trainer: Trainer) -> bool:
-    """Whether the fit ends with the epoch that is ending, by its number of epochs or steps."""
-    done = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-    epochs = trainer.max_epochs is not None and 0 < trainer.max_epochs <= done
-    return epochs or (trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps)
-
-
-def _last_batch(trainer: Trainer) -> bool:
-    """Whether the fit ends with the batch that is ending, by its number of epochs or steps."""
-    last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs > 0
-    ends = last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-    return ends or _stops(trainer) or (trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps)
-
-
-def _stops(trainer: Trainer) -> bool:
-    """Whether a callback or a signal asked the fit to stop, and it will."""
-    return trainer.should_stop and trainer.fit_loop._can_stop_early

@@ -125,7 +125,7 @@ class TaskInferenceCallback(ContinualCallback):
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets go."""
+        """Takes the heads and every hook off the network."""
         super().teardown(trainer, pl_module, stage)
         self._release()
 

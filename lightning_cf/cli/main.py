@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_cf.cli import doctor, stopping
+from lightning_cf.cli.environment import environment_variable
 from lightning_cf.cli.progress_bar import RunBar
 from lightning_cf.cli.run_log import logged_warnings
 from lightning_cf.cli.stopping import check_stopped, ended_by_signals
@@ -69,7 +68,7 @@ def main() -> None:
     """Entry point. A verb is rewritten to ``command=VERB``, since distributed children run the same arguments."""
     global _wanted
     # Hydra lets errors through where all of them is wanted; then we tell.
-    with ended_by_signals(), _environment(_FULL, "1") as _wanted:
+    with ended_by_signals(), environment_variable(_FULL, "1") as _wanted:
         try:
             _main()
         except Exception as error:
@@ -99,7 +98,7 @@ def _job(config: DictConfig) -> float | None:
     hydra, sweeps = HydraConfig.get(), HydraConfig.get().mode == RunMode.MULTIRUN
     folder = Path(hydra.runtime.output_dir)
     stopping.folder = str(Path(hydra.sweep.dir).absolute() if sweeps else folder)
-    with _environment(_FULL, _wanted):
+    with environment_variable(_FULL, _wanted):
         try:
             if sweeps:
                 return run_job(folder, config.optimized_metric)
@@ -285,21 +284,3 @@ def _run_folder(run: Any) -> str:
 
 
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
-
-
-@contextmanager
-def _environment(name: str, value: str | None) -> Iterator[str | None]:
-    """Meanwhile a variable of the environment has another value, or none; gives what it had."""
-    before = os.environ.get(name)
-    _set(name, value)
-    try:
-        yield before
-    finally:
-        _set(name, before)
-
-
-def _set(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value

@@ -64,7 +64,7 @@ class Leak:
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """Where it is first seen, as messages go on; empty where that cannot be said."""
         return "" if self.by is None else f", first in the results of {self.by}"
 
 
@@ -203,6 +203,12 @@ def _owned_outputs(
     finally:
         for handle in handles:
             handle.remove()
+    return found | _owned_returned(structure, held, outputs)
+
+
+def _owned_returned(structure: Structure, held: list[Tensor], outputs: Any) -> dict[tuple[str, str, int], Tensor]:
+    """What a forward pass returns of owned outputs, in each way of those that are held there."""
+    found = {}
     returned = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
     ways = structure.output_ways or (0,) * len(returned)
     for number, (values, units, way) in enumerate(zip(returned, structure.output_units, ways, strict=True)):

@@ -142,7 +142,7 @@ class Hold:
         self.let_go()
 
     def let_go(self) -> None:
-        """Removes every hook."""
+        """Removes every hook; nothing is held from now on, and nothing is put back."""
         if self._freezer is not None:
             torch.compiler.reset()
         for holder in (self._projection, self._freezer):

@@ -45,31 +45,7 @@ def choose_strategies(module: LightningModule, state: ContinualState, task: Task
         check_strategies([wanted])
     reason, possible = _possible(module, state, task)
     if wanted in CHOICES:
-        order = ORDER[1:] if wanted == "statistics" else ORDER
-        several = wanted in ("all", "unchanged")
-        names = [name for name in order if name in possible]
-        if several:
-            others = (n for n in possible if wanted == "all" or not changes_input(STRATEGIES[n]))
-            names = list(dict.fromkeys([*names[:1], *others]))
-        if several and names and not rehearse(module, state, task, TaskInference(tuple(names))):
-            return tuple(names)
-        chosen: list[str] = []
-        for name in names:
-            failure = rehearse(module, state, task, TaskInference((name,)))
-            if not failure:
-                chosen.append(name)
-                if not several:
-                    break
-            else:
-                reason = f"{name} does not work: {failure}"
-                warn(
-                    f"task_inference={wanted}: {name} is left out, since it does not work for"
-                    f" {type(module).__name__} with task '{task.name}': {failure}",
-                    ContinualWarning,
-                )
-        if not chosen and several:
-            raise ContinualError(f"task_inference={wanted}: {reason} Leave it out: task_inference=null.")
-        return tuple(chosen)
+        return _chosen(module, state, task, wanted, possible, reason)
     if wanted not in possible:
         needs = NEEDS.get(STRATEGIES[wanted].needs, "")
         lacks = f"it needs {needs}, which {type(module).__name__} with task '{task.name}' does not have."
@@ -83,6 +59,37 @@ def choose_strategies(module: LightningModule, state: ContinualState, task: Task
             " Use task_inference=auto, which takes what works, or leave it out: task_inference=null."
         )
     return (wanted,)
+
+
+def _chosen(
+    module: LightningModule, state: ContinualState, task: Task, wanted: str, possible: list[str], reason: str
+) -> tuple[str, ...]:
+    """The strategies that work of those that are possible: the first for ``auto`` and ``statistics``, else all."""
+    order = ORDER[1:] if wanted == "statistics" else ORDER
+    several = wanted in ("all", "unchanged")
+    names = [name for name in order if name in possible]
+    if several:
+        others = (n for n in possible if wanted == "all" or not changes_input(STRATEGIES[n]))
+        names = list(dict.fromkeys([*names[:1], *others]))
+    if several and names and not rehearse(module, state, task, TaskInference(tuple(names))):
+        return tuple(names)
+    chosen: list[str] = []
+    for name in names:
+        failure = rehearse(module, state, task, TaskInference((name,)))
+        if not failure:
+            chosen.append(name)
+            if not several:
+                break
+        else:
+            reason = f"{name} does not work: {failure}"
+            warn(
+                f"task_inference={wanted}: {name} is left out, since it does not work for"
+                f" {type(module).__name__} with task '{task.name}': {failure}",
+                ContinualWarning,
+            )
+    if not chosen and several:
+        raise ContinualError(f"task_inference={wanted}: {reason} Leave it out: task_inference=null.")
+    return tuple(chosen)
 
 
 def _possible(module: LightningModule, state: ContinualState, task: Task) -> tuple[str, list[str]]:

@@ -220,7 +220,7 @@ class Kept:
         self.found: Any = None
 
     def __call__(self, batch: Any) -> None:
-        """Calls it."""
+        """Runs the function on a batch and keeps what it gives."""
         self.found = self.function(batch)
 
 

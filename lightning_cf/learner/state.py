@@ -110,9 +110,18 @@ class ContinualState:
         return replace(structure, rides=self.structure.rides, infinite=self.structure.infinite)
 
     def set_isolation(self, module: nn.Module, isolation: Isolation) -> None:
-        """Under ``perturb``, operations that mix units need not unite them: where some did, the units come apart."""
+        """Under ``perturb``, operations that mix units need not unite them: where some did, the units come apart.
+
+        Raises:
+            ContinualError: if tasks were claimed under the other.
+        """
         if self.ledger.isolation == isolation:
             return
+        if len(self.ledger.tasks) > 1:
+            raise ContinualError(
+                f"partition: isolation={isolation!r}, but the tasks so far were claimed under"
+                f" {self.ledger.isolation!r}; one network keeps to one of them."
+            )
         self.ledger.isolation = isolation
         if isolation == "exact" or self.structure.mixings:
             try:

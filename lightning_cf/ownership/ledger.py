@@ -17,8 +17,15 @@ from lightning_cf.ownership.growth import grown, nobody
 from lightning_cf.ownership.ledger_state import packed, read_checkpoint, unpacked
 from lightning_cf.ownership.levels import FREE, NO_OWNER, Levels
 from lightning_cf.ownership.masks import Masks
-from lightning_cf.ownership.phases import PHASES, TaskEntry
-from lightning_cf.ownership.refusals import check_capacity, check_network, check_open, check_outputs, check_partitioned
+from lightning_cf.ownership.phases import TaskEntry, undone
+from lightning_cf.ownership.refusals import (
+    check_capacity,
+    check_network,
+    check_open,
+    check_outputs,
+    check_partitioned,
+    check_reserved,
+)
 
 Isolation = Literal["exact", "perturb"]
 ISOLATIONS = ("exact", "perturb")
@@ -122,19 +129,12 @@ class NeuronLedger:
         Raises:
             ContinualError: for a task that the ledger does not know.
         """
-        if name not in self.reserved:
-            known = ", ".join(f"'{task}'" for task in self.reserved) or "none"
-            raise ContinualError(f"No outputs are set aside for a task '{name}'; known tasks: {known}.")
+        check_reserved(name, self.reserved)
         return list(self.reserved[name])
 
     def undone_by(self, other: NeuronLedger) -> list[str]:
         """The tasks that another ledger does not know as far as this one does: not at all, or in an earlier phase."""
-        there = {task.name: task.phase for task in other.tasks}
-        return [
-            task.name
-            for task in self.tasks
-            if task.name not in there or PHASES.index(there[task.name]) < PHASES.index(task.phase)
-        ]
+        return undone(self.tasks, other.tasks)
 
     def reserve(self, name: str, outputs: Sequence[int]) -> None:
         """Sets output columns aside for a task.

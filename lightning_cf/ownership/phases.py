@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,3 +26,17 @@ class TaskEntry:
     classes: list[int]
     outputs: list[int]
     phase: Phase = "learn"
+
+
+def undone(tasks: Sequence[TaskEntry], others: Sequence[TaskEntry]) -> list[str]:
+    """Names of the tasks that are not as far among others as they are here: not there at all, or in an earlier phase.
+
+    >>> undone([TaskEntry("a", [], [], "sealed")], [TaskEntry("a", [], [], "learn")])
+    ['a']
+    """
+    there = {task.name: task.phase for task in others}
+    return [
+        task.name
+        for task in tasks
+        if task.name not in there or PHASES.index(there[task.name]) < PHASES.index(task.phase)
+    ]

@@ -125,3 +125,14 @@ def check_capacity(
                 f" {len(owner)} owned: {shares}). Lower max_claim for the tasks before it, raise"
                 " reserve_tasks, or widen the layer."
             )
+
+
+def check_reserved(name: str, reserved: Mapping[str, Sequence[int]]) -> None:
+    """Refuses to tell the outputs of a task that has none.
+
+    Raises:
+        ContinualError: names the tasks that have some.
+    """
+    if name not in reserved:
+        known = ", ".join(f"'{task}'" for task in reserved) or "none"
+        raise ContinualError(f"No outputs are set aside for a task '{name}'; known tasks: {known}.")

@@ -24,7 +24,7 @@ from lightning_cf.partition.clusters import Partition
 from lightning_cf.partition.comparing import compare
 from lightning_cf.partition.folding import Passes, consumer_moments, cut_claimed, fold_claimed
 from lightning_cf.partition.options import PartitionOptions
-from lightning_cf.partition.outcome import GroupOutcome, Outcome
+from lightning_cf.partition.outcome import GroupOutcome, Outcome, records_with
 from lightning_cf.partition.proposals import Proposals
 from lightning_cf.partition.regression import Moments, Sample
 
@@ -119,6 +119,19 @@ class Claimer:
         )
         self._tell_left_out()
         budgets = self._budgets(candidates)
+        partitions, after, within = self._search(candidates, budgets, before)
+        if not exact:
+            self._restore()
+        found = self._outcomes(candidates, partitions, vectors, budgets)
+        task = self.ledger.tasks[-1].name
+        self.ledger.records = records_with(self.ledger.records, task, found, before, after, within)
+        outcome = Outcome(before, after, found)
+        return outcome.after(self.earlier) if self._again and self.earlier is not None else outcome
+
+    def _search(
+        self, candidates: Mapping[str, Tensor], budgets: Mapping[str, int], before: float
+    ) -> tuple[dict[str, Partition], float, bool]:
+        """The first proposal that costs no more than is allowed, claimed; its score, and whether there is one."""
         after, within = before, True
         proposals = Proposals(self._similarities, self.options, self.seed, self.ledger.tasks[-1].name)
         for proposed in proposals.of(self._groups, budgets, undo=self._restore):
@@ -131,14 +144,9 @@ class Claimer:
             self._finite(after, "after the partition")
             if self._again and self.options.threshold == "auto":
                 self._restore()
-            elif self.options.threshold == "auto" and exact:
+            elif self.options.threshold == "auto" and self.ledger.isolation == "exact":
                 within = False  # INVARIANCE may win it back: see ``warn_of_cost``
-        if not exact:
-            self._restore()
-        found = self._outcomes(candidates, partitions, vectors, budgets)
-        self._record(found, before, after, within)
-        outcome = Outcome(before, after, found)
-        return outcome.after(self.earlier) if self._again and self.earlier is not None else outcome
+        return partitions, after, within
 
     def _outcomes(
         self,
@@ -275,25 +283,3 @@ class Claimer:
 
     def _loss(self, before: float, after: float) -> float:
         return before - after if self.higher_is_better else after - before
-
-    def _record(self, outcomes: tuple[GroupOutcome, ...], before: float, after: float, within: bool) -> None:
-        task = self.ledger.tasks[-1].name
-        claims = {r["layer"]: r["claims"] for r in self.ledger.records if r["task"] == task}
-        within &= all(r.get("within_tolerance", True) for r in self.ledger.records if r["task"] == task)
-        self.ledger.records = [record for record in self.ledger.records if record["task"] != task]
-        for found in outcomes:
-            claimed = int(found.partition.non_redundant.sum())
-            self.ledger.records.append(
-                {
-                    "task": task,
-                    "layer": found.group.name,
-                    "units": len(found.candidates),
-                    "claimed": claimed,
-                    "redundant": int(found.partition.redundant.sum()),
-                    "claims": [*claims.get(found.group.name, []), claimed],
-                    "threshold": found.partition.threshold,
-                    "accuracy": before,
-                    "ablation_accuracy": after,
-                    "within_tolerance": within,
-                }
-            )

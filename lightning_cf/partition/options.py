@@ -190,3 +190,16 @@ class PartitionKeywords(TypedDict, total=False):
     min_trainable: float
     layers: Sequence[str] | None
     exclude: Sequence[str]
+
+
+def options_from(given: PartitionKeywords) -> PartitionOptions:
+    """The options of some keywords.
+
+    Raises:
+        ContinualError: for a keyword that is none of them.
+    """
+    known = PartitionKeywords.__annotations__
+    strange = [name for name in given if name not in known]
+    if strange:
+        raise ContinualError(f"partition: there is no option {strange[0]!r}; there are {', '.join(sorted(known))}.")
+    return PartitionOptions(**given)

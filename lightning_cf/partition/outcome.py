@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -66,3 +68,44 @@ def _joined(then: GroupOutcome, now: GroupOutcome) -> GroupOutcome:
     position[then.candidates] = torch.arange(len(then.candidates))
     joined = position[later[representative[then.candidates]]]
     return replace(then, partition=Partition(joined, now.partition.threshold))
+
+
+def records_with(
+    records: Sequence[dict[str, Any]],
+    task: str,
+    outcomes: Sequence[GroupOutcome],
+    before: float,
+    after: float,
+    within: bool,
+) -> list[dict[str, Any]]:
+    """The ledger's records with those of a task's partition in the place of what it had before.
+
+    Args:
+        records: of all partitions so far.
+        task: its name.
+        outcomes: what was found in each group.
+        before: the task's score before the partition.
+        after: right after it.
+        within: whether the claim costs no more than the tolerance.
+    """
+    earlier = [record for record in records if record["task"] == task]
+    claims = {record["layer"]: record["claims"] for record in earlier}
+    within &= all(record.get("within_tolerance", True) for record in earlier)
+    kept = [record for record in records if record["task"] != task]
+    for found in outcomes:
+        claimed = int(found.partition.non_redundant.sum())
+        kept.append(
+            {
+                "task": task,
+                "layer": found.group.name,
+                "units": len(found.candidates),
+                "claimed": claimed,
+                "redundant": int(found.partition.redundant.sum()),
+                "claims": [*claims.get(found.group.name, []), claimed],
+                "threshold": found.partition.threshold,
+                "accuracy": before,
+                "ablation_accuracy": after,
+                "within_tolerance": within,
+            }
+        )
+    return kept

@@ -126,7 +126,7 @@ class Moments:
     left_out: int = 0
 
     def update(self, features: Features) -> None:
-        """Takes in more samples."""
+        """Adds the moments of more samples to the sums."""
         given = len(features)
         features = _finite_rows(features)
         self.left_out += given - len(features)
@@ -154,7 +154,7 @@ class Sample:
 
     @property
     def rows(self) -> Float[Tensor, "samples inputs"]:
-        """The inputs so far."""
+        """The inputs that were kept so far, a row each."""
         return self.room[: self.count]
 
     def update(self, features: Features) -> None:

@@ -232,20 +232,19 @@ class SequentialTaskRunner(StoredRun):
         if not state.ledger.tasks:
             warn_of_traces(self.module, state.structure)
         state.set_isolation(self.module, self.isolation)
-        parts = self.parts
-        if parts.masking is not None:
-            state.set_mask_outputs(parts.masking.mask_outputs)
+        if self.parts.masking is not None:
+            state.set_mask_outputs(self.parts.masking.mask_outputs)
         for task in self.tasks:
             check_classes(state, task)
             self.module.add_task(task)
             with state.showing(self.module, [task]):
                 check_scoring(self.module, task)
-        if parts.partition is not None:
-            parts.partition.select(self.module, state)
+        if self.parts.partition is not None:
+            self.parts.partition.select(self.module, state)
             if self.method == "partition":
                 check_widths(state, [task.name for task in self.tasks])
-        if parts.task_inference is not None and self.method == "partition":
-            parts.task_inference.check(self.module, state, self.tasks[0])
+        if self.parts.task_inference is not None and self.method == "partition":
+            self.parts.task_inference.check(self.module, state, self.tasks[0])
         return state
 
     def fit(self, task: Any, epochs: int, ours: Sequence[Callback | None]) -> None:

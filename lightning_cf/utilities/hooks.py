@@ -30,7 +30,7 @@ class Hook:
         self.function = function
 
     def __call__(self, *args: Any) -> Any:
-        """Does it."""
+        """What the hook does; nothing while the network is exported or scripted."""
         if torch.compiler.is_exporting() or is_tracing():
             return None
         return self.function(*args)

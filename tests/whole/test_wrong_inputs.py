@@ -12,7 +12,8 @@ import wrong_inputs
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelPruning, Timer
-from small_project import NUMBERS, STEPS, Net, X, Y, data, dataset, loader, net, over, quiet, task  # noqa: F401  # the table names them
+from small_project import *  # noqa: F403  # the expressions of the table name what it imports, too
+from small_project import NUMBERS, STEPS, Net, X, Y, loader, net, over, quiet, task
 from torch import nn
 from torchmetrics import MeanSquaredError, MetricCollection
 from torchmetrics.classification import BinaryAccuracy
