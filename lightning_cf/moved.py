@@ -29,7 +29,7 @@ MOVED = {
     "perturbation": "invariance.perturbations",
     "probe": "exactness.probe",
     "projection": "subspaces.projection",
-    "report": "reporting.tables",
+    "report": "reporting",
     "result": "sequence.result",
     "runner": "sequence.runner",
     "similarity": "partition.similarity",

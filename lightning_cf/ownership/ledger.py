@@ -102,19 +102,13 @@ class NeuronLedger:
             self.width, self.norms = structure.head.size, dict(structure.norms)
             self.revision += 1
 
-    # Tasks
-
     @property
     def current(self) -> TaskEntry | None:
         """The task that was begun and is not sealed."""
         return self.tasks[-1] if self.tasks and self.tasks[-1].phase != "sealed" else None
 
     def index(self, name: str) -> int:
-        """Number of the task of that name.
-
-        Raises:
-            KeyError: if the ledger does not know it.
-        """
+        """Number of the task of that name; a KeyError if the ledger does not know it."""
         if not self.knows(name):
             raise KeyError(name)
         return [task.name for task in self.tasks].index(name)
@@ -220,8 +214,6 @@ class NeuronLedger:
         owners = {name: owner for name, owner in self.owners.items() if name not in self.whole}
         return {name: float((owner == FREE).double().mean()) for name, owner in owners.items()}
 
-    # Masks
-
     def owner_of_units(self, structure: Structure) -> Int64[Tensor, "units"]:
         """Owner of every unit of the structure, the outputs' at the end.
 
@@ -280,8 +272,6 @@ class NeuronLedger:
         phase = "sealed" if self.current is None else self.current.phase
         before, now = self.levels(structure, max(len(self.tasks) - 1, 0)), self.levels(structure)
         return Masks(before, now, len(self.tasks) - 1, phase, self.isolation == "exact")
-
-    # Persistence
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and plain containers that ``torch.load(weights_only=True)`` reads."""

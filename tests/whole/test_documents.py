@@ -198,7 +198,7 @@ def test_notebooks_run(path, tmp_path):
 
 def test_the_patents_table_names_tests_and_code_that_exist():
     table = (ROOT / "docs" / "patent.md").read_text()
-    tests = re.findall(r"`(tests/\w+\.py)::(\w+)`", table)
+    tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", table)
     assert len(tests) > 30
     for path, name in tests:
         assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), flags=re.MULTILINE), f"{path}::{name}"
