@@ -55,7 +55,7 @@ def test_the_python_of_the_page_on_plain_loops_runs():
     torch.manual_seed(0)
     names = run_blocks("plain-loops.md", {})
     assert [task.phase for task in names["ledger"].tasks] == ["sealed", "sealed"]
-    assert names["accuracy"](names["net"], names["made"](1), [0, 1]) > 0.8  # 0.94 to 0.98 on seeds 0 to 4
+    assert names["accuracy"](names["net"], names["made"](1), [0, 1]) > 0.8  # 0.94 to 0.96 on seeds 0 to 4
 
 
 def test_the_python_of_the_page_on_the_house_runs(monkeypatch):
