@@ -63,7 +63,7 @@ def run(make, seed: int, *, aware: bool) -> tuple[float, float]:
     with ExitStack() as stack:
         if not aware:  # norms stay plain: what is claimed goes on depending on what is free, and nobody looks
             stack.enter_context(patch("lightning_cf.partition.claim.make_owner_aware", lambda *_: None))
-            stack.enter_context(patch("lightning_cf.learner.steps.probe", lambda *_: None))
+            stack.enter_context(patch("lightning_cf.functional.phases.probe", lambda *_: None))
         first = 0.0
         for task in tasks:
             callbacks = [PartitionCallback(after=0.5, reserve_tasks=5), InvarianceCallback(), MaskedGradientCallback()]

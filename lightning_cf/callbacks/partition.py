@@ -119,6 +119,11 @@ class PartitionCallback(ContinualCallback):
         self._ended = False
         self._start: dict[str, Tensor] | None = None
 
+    def join_run(self, *, seed: int, isolation: Isolation, folders: TaskFolders) -> None:
+        """Also takes over how tasks are isolated, and where records go."""
+        super().join_run(seed=seed, isolation=isolation, folders=folders)
+        self.isolation, self.folders = isolation, folders
+
     @property
     def during_training(self) -> bool:
         """Whether the time of the partition depends on steps, epochs or a logged value, not on a share of the fit."""
@@ -128,10 +133,6 @@ class PartitionCallback(ContinualCallback):
     def after(self) -> float:
         """The share of the fit after which it is due."""
         return self.schedule.after
-
-    def should_partition(self, trainer: Trainer) -> bool:
-        """Whether a partition is due at the end of this epoch."""
-        return self.schedule.due_at_epoch_end(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the task; keeps its starting weights where the measure needs them."""
@@ -220,7 +221,7 @@ class PartitionCallback(ContinualCallback):
         super().on_train_epoch_end(trainer, pl_module)
         if over(trainer) or stops(trainer):
             self._end_phase(trainer, pl_module)
-        elif self._phase(pl_module) is not None and self.should_partition(trainer):
+        elif self._phase(pl_module) is not None and self.schedule.due_at_epoch_end(trainer):
             self._partition_if_due(trainer, pl_module, epochs=trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

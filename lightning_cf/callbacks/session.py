@@ -29,10 +29,11 @@ from lightning_cf.lightning_api import (
 )
 from lightning_cf.network.finite import described, not_finite
 from lightning_cf.ownership.fingerprints import keep_fingerprints
-from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.ledger import Isolation, NeuronLedger
 from lightning_cf.ownership.ledger_state import CHECKPOINT_KEY
 from lightning_cf.ownership.mending import mend_free
 from lightning_cf.partition.cost import PartitionWarning
+from lightning_cf.records.folders import TaskFolders
 from lightning_cf.tasks.task import Task
 
 
@@ -48,7 +49,20 @@ class ContinualCallback(WatchingCallback):
     ledger: str | Path | None = None
     """A checkpoint whose ledger is taken up where the module has none."""
 
+    seed: int = 0
+    """What its random numbers depend on."""
+
     _guard: LoadGuard | None = None
+
+    def join_run(self, *, seed: int, isolation: Isolation, folders: TaskFolders) -> None:
+        """Takes over what a run decides for all of its callbacks.
+
+        Args:
+            seed: what everything random depends on.
+            isolation: how tasks are isolated.
+            folders: where records of partitions go.
+        """
+        self.seed = seed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work, before anything runs; sets the task's outputs aside."""

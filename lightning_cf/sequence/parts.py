@@ -75,11 +75,9 @@ class Parts:
 
     def tell(self, *, seed: int, isolation: Isolation, folders: TaskFolders) -> None:
         """Tells them of the run: what everything random depends on, how tasks are isolated, where records go."""
-        for part in (self.partition, self.invariance, self.task_inference):
+        for part in (self.partition, self.invariance, self.masking, self.task_inference):
             if part is not None:
-                part.seed = seed
-        if self.partition is not None:
-            self.partition.isolation, self.partition.folders = isolation, folders
+                part.join_run(seed=seed, isolation=isolation, folders=folders)
 
     def settings(self) -> dict[str, Any]:
         """What each says of itself, to tell runs apart."""
