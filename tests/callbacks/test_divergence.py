@@ -366,7 +366,7 @@ class OnDevice(Watch):
 
 @pytest.mark.parametrize(("at", "looked"), [(2, 6), (7, 12), (23, 24)])
 def test_where_it_looks_now_and_then_the_first_step_is_named_all_the_same(at, looked, monkeypatch):
-    monkeypatch.setattr("lightning_cf.callbacks.fit_watch.Watch", OnDevice)
+    monkeypatch.setattr("lightning_cf.callbacks.divergence.Watch", OnDevice)
     module = learned(fault="nan pixel", at=at)
     owned = logits(module)
     with pytest.raises(DivergenceError, match=rf"step {at + 1} .*batch {at % 6}\): the loss is not finite; .*'net\.1'"):
