@@ -47,12 +47,9 @@ MOVED = {
 class MovedFinder(MetaPathFinder, Loader):
     """Finds a module under its former name, asked only where Python finds none of that name.
 
-    >>> import warnings
-    >>> with warnings.catch_warnings(record=True) as heard:
-    ...     warnings.simplefilter("always")
-    ...     from lightning_cf.ledger import NeuronLedger
-    >>> print(heard[0].message)
-    lightning_cf.ledger is lightning_cf.ownership.ledger now; the former name goes with the next release.
+    >>> finder = MovedFinder()
+    >>> finder.find_spec("lightning_cf.ledger").name, finder.find_spec("lightning_cf.nothing")
+    ('lightning_cf.ledger', None)
     """
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:

@@ -1021,7 +1021,7 @@ FITS = [
 """Networks and data that cannot be trained."""
 
 COMMANDS = [
-    ("dance", "verb must be one of train, got 'dance'."),
+    ("dance", "verb must be one of train, doctor, got 'dance'."),
     ("train dance", "Error parsing override 'dance' missing EQUAL at '<EOF>'"),
     ("--config-name=none", "Cannot find primary config 'none'. Check that it's in your config search path."),
     ("--config-dir=nowhere", "not found"),
@@ -1041,7 +1041,7 @@ COMMANDS = [
     ("+partition.nonsense=1", "partition: there is no option 'nonsense'; there are clusters, exclude, fold, layers,"),
     (
         "+model.network.nonsense=1",
-        "model.network: lightning_cf.models.MLP cannot be made: MLP.__init__() got an unexpected",
+        "model.network: lightning_cf.models.networks.MLP cannot be made: MLP.__init__() got an unexpected",
     ),
     ("+tasks.nonsense=1", "the configuration: lightning_cf.data.sequences.split_tasks cannot be made: split_tasks()"),
     ("+trainer.bogus=1", "runner: the trainer cannot be made: Trainer.__init__() got an unexpected keyword argument"),
@@ -1049,7 +1049,7 @@ COMMANDS = [
     ("~nothing", "Could not delete from config. 'nothing' does not exist."),
     ("==", "Error parsing override '==' extraneous input '=' expecting {<EOF>, ':', BRACKET_OPEN,"),
     ("=5", "Config group override must be a string or a list. Got int"),
-    ("epochs", "verb must be one of train, got 'epochs'."),
+    ("epochs", "verb must be one of train, doctor, got 'epochs'."),
     ("epochs=[", "no viable alternative at input '['"),
     ("epochs=true", "runner: epochs must be a whole number of at least 1, got True."),
     ("epochs=null", "runner: epochs must be a whole number of at least 1, got None."),
