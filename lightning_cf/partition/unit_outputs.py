@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.consumers import consumers, input_units
 from lightning_cf.network.finite import rows_finite
+from lightning_cf.network.layer_inputs import Features, InputRecorder, Inputs
 from lightning_cf.network.structure import Structure, UnitGroup
 from lightning_cf.partition.folding import Passes
-from lightning_cf.partition.regression import Features, InputRecorder, Inputs
 
 
 def unit_outputs(

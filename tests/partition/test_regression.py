@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+from lightning_cf.network.layer_inputs import InputRecorder
 from lightning_cf.partition import regression
-from lightning_cf.partition.regression import InputRecorder, Moments, Sample, fold, input_moments
+from lightning_cf.partition.regression import Moments, Sample, fold, input_moments
 
 CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
