@@ -198,7 +198,7 @@ def check_function(owner: str, name: str, value: Any, arguments: str) -> None:
     problem = f"got {_shown(value)}" if isinstance(value, type) or not callable(value) else ""
     if not problem:
         try:
-            inspect.signature(value).bind(*arguments.split(", "))
+            inspect.signature(value).bind(*(arguments.split(", ") if arguments else ()))
         except TypeError as error:
             problem = f"the one given takes others: {error}"
         except ValueError:  # a function in C that does not say

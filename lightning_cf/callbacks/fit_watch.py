@@ -13,10 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError, DivergenceError, DivergenceWarning, warn
 from lightning_cf.exactness.overflow import overflow
-from lightning_cf.functional.phases import watched
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, Trainer
-from lightning_cf.network.finite import Snapshot, described, not_finite
+from lightning_cf.network.finite import Snapshot, described, not_finite, watched
 
 LOOK = 25
 """After how many batches a GPU, or other processes, are asked whether a loss was not finite."""

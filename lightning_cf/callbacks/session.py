@@ -12,7 +12,6 @@ from lightning_cf.callbacks.divergence import WatchingCallback
 from lightning_cf.callbacks.loading import LoadGuard, check_resumed, check_weights, end_evaluation, warn_of_traces
 from lightning_cf.callbacks.precision import check_inputs
 from lightning_cf.errors import ContinualError, DivergenceWarning, warn
-from lightning_cf.functional.phases import watched
 from lightning_cf.learner.keeping import keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.learner.meeting import meet_task
 from lightning_cf.learner.state import ContinualState
@@ -27,7 +26,7 @@ from lightning_cf.lightning_api import (
     check_same_lightning,
     is_overridden,
 )
-from lightning_cf.network.finite import described, not_finite
+from lightning_cf.network.finite import described, not_finite, watched
 from lightning_cf.ownership.fingerprints import keep_fingerprints
 from lightning_cf.ownership.ledger import Isolation, NeuronLedger
 from lightning_cf.ownership.ledger_state import CHECKPOINT_KEY

@@ -22,12 +22,15 @@
 
 from lightning_cf.functional.holding import Hold, hold
 from lightning_cf.functional.perturbing import perturb
-from lightning_cf.functional.phases import check, claim, new_ledger, seal, trace
+from lightning_cf.functional.phases import check, claim, new_ledger, trace
+from lightning_cf.functional.sealing import seal
 from lightning_cf.functional.showing import show
+from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.partition.options import PartitionOptions
 
 __all__ = [
     "Hold",
+    "NeuronLedger",
     "PartitionOptions",
     "check",
     "claim",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,12 +13,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cf.errors import ContinualError, FrozenWarning, warn
+from lightning_cf.functional.belonging import check_parts, check_weights
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.structure import Structure, UnitGroup
 from lightning_cf.ownership.freezing import Freezer
 from lightning_cf.ownership.frozen_entries import FrozenEntries
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
+from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 from lightning_cf.subspaces.bases import bases_of, current_groups
 from lightning_cf.subspaces.projection import Projection
 from lightning_cf.subspaces.subspace import Subspace
@@ -55,10 +57,12 @@ class Hold:
         self._freezer: Freezer | None = None
         self._projection: Projection | None = None
         self._sealed: dict[str, FrozenEntries] = {}
+        self._held: dict[str, Tensor] = {}
         self._handle: RemovableHandle
 
     def keep(self) -> Hold:
         """Remembers what earlier tasks own, which :meth:`put_back` compares with in the end."""
+        make_owner_aware(self.module, self.ledger.norm_owners())  # as sealed tasks were; nothing where it is so
         tensors = {n: t for n, t in named_tensors(self.module).items() if t.is_floating_point()}
         sealed = self.ledger.sealed(self.structure, tensors)
         self._sealed = {n: FrozenEntries(tensors[n], mask) for n, mask in sealed.items() if bool(mask.any())}
@@ -81,6 +85,7 @@ class Hold:
         """
         self.let_go()
         optimizers, tensors = list(optimizers), named_tensors(self.module)
+        self._held = tensors
         # Before the freezer, whose hook then runs later and has the last word.
         self._projection = Projection(tensors, self._in_subspace(tensors)).attach(optimizers)
         read = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) or n in self.structure.entries}
@@ -135,11 +140,13 @@ class Hold:
 
     def give_up(self) -> None:
         """Lets go after an exception, which may have come in the middle of a step: all is as it was, unchecked."""
-        self.restore()
-        for entries in self._sealed.values():
-            entries.restore()
-        self._sealed = {}
-        self.let_go()
+        try:
+            self.restore()
+            for entries in self._sealed.values():
+                entries.restore()
+        finally:
+            self._sealed = {}
+            self.let_go()
 
     def let_go(self) -> None:
         """Removes every hook; nothing is held from now on, and nothing is put back."""
@@ -151,6 +158,12 @@ class Hold:
         self._projection = self._freezer = None
 
     def __enter__(self) -> Hold:
+        if self._freezer is not None:
+            raise ContinualError("hold: this one holds already; make another by hold(...).")
+        check_parts("hold", self.module, self.structure, self.ledger)
+        if self.ledger.current is None:
+            raise ContinualError("hold: no task is being learned; ledger.begin(name, outputs=[...]) starts one.")
+        check_weights("hold", self.module, self.ledger)
         self.keep()
         self.renew(self._optimizers)
         self._handle = register_optimizer_step_pre_hook(self._before_step)
@@ -163,14 +176,28 @@ class Hold:
             return
         self.let_go()
         self.put_back()
+        self._check_same(named_tensors(self.module))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        own = {id(parameter) for parameter in self.module.parameters()}
+        now = named_tensors(self.module)
+        own = {id(parameter) for parameter in now.values()}
         stepped = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        if not self.current and any(id(parameter) in own for parameter in stepped):
+        if not any(id(parameter) in own for parameter in stepped):
+            return
+        if not self.current:
             raise ContinualError(
                 "The ledger changed while entries were held by what it said before. Claim, seal and begin tasks outside"
                 " of 'with hold(...)', or call its renew() after them."
+            )
+        self._check_same(now)
+
+    def _check_same(self, now: Mapping[str, Tensor]) -> None:
+        """Raises ContinualError where others stand in the place of the tensors that are held."""
+        other = next((name for name in {**self._held, **now} if now.get(name) is not self._held.get(name)), None)
+        if other is not None:
+            raise ContinualError(
+                f"'{other}' was replaced while it was held (load_state_dict(assign=True), pruning, a parametrisation):"
+                " what stands there now is not held. Do that outside of 'with hold(...)', and trace the network again."
             )
 
     def _in_subspace(self, tensors: dict[str, Tensor]) -> list[tuple[UnitGroup, Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.network.forward import eval_mode, in_precision_of
+from lightning_cf.network.forward import eval_mode, in_precision_of, same_state
 
 FOLD_SAMPLES = 4096
 """From how many inputs of the task the regression learns what to fold."""
@@ -22,13 +22,18 @@ class Inputs:
 
     def __init__(self, module: nn.Module, batches: Iterable[Any]) -> None:
         self.module, self.batches = module, batches
-        if not isinstance(batches, Iterable):
-            raise ContinualError(f"claim: batches must be an iterable of inputs, got a {type(batches).__name__}.")
+        if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, str, bytes)):
+            raise ContinualError(
+                f"claim: batches must be an iterable of batches, such as [x] or a DataLoader, got a"
+                f" {type(batches).__name__}."
+            )
+        if isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(x, Tensor) for x in batches):
+            raise ContinualError("claim: batches is one pair of tensors; a list of pairs is meant: batches=[(x, y)].")
         if iter(batches) is batches:  # it can be read once only
             self.batches = list(self._enough(batches))
         self.first = next(iter(self), None)
         if self.first is None:
-            raise ContinualError("claim: batches gives no batch; give the task's training data.")
+            raise ContinualError("claim: batches gives no samples; give the task's training data.")
 
     def __iter__(self) -> Iterator[Any]:
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
@@ -40,15 +45,17 @@ class Inputs:
     def _enough(batches: Iterable[Any]) -> Iterator[Any]:
         seen = 0
         for batch in batches:
-            yield batch
-            seen += next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), 1)
+            count = next((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), 1)
+            if count:
+                yield batch
+            seen += count
             if seen >= FOLD_SAMPLES:
                 return
 
 
 def number_of(module: nn.Module, score: Callable[[], float]) -> float:
-    """What a user's score says, which may put the network into another mode."""
-    with eval_mode(module), torch.no_grad():
+    """What a user's score says, which may put the network into another mode; its buffers stay what they are."""
+    with eval_mode(module), same_state(module), torch.no_grad():
         found: Any = score()
     value = found.item() if isinstance(found, Tensor) and found.numel() == 1 else found
     if isinstance(value, bool) or not isinstance(value, Real):

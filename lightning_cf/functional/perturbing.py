@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.functional.belonging import check_parts
 from lightning_cf.invariance.disturbance import Disturbance
 from lightning_cf.invariance.perturbations import Perturbation, Resample, check_perturbation
 from lightning_cf.network.forward import named_tensors
@@ -43,6 +44,9 @@ def perturb(
     Raises:
         ContinualError: outside of INVARIANCE.
     """
+    check_parts("perturb", module, structure, ledger)
+    if not key:
+        raise ContinualError("perturb: give a key, such as seed, task and step; else each step draws the same numbers.")
     perturbation = Resample() if perturbation is None else perturbation
     check_perturbation("perturb", perturbation)
     task = ledger.current

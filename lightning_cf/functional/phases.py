@@ -9,16 +9,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_cf.errors import ContinualError, DivergenceError, check_choice, check_kind
+from lightning_cf.errors import (
+    ContinualError,
+    check_choice,
+    check_count,
+    check_flag,
+    check_function,
+    check_kind,
+)
 from lightning_cf.exactness.check import check_exact
 from lightning_cf.exactness.probe import probe
+from lightning_cf.functional.belonging import check_parts, check_weights
 from lightning_cf.functional.inputs import Inputs, number_of
-from lightning_cf.network.finite import described, in_forward_order, infinite_on_purpose, not_finite
-from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors
+from lightning_cf.network.finite import check_finite, infinite_on_purpose
+from lightning_cf.network.forward import Forward, call, eval_mode
 from lightning_cf.network.structure import Structure
 from lightning_cf.network.tracing.trace import trace as follow
 from lightning_cf.ownership.fingerprints import keep_fingerprints
-from lightning_cf.ownership.fresh_start import reinitialise_free
 from lightning_cf.ownership.ledger import ISOLATIONS, Isolation, NeuronLedger
 from lightning_cf.partition.claim import Claimer
 from lightning_cf.partition.options import PartitionOptions
@@ -39,6 +46,8 @@ def trace(module: nn.Module, example: Any, forward: Forward = call, *, isolation
         StructureError: if the network's outputs are not the columns of layers, or its forward pass writes into a
             parameter.
     """
+    check_kind("trace", "module", module, nn.Module, "the network")
+    check_choice("trace", "isolation", isolation, ISOLATIONS)
     structure = follow(module, example, forward, apart=isolation == "perturb")
     return replace(structure, infinite=infinite_on_purpose(structure, module))
 
@@ -50,6 +59,7 @@ def new_ledger(structure: Structure, *, isolation: Isolation = "exact") -> Neuro
         structure: as :func:`trace` found it under the same isolation.
         isolation: ``exact`` promises that a sealed task never changes; under ``perturb`` nothing is cut (US 12387107).
     """
+    check_kind("new_ledger", "structure", structure, Structure, "what trace(net, example) found")
     check_choice("new_ledger", "isolation", isolation, ISOLATIONS)
     ledger = NeuronLedger.for_structure(structure)
     ledger.isolation = isolation
@@ -93,6 +103,7 @@ def check(
         StructureError: if ``exact`` cannot hold; names the module and the operation, or the layer.
         ContinualError: for layers that the network does not have.
     """
+    check_parts("check", module, structure, ledger)
     options = options or PartitionOptions()
     select(structure, ledger, options)
     if ledger.isolation == "exact":
@@ -145,9 +156,16 @@ def claim(
         DivergenceError: if the network holds numbers that are not finite.
         LeakError: if a claimed output still depends on free weights.
     """
+    check_parts("claim", module, structure, ledger)
+    check_function("claim", "score", score, "")
+    check_function("claim", "forward", forward, "module, inputs")
+    check_flag("claim", "higher_is_better", higher_is_better)
+    check_count("claim", "tasks_left", tasks_left)
+    check_count("claim", "seed", seed, least=0)
     check_kind("claim", "options", options, (PartitionOptions, type(None)), "PartitionOptions(...)")
     if ledger.current is None:
         raise ContinualError("claim: no task is being learned; ledger.begin(name, outputs=[...]) starts one.")
+    check_weights("claim", module, ledger)
     if options is not None:
         select(structure, ledger, options)
     inputs = Inputs(module, batches)
@@ -198,48 +216,6 @@ def run_claim(
     return outcome
 
 
-def seal(
-    module: nn.Module,
-    structure: Structure,
-    ledger: NeuronLedger,
-    *,
-    seed: int = 0,
-    options: PartitionOptions | None = None,
-    keep: Callable[[], None] | None = None,
-) -> None:
-    """Ends the current task: what it owns never moves again; under ``exact`` free units get a fresh start.
-
-    Args:
-        module: the network, in place.
-        structure: as :func:`trace` found it.
-        ledger: whose current task is sealed.
-        seed: what the fresh weights depend on, with the task's name.
-        options: of its partition, which say whether free units start afresh.
-        keep: called between both, for what is to be kept of the task; if it fails, nothing is sealed.
-
-    Raises:
-        ContinualError: if no task is being learned.
-        DivergenceError: if the network holds numbers that are not finite.
-    """
-    task = ledger.current
-    if task is None:
-        raise ContinualError("seal: no task is being learned; ledger.begin(name, outputs=[...]) starts one.")
-    check_finite(module, structure, f"Task '{task.name}' cannot be sealed")
-    phase = task.phase
-    ledger.seal()
-    try:
-        if keep is not None:
-            keep()
-    except BaseException:
-        task.phase = phase
-        ledger.revision += 1
-        raise
-    partitioned = any(record["task"] == task.name for record in ledger.records)
-    if ledger.isolation == "exact" and partitioned and (options is None or options.reinitialise):
-        reinitialise_free(module, structure, ledger, seed, task.name)
-    keep_fingerprints(module, structure, ledger, [task.name])
-
-
 def held_by_the_user(module: nn.Module, structure: Structure, ledger: NeuronLedger) -> list[str]:
     """Groups to be partitioned none of whose weights train (``requires_grad=False``), such as a pretrained backbone.
 
@@ -256,17 +232,3 @@ def held_by_the_user(module: nn.Module, structure: Structure, ledger: NeuronLedg
             parameters[r.tensor].requires_grad for r in group.rows if r.role == "weight" and r.tensor in parameters
         )
     ]
-
-
-def watched(module: nn.Module, structure: Structure) -> dict[str, Tensor]:
-    """What must be finite, in the order of the forward pass: all but masks and bounds that hold infinity on purpose."""
-    tensors = in_forward_order(structure, named_tensors(module))
-    return {name: x for name, x in tensors.items() if name not in structure.infinite}
-
-
-def check_finite(module: nn.Module, structure: Structure, when: str) -> None:
-    """Raises DivergenceError if the network holds numbers that are not finite, and names the first layer."""
-    tensors = watched(module, structure)
-    names = not_finite(tensors)
-    if names:
-        raise DivergenceError(f"{when}: the network is not finite, first in {described(names, tensors)}.")

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.functional.belonging import check_parts
 from lightning_cf.network.output_heads import head_of, heads_of
 from lightning_cf.network.structure import Structure
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.output_view import OutputView
+from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 
 
 def show(
@@ -36,6 +38,8 @@ def show(
     Raises:
         ContinualError: if there is no such task, or the output layer cannot show single columns.
     """
+    check_parts("show", module, structure, ledger)
+    make_owner_aware(module, ledger.norm_owners())
     if task is None:
         if ledger.current is None:
             raise ContinualError("show: no task is being learned; name one that was: show(..., task=...).")

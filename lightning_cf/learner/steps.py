@@ -12,10 +12,12 @@ from torch import nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.functional.inputs import FOLD_SAMPLES
-from lightning_cf.functional.phases import check_finite, run_claim, seal
+from lightning_cf.functional.phases import run_claim
+from lightning_cf.functional.sealing import run_seal
 from lightning_cf.learner.inferring import remember_task
 from lightning_cf.learner.keeping import keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.lightning_api import LightningModule, Trainer
+from lightning_cf.network.finite import check_finite
 from lightning_cf.network.forward import eval_mode, named_tensors
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.partition.claim import Claimer
@@ -116,7 +118,7 @@ def seal_task(
         folders.complete(module, state.structure, state.ledger)
     if state.collect is not None:
         state.collect()
-    seal(
+    run_seal(
         module,
         state.structure,
         state.ledger,

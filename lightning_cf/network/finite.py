@@ -10,6 +10,9 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_cf.errors import (
+    DivergenceError,
+)
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.structure import Structure, layer_of
 
@@ -104,3 +107,17 @@ class Snapshot:
             kept = self.values.get(name)
             if kept is not None and kept.shape == tensor.shape:
                 tensor.copy_(kept)
+
+
+def watched(module: nn.Module, structure: Structure) -> dict[str, Tensor]:
+    """What must be finite, in the order of the forward pass: all but masks and bounds that hold infinity on purpose."""
+    tensors = in_forward_order(structure, named_tensors(module))
+    return {name: x for name, x in tensors.items() if name not in structure.infinite}
+
+
+def check_finite(module: nn.Module, structure: Structure, when: str) -> None:
+    """Raises DivergenceError if the network holds numbers that are not finite, and names the first layer."""
+    tensors = watched(module, structure)
+    names = not_finite(tensors)
+    if names:
+        raise DivergenceError(f"{when}: the network is not finite, first in {described(names, tensors)}.")

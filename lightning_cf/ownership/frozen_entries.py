@@ -80,7 +80,7 @@ class FrozenEntries:
     def restore(self, values: Shaped[Tensor, "..."] | None = None) -> None:
         """Puts them back, or other values in their place."""
         self.follow()
-        values = self.saved if values is None else values
+        values = (self.saved if values is None else values).to(self.parameter.dtype)
         if self.index is not None:
             self.parameter.index_copy_(self.axis, self.index, values)
         elif self.mask is not None:

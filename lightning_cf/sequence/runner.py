@@ -11,13 +11,13 @@ from typing import Any
 from lightning_cf.callbacks import InvarianceCallback, MaskedGradientCallback, PartitionCallback, TaskInferenceCallback
 from lightning_cf.callbacks.loading import warn_of_traces
 from lightning_cf.errors import check_count, check_path
-from lightning_cf.functional.phases import check_finite
 from lightning_cf.learner.inferring import highest_output, inference_of
 from lightning_cf.learner.keeping import state_for
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.steps import decide_together, seal_task, weights_sha256
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer
 from lightning_cf.module import ContinualModule
+from lightning_cf.network.finite import check_finite
 from lightning_cf.ownership.ledger import Isolation
 from lightning_cf.sequence.class_incremental import score_strategies
 from lightning_cf.sequence.identity import run_identity

@@ -13,11 +13,11 @@ from typing import Any
 from lightning_cf.callbacks.precision import check_inputs
 from lightning_cf.callbacks.session import check_launch, check_strategy
 from lightning_cf.errors import ContinualError
-from lightning_cf.functional.phases import check_finite
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.steps import synchronise
 from lightning_cf.lightning_api import Trainer
 from lightning_cf.module import ContinualModule
+from lightning_cf.network.finite import check_finite
 from lightning_cf.records.folders import TaskFolders
 from lightning_cf.records.manifest import MANIFEST
 from lightning_cf.sequence.comparison import check_allow

@@ -191,6 +191,7 @@ def test_a_step_after_the_ledger_changed_within_a_hold_is_refused_and_renewed():
 
 def test_other_networks_of_the_process_are_left_alone():
     net, units, ledger, _ = learned()
+    ledger.begin("b", outputs=[2, 3])
     other = copy.deepcopy(net)
     with cf.hold(net, units, ledger):
         optimizer = torch.optim.SGD(other.parameters(), lr=0.1, weight_decay=0.1)
@@ -308,8 +309,19 @@ def fails():
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"batches": []}, ContinualError, "batches gives no batch"),
-        ({"batches": 3}, ContinualError, "batches must be an iterable of inputs, got a int"),
+        ({"batches": []}, ContinualError, "batches gives no samples"),
+        ({"batches": [torch.empty(0, 64)]}, ContinualError, "batches gives no samples"),
+        ({"batches": torch.rand(8, 64)}, ContinualError, r"such as \[x\] or a DataLoader, got a Tensor"),
+        (
+            {"batches": (torch.rand(8, 64), torch.zeros(8))},
+            ContinualError,
+            r"a list of pairs is meant: batches=\[\(x, y\)\]",
+        ),
+        ({"score": 0.9}, ContinualError, "score must be a function"),
+        ({"tasks_left": "2"}, ContinualError, "tasks_left must be a whole number"),
+        ({"higher_is_better": "min"}, ContinualError, "higher_is_better must be"),
+        ({"forward": None}, ContinualError, "forward must be a function"),
+        ({"batches": 3}, ContinualError, "batches must be an iterable of batches, .* got a int"),
         ({"score": lambda: "high"}, ContinualError, "score must give one number, such as an accuracy; got 'high'"),
         ({"score": lambda: True}, ContinualError, "score must give one number"),
         ({"score": lambda: torch.ones(2)}, ContinualError, "score must give one number"),
@@ -350,7 +362,12 @@ def test_the_order_of_the_steps_is_asked_for():
     net, units, ledger, batches, _ = begun()
     with pytest.raises(ContinualError, match="has no claim yet"), cf.perturb(net, units, ledger, 0):
         pass
+    with pytest.raises(ContinualError, match="task 'a' has no claim yet, so nothing would protect it"):
+        cf.seal(net, units, ledger)
+    cf.claim(net, units, ledger, batches=batches, score=lambda: 1.0)
     cf.seal(net, units, ledger)
+    with pytest.raises(ContinualError, match="hold: no task is being learned"), cf.hold(net, units, ledger):
+        pass
     for step in (
         lambda: cf.claim(net, units, ledger, batches=batches, score=lambda: 1.0),
         lambda: cf.seal(net, units, ledger),
@@ -384,13 +401,6 @@ def test_a_network_that_exact_isolation_does_not_hold_on_is_refused_before_train
 
 
 # Sealing, perturbing, showing
-
-
-def test_what_cannot_be_kept_is_not_sealed():
-    net, units, ledger, _ = learned(seal=False)
-    with pytest.raises(RuntimeError, match="mine"):
-        cf.seal(net, units, ledger, keep=fails)
-    assert ledger.current.phase == "invariance"
 
 
 def test_free_units_start_afresh_by_the_seed():
@@ -444,3 +454,112 @@ def test_nothing_is_said_of_a_network_on_which_all_is_well():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         learned()
+
+
+# What does not belong together
+
+
+def train_outside(net):
+    train(net, digits([2, 3])[0], [2, 3], torch.optim.SGD(net.parameters(), lr=0.1), epochs=1)
+
+
+def other_weights(net):
+    net.load_state_dict(network().state_dict())
+
+
+@pytest.mark.parametrize("change", [train_outside, other_weights])
+def test_weights_that_are_not_those_of_a_sealed_task_are_refused(change):
+    net, units, ledger, held_out = learned()
+    ledger.begin("b", outputs=[2, 3])
+    change(net)
+    message = "are not what task 'a' was sealed with"
+    with pytest.raises(ContinualError, match=message), cf.hold(net, units, ledger):
+        pass
+    with pytest.raises(ContinualError, match=message):
+        cf.claim(net, units, ledger, batches=digits([2, 3])[0], score=lambda: accuracy(net, held_out, [2, 3]))
+
+
+def test_statistics_that_a_forward_pass_moved_are_refused():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 6))
+    batches, (x, y) = digits([0, 1])
+    units = cf.trace(net, x[:16])
+    ledger = cf.new_ledger(units)
+    ledger.begin("a", outputs=[0, 1])
+    with cf.hold(net, units, ledger):
+        train(net, batches, [0, 1], torch.optim.Adam(net.parameters(), lr=0.003), epochs=2)
+    cf.claim(net, units, ledger, batches=batches, score=lambda: accuracy(net, (x, y), [0, 1]))
+    cf.seal(net, units, ledger)
+    accuracy(net, (x, y), [0, 1])  # in train mode
+    ledger.begin("b", outputs=[2, 3])
+    with pytest.raises(ContinualError, match=r"moved by a forward pass in train mode \(call net.eval\(\)"):
+        cf.hold(net, units, ledger).__enter__()
+
+
+def prune(net):
+    nn.utils.prune.random_unstructured(net[0], "weight", 0.5)
+
+
+def assign(net):
+    net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", [assign, prune])
+def test_tensors_that_are_replaced_while_they_are_held_are_told_before_a_step(change):
+    net, units, ledger, (x, _) = learned()
+    before = net(x)[:, :2]
+    ledger.begin("b", outputs=[2, 3])
+
+    def training():
+        with cf.hold(net, units, ledger):
+            change(net)
+            train(net, digits([2, 3])[0], [2, 3], torch.optim.SGD(net.parameters(), lr=0.1), epochs=1)
+
+    with pytest.raises(ContinualError, match="was replaced while it was held"):
+        training()
+    assert change is prune or torch.equal(net(x)[:, :2], before)
+
+
+def test_a_network_that_becomes_another_precision_is_let_go_whole():
+    net, units, ledger, _ = learned()
+    ledger.begin("b", outputs=[2, 3])
+
+    def training():
+        with cf.hold(net, units, ledger):
+            net.double()
+            fails()
+
+    with pytest.raises(RuntimeError, match="mine"):
+        training()
+    assert not net[0].weight._post_accumulate_grad_hooks
+
+
+def test_a_hold_holds_once():
+    net, units, ledger, _ = learned()
+    ledger.begin("b", outputs=[2, 3])
+    with cf.hold(net, units, ledger) as held, pytest.raises(ContinualError, match="this one holds already"):
+        held.__enter__()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda net, units, ledger: cf.hold(net, ledger, units).__enter__(), "structure must be what trace"),
+        (lambda net, units, ledger: cf.hold(None, units, ledger).__enter__(), "module must be the network"),
+        (
+            lambda net, units, ledger: cf.check(nn.Linear(64, 6), units, ledger, torch.rand(2, 64)),
+            "the structure knows",
+        ),
+        (lambda net, units, ledger: cf.hold(nn.DataParallel(net), units, ledger).__enter__(), "not one that wraps it"),
+        (lambda net, units, ledger: cf.new_ledger(None), "structure must be what trace"),
+        (lambda net, units, ledger: cf.trace(lambda x: x, torch.rand(2, 64)), "module must be the network"),
+        (lambda net, units, ledger: cf.trace(net, torch.rand(2, 64), isolation="pertub"), "isolation must be one of"),
+        (lambda net, units, ledger: cf.perturb(net, units, ledger).__enter__(), "perturb: give a key"),
+        (lambda net, units, ledger: cf.seal(net, units, ledger, seed=-1), "seed must be"),
+    ],
+)
+def test_what_does_not_belong_together_is_named(call, message):
+    net, units, ledger, _ = learned()
+    ledger.begin("b", outputs=[2, 3])
+    with pytest.raises(ContinualError, match=message):
+        call(net, units, ledger)
