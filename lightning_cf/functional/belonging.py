@@ -29,7 +29,7 @@ def check_parts(owner: str, module: Any, structure: Any, ledger: Any) -> None:
     check_kind(owner, "structure", structure, Structure, "what trace(net, example) found")
     check_kind(owner, "ledger", ledger, NeuronLedger, "what new_ledger(units) made")
     ledger.owner_of_units(structure)  # refuses a ledger of another structure
-    there = dict(named_tensors(module))
+    there = named_tensors(module)
     lost = [name for name in structure.entries if name not in there]
     if lost:
         raise ContinualError(
