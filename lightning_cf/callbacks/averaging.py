@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_cf.errors import ContinualError
 from lightning_cf.lightning_api import LightningModule, StochasticWeightAveraging, Trainer, WeightAveraging
 from lightning_cf.network.forward import named_tensors
-from lightning_cf.ownership.frozen_entries import FrozenEntries
+from lightning_cf.network.kept_entries import KeptEntries
 
 
 def check_averaging(trainer: Trainer, module: LightningModule) -> None:
@@ -55,7 +55,7 @@ def exact_averages(
     for average in averages:
         tensors = named_tensors(average.module)
         held = [
-            FrozenEntries(tensors[name], mask)
+            KeptEntries(tensors[name], mask)
             for name, mask in frozen.items()
             if bool(mask.any()) and tensors[name].is_floating_point()
         ]
@@ -72,7 +72,7 @@ def exact_averages(
 class _Restoring:
     """What updates an average meanwhile; a copy of the average, or one that was stored, has its class's own."""
 
-    def __init__(self, average: nn.Module, held: Sequence[FrozenEntries], valid: Callable[[], bool]) -> None:
+    def __init__(self, average: nn.Module, held: Sequence[KeptEntries], valid: Callable[[], bool]) -> None:
         self.average, self.update, self.held, self.valid = average, average.update_parameters, held, valid
 
     def __call__(self, module: nn.Module) -> None:

@@ -15,7 +15,8 @@ from lightning_cf.errors import ContinualError, DivergenceError, DivergenceWarni
 from lightning_cf.exactness.overflow import overflow
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, Trainer
-from lightning_cf.network.finite import Snapshot, described, not_finite, watched
+from lightning_cf.network.finite import described, not_finite, watched
+from lightning_cf.network.kept_entries import Snapshot
 
 LOOK = 25
 """After how many batches a GPU, or other processes, are asked whether a loss was not finite."""

@@ -67,7 +67,7 @@ class Heads:
         self.batch: tuple[Any, Any] | None = None
         self.key: tuple[int | str, ...] = ()
         self.generator: torch.Generator | None = None
-        self.scale, self.unscale = 0.0, 1.0
+        self._scale, self._unscale = 0.0, 1.0
         self.loss: Tensor | None = None
         self.attached: set[str] = set()
         self.place: str | None = None
@@ -92,6 +92,10 @@ class Heads:
         self.batch = tuple(batch) if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
         self.key, self.generator, self.place, self.loss = key, None, None, None
 
+    def weigh(self, scale: float, unscale: float) -> None:
+        """By what the loss is multiplied where it joins, and by what its gradients are divided before a step."""
+        self._scale, self._unscale = scale, unscale
+
     def end_batch(self) -> None:
         """Until the next one, no forward pass is over a batch."""
         self.batch = None
@@ -111,7 +115,7 @@ class Heads:
         """A step of the heads' own optimiser, on gradients averaged over processes."""
         for parameter in self.parameters:
             if parameter.grad is not None:
-                parameter.grad /= self.unscale
+                parameter.grad /= self._unscale
                 if trainer.world_size > 1:
                     parameter.grad = trainer.strategy.reduce(parameter.grad, reduce_op="mean")
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -222,4 +226,4 @@ class _Attached(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         """The gradient, and the scale of the loss that joined."""
         (gradient,) = gradients
-        return gradient, torch.tensor(ctx.owner.scale, dtype=ctx.dtype, device=gradient.device), None
+        return gradient, torch.tensor(ctx.owner._scale, dtype=ctx.dtype, device=gradient.device), None

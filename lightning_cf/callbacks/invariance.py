@@ -74,7 +74,7 @@ class InvarianceCallback(ContinualCallback):
         state = state_of(pl_module)
         assert state is not None
         self._bases = bases_of(state.structure, state.ledger, self.subspace, named_tensors(pl_module))
-        if state.ledger.isolation == "perturb" and len(state.ledger.tasks) == 1:
+        if not state.ledger.exact and len(state.ledger.tasks) == 1:
             self._try(pl_module, state)
         if isinstance(self.subspace, LearnedSubspace):
             self._learner = DirectionLearner(self.subspace, self._redundant(state))
@@ -85,15 +85,14 @@ class InvarianceCallback(ContinualCallback):
         """Perturbs the redundant units for this batch, in INVARIANCE under ``perturb``."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         state = state_of(pl_module)
-        task = None if state is None else state.ledger.current
-        if state is None or task is None or task.phase != "invariance":
+        if state is None or state.ledger.phase != "invariance":
             return
         if self._learner is not None and self._revision != state.ledger.revision:
             self._learner.units, self._revision = self._redundant(state), state.ledger.revision
             self._learner.best = math.inf  # a partition makes the loss jump
             self._learn(trainer, pl_module, self._learner)
-        if state.ledger.isolation == "perturb":
-            generator = keyed_generator(self.seed, task.name, "invariance", self._draw(trainer))
+        if not state.ledger.exact:
+            generator = keyed_generator(self.seed, state.ledger.tasks[-1].name, "invariance", self._draw(trainer))
             state.undisturb()
             state.disturbance = Disturbance(
                 pl_module, state.structure, state.ledger, self.perturbation, generator, self._bases
@@ -113,9 +112,8 @@ class InvarianceCallback(ContinualCallback):
             self._learner.end_step(loss if isinstance(loss, Tensor) else None)
             if self._learner.step % self._learner.subspace.steps == 0:
                 fell = self._learner.loss_fell()
-                task = state.ledger.current
                 # A partition at this step's end is taken up when the next step starts, in whatever order callbacks run.
-                if task is not None and task.phase == "invariance" and self._revision == state.ledger.revision:
+                if state.ledger.phase == "invariance" and self._revision == state.ledger.revision:
                     self._learn(trainer, pl_module, self._learner, fell)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

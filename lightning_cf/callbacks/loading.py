@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_cf.errors import ContinualError, LedgerWarning, warn
 from lightning_cf.learner.keeping import keep_ledger, ledger_of
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import named_tensors
+from lightning_cf.network.kept_entries import Snapshot
 from lightning_cf.network.output_heads import fit_head
 from lightning_cf.network.structure import Structure
 from lightning_cf.ownership.fingerprints import Difference, differences
@@ -32,7 +32,7 @@ class LoadGuard:
 
     def __init__(self, module: LightningModule, ledger: NeuronLedger) -> None:
         self.module, self.ledger = module, ledger
-        self.before: dict[str, Tensor] | None = None
+        self.before: Snapshot | None = None
         self._handle = module.register_load_state_dict_pre_hook(_Keeper(self))  # type: ignore[no-untyped-call]
 
     def release(self) -> None:
@@ -68,8 +68,7 @@ class LoadGuard:
             if len(head.weight) != len(columns):
                 with isolated_generators():
                     fit_head(head, len(columns))
-        for name, tensor in named_tensors(self.module).items():
-            tensor.copy_(self.before[name])
+        self.before.put_back(self.module)
 
 
 class _Keeper:
@@ -80,7 +79,7 @@ class _Keeper:
 
     def __call__(self, *args: Any) -> None:
         if self.guard is not None and self.guard.before is None:
-            self.guard.before = {n: t.detach().clone() for n, t in named_tensors(self.guard.module).items()}
+            self.guard.before = Snapshot.of(self.guard.module)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_Keeper, ())
@@ -154,7 +153,7 @@ def check_weights(module: LightningModule, ledger: NeuronLedger, guard: LoadGuar
 
 
 def _severe(difference: Difference, ledger: NeuronLedger) -> bool:
-    return (difference.connected and ledger.isolation == "exact") or difference.distance > OTHER
+    return (difference.connected and ledger.exact) or difference.distance > OTHER
 
 
 def warn_of_traces(module: LightningModule, structure: Structure) -> None:

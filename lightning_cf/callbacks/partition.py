@@ -113,10 +113,8 @@ class PartitionCallback(ContinualCallback):
         self.options = options_from(options)
         self.seed = check_count("partition", "seed", seed, least=0)
         self.ledger = None if ledger is None else check_path("partition", "ledger", ledger)
-        self._step = 0
-        self._stale_scores = False
+        self._step, self._stale_scores, self._ended = 0, False, False
         self._partitioned_at: tuple[int, int] | None = None
-        self._ended = False
         self._start: dict[str, Tensor] | None = None
 
     def join_run(self, *, seed: int, isolation: Isolation, folders: TaskFolders) -> None:
@@ -138,21 +136,24 @@ class PartitionCallback(ContinualCallback):
         """Begins the task; keeps its starting weights where the measure needs them."""
         before = ledger_of(pl_module)
         task = task_of(trainer, type(self).__name__)
-        ends = None if before is None or before.current is None else before.current
-        if before is not None and ends is not None and ends.phase == "invariance" and ends.name != task.name:
+        if before is not None and before.phase == "invariance" and before.tasks[-1].name != task.name:
             warn_of_cost(before, self.options.tolerance)  # as nothing follows its partition
         super().on_fit_start(trainer, pl_module)
         state = state_for(pl_module, task)
-        current = state.ledger.current
+        learns = state.ledger.phase == "learn"
         state.set_isolation(pl_module, self.isolation)
         self.select(pl_module, state)
         with state.showing(pl_module, [task]):
             check_scoring(pl_module, task)
         self._partitioned_at, self._ended = None, False
-        if current is not None and current.phase == "learn" and 0 < self.after < 1 and not counts_steps(trainer):
+        if learns and 0 < self.after < 1 and not counts_steps(trainer):
             self.schedule.due_epoch(trainer)
-        if self._start is not None or (current is not None and current.phase == "learn"):
+        if self._start is not None or learns:
             self.remember_start(pl_module, state)
+
+    def expect(self, tasks_left: int) -> None:
+        """How many tasks are still to come, the current one counted: its claim leaves room for them."""
+        self.tasks_left = tasks_left
 
     def remember_start(self, module: LightningModule, state: ContinualState) -> None:
         """Keeps the weights at the task's start, where the measure needs them and a checkpoint did not bring them."""

@@ -143,7 +143,7 @@ class TaskInferenceCallback(ContinualCallback):
         """Weighs the heads' loss as the module's own is: by its share of an optimiser's step, times a loss scale."""
         assert self._heads is not None
         share = 1 / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
-        self._heads.scale, self._heads.unscale = self.weight * scale * share, scale
+        self._heads.weigh(self.weight * scale * share, scale)
 
     def _begin(self, trainer: Trainer, module: LightningModule, state: ContinualState) -> None:
         self._keep(module)
@@ -179,7 +179,7 @@ class TaskInferenceCallback(ContinualCallback):
                 trained = trainer.strategy.broadcast({name: value.cpu() for name, value in trained.items()})
             values[strategy.head] = trained
         steps = int(min(trainer.estimated_stepping_batches, 10**9)) - trainer.global_step
-        learns = state.ledger.current is not None and state.ledger.current.phase == "learn"
+        learns = state.ledger.phase == "learn"
         lr = self.lr / 4 if learns else self.lr  # where all free units train, the higher rate now and then kills them
         self._heads = Heads(module, task, sites, strategies, values, lr, max(1, steps))
         self._heads.revision, self._heads.stepped = state.ledger.revision, trainer.global_step
@@ -211,7 +211,7 @@ class TaskInferenceCallback(ContinualCallback):
 
 def prepare(module: LightningModule, state: ContinualState, task: Task, wanted: str) -> None:
     """Chooses strategies where the ledger has none yet, else tries those chosen; needs a task that was begun."""
-    known, current = inference_of(state.ledger), state.ledger.current
+    known = inference_of(state.ledger)
     if known is None or not known.strategies:  # a first task without classes chooses none
         names = choose_strategies(module, state, task, wanted)
         known = TaskInference(names)
@@ -223,7 +223,7 @@ def prepare(module: LightningModule, state: ContinualState, task: Task, wanted: 
             f"Task '{task.name}' cannot be inferred: '{alone}' runs for it as it does not for earlier tasks, so no"
             " forward pass shows all of them. Name this task where it is predicted."
         )
-    elif task.classes is not None and current is not None and current.phase == "learn":
+    elif task.classes is not None and state.ledger.phase == "learn":
         done = task.name in known.left_out
         told = not done and forward_is_told(module, state, task)
         failure = "" if done else _TOLD if told else rehearse(module, state, task, known)

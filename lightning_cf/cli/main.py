@@ -16,11 +16,11 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_cf.cli import doctor, stopping
+from lightning_cf.cli import doctor
 from lightning_cf.cli.environment import environment_variable
 from lightning_cf.cli.progress_bar import RunBar
 from lightning_cf.cli.run_log import logged_warnings
-from lightning_cf.cli.stopping import check_stopped, ended_by_signals
+from lightning_cf.cli.stopping import check_stopped, ended_by_signals, going_on_in
 from lightning_cf.cli.sweep import run_job
 from lightning_cf.cli.telling import fail
 from lightning_cf.errors import ContinualError, RunWarning, check_choice, check_count, check_text, warn
@@ -60,24 +60,21 @@ VERSION_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") e
 """How Hydra is asked to behave as 1.3 does: from 1.4 on it knows no other way, and warns where it is asked."""
 
 _FULL = "HYDRA_FULL_ERROR"
-_wanted: str | None = None
-"""What the user set it to."""
 
 
 def main() -> None:
     """Entry point. A verb is rewritten to ``command=VERB``, since distributed children run the same arguments."""
-    global _wanted
     # Hydra lets errors through where all of them is wanted; then we tell.
-    with ended_by_signals(), environment_variable(_FULL, "1") as _wanted:
+    with ended_by_signals(), environment_variable(_FULL, "1") as wanted:
         try:
-            _main()
+            _main(wanted)
         except Exception as error:
-            if _wanted not in (None, "", "0"):
+            if wanted not in (None, "", "0"):
                 raise
             fail(error, foreseen=True)  # outside of a job it is Hydra that reads what the user wrote
 
 
-def _main() -> None:
+def _main(wanted: str | None) -> None:
     if len(sys.argv) > 1 and sys.argv[1].isidentifier():
         verb = check_choice("lightning-cf", "verb", sys.argv[1], VERBS)
         sys.argv[1] = f"command={verb}"
@@ -89,16 +86,19 @@ def _main() -> None:
                 raise ContinualError("lightning-cf: doctor looks at one network; leave -m out.")
             # It leaves nothing behind, also where an experiment would sweep.
             sys.argv[2:2] = ["hydra.mode=RUN", "hydra.run.dir=.", "hydra.output_subdir=null"]
-    _job()
+
+    @hydra.main(**VERSION_BASE, config_path=str(_CONF), config_name="config")
+    def job(config: DictConfig) -> float | None:
+        return _job(config, wanted)
+
+    job()
 
 
-@hydra.main(**VERSION_BASE, config_path=str(_CONF), config_name="config")
-def _job(config: DictConfig) -> float | None:
+def _job(config: DictConfig, wanted: str | None) -> float | None:
     """One job: this process's own, or one of a multirun in a child process; gives sweepers what they optimise."""
-    hydra, sweeps = HydraConfig.get(), HydraConfig.get().mode == RunMode.MULTIRUN
-    folder = Path(hydra.runtime.output_dir)
-    stopping.folder = str(Path(hydra.sweep.dir).absolute() if sweeps else folder)
-    with environment_variable(_FULL, _wanted):
+    chosen = HydraConfig.get()
+    sweeps, folder = chosen.mode == RunMode.MULTIRUN, Path(chosen.runtime.output_dir)
+    with going_on_in(Path(chosen.sweep.dir).absolute() if sweeps else folder), environment_variable(_FULL, wanted):
         try:
             if sweeps:
                 return run_job(folder, config.optimized_metric)
@@ -108,7 +108,7 @@ def _job(config: DictConfig) -> float | None:
                 train(config, folder)
         except Exception as error:
             check_stopped()
-            if _wanted not in (None, "", "0"):
+            if wanted not in (None, "", "0"):
                 raise
             fail(error)
     return None

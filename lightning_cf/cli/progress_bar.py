@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
@@ -31,8 +32,12 @@ class RunBar:
             self.bar.close()
 
     def callback(self) -> Callback:
-        """A callback that moves the bar; copies of it move the same bar."""
-        return _MoveBar(self)
+        """A callback that moves the bar; copies of it move the same bar, since a function is not copied."""
+
+        def move(epochs: float, text: str) -> None:
+            self.move(epochs, text)
+
+        return _MoveBar(move)
 
     def move(self, epochs: float, text: str) -> None:
         """Moves the bar on, by parts of an epoch."""
@@ -52,11 +57,8 @@ class RunBar:
 
 
 class _MoveBar(Callback):
-    def __init__(self, bar: RunBar) -> None:
-        self.bar = bar
-
-    def __deepcopy__(self, memo: object) -> _MoveBar:
-        return self
+    def __init__(self, move: Callable[[float, str], None]) -> None:
+        self.move = move
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         take_signals()
@@ -70,4 +72,4 @@ class _MoveBar(Callback):
         check_stopped()
         if trainer.is_global_zero:
             task = trainer.datamodule.name  # type: ignore[attr-defined]
-            self.bar.move(1 / max(1, int(trainer.num_training_batches)), f"task {task}")
+            self.move(1 / max(1, int(trainer.num_training_batches)), f"task {task}")

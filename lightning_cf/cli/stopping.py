@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -23,10 +24,9 @@ class Stopped(SystemExit):
         self.status = 128 + number
         super().__init__(self.status)
         self.signal = signal.Signals(number).name
+        self.folder = ""
+        """Of the run or the sweep that goes on when it is started again; empty where none was begun."""
 
-
-folder: str | None = None
-"""Of the run or the sweep that goes on when it is started again; None before it is known."""
 
 _active = False
 _received: int | None = None
@@ -35,11 +35,9 @@ _received: int | None = None
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """A whole command: what :class:`Stopped` interrupts says how to go on, and ends with the signal's status."""
-    global folder
     if _active:  # within a command
         yield
         return
-    folder = None
     try:
         with stoppable():
             yield
@@ -47,11 +45,22 @@ def ended_by_signals() -> Iterator[None]:
         _end(stopped)
 
 
+@contextmanager
+def going_on_in(folder: Path) -> Iterator[None]:
+    """Whatever :class:`Stopped` interrupts meanwhile goes on in this folder when it is started again."""
+    try:
+        yield
+    except Stopped as stopped:
+        stopped.folder = str(folder)
+        raise
+
+
 def _end(stopped: Stopped) -> NoReturn:
     others = [argument for argument in sys.argv[1:] if not argument.startswith("run=")]
     # Of several processes the first tells, and of a sweep's job the sweep.
     if os.environ.get("LOCAL_RANK", "0") == "0" and "hydra.mode=RUN" not in others:
-        quoted = f"'{folder}'" if folder and not re.fullmatch(r"[\w./-]*", folder) else folder
+        folder = stopped.folder
+        quoted = folder if re.fullmatch(r"[\w./-]*", folder) else f"'{folder}'"
         again = shlex.join(["lightning-cf", *([f"run={quoted}"] if quoted else []), *others])
         after = "goes on after the last finished phase" if folder else "starts it again"
         print(f"lightning-cf: stopped by {stopped.signal}; {again} {after}", file=sys.stderr)

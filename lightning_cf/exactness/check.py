@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import StructureError, StructureWarning, warn
-from lightning_cf.exactness.probe import Leak, first_leak, replaced
+from lightning_cf.exactness.probe import Leak, first_leak
 from lightning_cf.exactness.readings import OPERATIONS, decides_nothing
 from lightning_cf.network.forward import Forward, call, samples
+from lightning_cf.network.kept_entries import replaced
 from lightning_cf.network.structure import Mixing, Structure, layer_of
 from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.ledger import NeuronLedger

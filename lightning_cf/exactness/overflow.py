@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.network.finite import Snapshot
 from lightning_cf.network.forward import Forward, eval_mode, same_state, samples
+from lightning_cf.network.kept_entries import Snapshot
 from lightning_cf.utilities.randomness import isolated_generators
 
 WIDE = 1e30

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import LeakError
 from lightning_cf.exactness.blame import first_moved
 from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors, same_state, samples
+from lightning_cf.network.kept_entries import replaced, same_bits
 from lightning_cf.network.structure import LAYERS, Structure, layer_of, lookup
 from lightning_cf.network.ways import running_way
 from lightning_cf.ownership.ledger import NeuronLedger
@@ -94,42 +94,6 @@ def first_leak(
                     shaken = _shaken(module, structure, levels, draw, size)
                     return Leak(place[0], first_moved(module, structure, levels, example, forward, shaken))
     return None
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are bitwise equal, but for the bits of NaN."""
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-@contextmanager
-def replaced(tensor: Tensor, mask: Bool[Tensor, "..."], values: Callable[[torch.Size], Tensor]) -> Iterator[None]:
-    """Some entries of a tensor with other values, meanwhile.
-
-    Args:
-        tensor: in place.
-        mask: which entries; broadcasts to the tensor. One that varies along a single axis costs no more memory than
-            the entries themselves.
-        values: gives new ones of the shape of the old ones, however they are laid out.
-    """
-    data = tensor.detach()
-    mask = mask.reshape((1,) * (data.ndim - mask.ndim) + mask.shape).to(data.device)
-    wide = [axis for axis, size in enumerate(mask.shape) if size > 1]
-    if data.ndim and len(wide) <= 1:
-        axis = wide[0] if wide else 0
-        where = mask.flatten().expand(data.shape[axis]).nonzero().flatten()
-        before = data.index_select(axis, where)
-        data.index_copy_(axis, where, values(before.shape).to(data))
-    else:
-        mask = mask.expand(data.shape)
-        before = data[mask]
-        data[mask] = values(before.shape).to(data)
-    try:
-        yield
-    finally:
-        if data.ndim and len(wide) <= 1:
-            data.index_copy_(axis, where, before)
-        else:
-            data[mask] = before
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_cf.errors import ContinualError, FrozenWarning, warn
 from lightning_cf.functional.belonging import check_parts, check_weights
 from lightning_cf.network.forward import named_tensors
+from lightning_cf.network.kept_entries import KeptEntries
 from lightning_cf.network.structure import Structure, UnitGroup
 from lightning_cf.ownership.freezing import Freezer
-from lightning_cf.ownership.frozen_entries import FrozenEntries
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
@@ -56,7 +56,7 @@ class Hold:
         self._revision = -1
         self._freezer: Freezer | None = None
         self._projection: Projection | None = None
-        self._sealed: dict[str, FrozenEntries] = {}
+        self._sealed: dict[str, KeptEntries] = {}
         self._held: dict[str, Tensor] = {}
         self._handle: RemovableHandle
 
@@ -65,7 +65,7 @@ class Hold:
         make_owner_aware(self.module, self.ledger.norm_owners())  # as sealed tasks were; nothing where it is so
         tensors = {n: t for n, t in named_tensors(self.module).items() if t.is_floating_point()}
         sealed = self.ledger.sealed(self.structure, tensors)
-        self._sealed = {n: FrozenEntries(tensors[n], mask) for n, mask in sealed.items() if bool(mask.any())}
+        self._sealed = {n: KeptEntries(tensors[n], mask) for n, mask in sealed.items() if bool(mask.any())}
         for entries in self._sealed.values():
             entries.save()
         return self
@@ -113,7 +113,7 @@ class Hold:
 
     def restore(self) -> None:
         """Puts frozen entries back now, as after each step, where the ledger did not change under ``exact``."""
-        if self._freezer is not None and self.current and self.ledger.isolation == "exact":
+        if self._freezer is not None and self.current and self.ledger.exact:
             self._freezer.restore()
 
     def put_back(self) -> None:
@@ -202,13 +202,13 @@ class Hold:
 
     def _in_subspace(self, tensors: dict[str, Tensor]) -> list[tuple[UnitGroup, Tensor, Tensor]]:
         """The free units of a later task, with the basis that holds them."""
-        task = self.ledger.current
-        if self.subspace is None or task is None or task.phase != "learn" or len(self.ledger.tasks) == 1:
+        if self.subspace is None or self.ledger.phase != "learn" or len(self.ledger.tasks) == 1:
             return []
         bases = bases_of(self.structure, self.ledger, self.subspace, tensors)
         if not bases:
+            name = self.ledger.tasks[-1].name
             raise ContinualError(
-                f"masking: nothing was learned yet of the sub-space that task '{task.name}' is to train in. Give"
+                f"masking: nothing was learned yet of the sub-space that task '{name}' is to train in. Give"
                 " InvarianceCallback the same subspace, in the fit of the task before."
             )
         return [
@@ -221,7 +221,7 @@ class Hold:
         """Sets what was cut for good to zero again; names of the tensors where it was not."""
         known = {record["task"] for record in self.ledger.records}
         partitioned = all(task.name in known for task in self.ledger.tasks if task.phase != "learn")
-        if self.ledger.isolation != "exact" or not partitioned:
+        if not self.ledger.exact or not partitioned:
             return []
         found, parameters = [], dict(self.module.named_parameters())
         sealed = self.ledger.sealed(self.structure, parameters)

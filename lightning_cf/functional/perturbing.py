@@ -49,10 +49,9 @@ def perturb(
         raise ContinualError("perturb: give a key, such as seed, task and step; else each step draws the same numbers.")
     perturbation = Resample() if perturbation is None else perturbation
     check_perturbation("perturb", perturbation)
-    task = ledger.current
-    if task is None or task.phase != "invariance":
+    if ledger.phase != "invariance":
         raise ContinualError("perturb: the task has no claim yet; call claim(...) first, and train on in this context.")
-    if ledger.isolation == "exact":
+    if ledger.exact:
         yield
         return
     bases = bases_of(structure, ledger, subspace, named_tensors(module))

@@ -106,7 +106,7 @@ def check(
     check_parts("check", module, structure, ledger)
     options = options or PartitionOptions()
     select(structure, ledger, options)
-    if ledger.isolation == "exact":
+    if ledger.exact:
         check_exact(module, structure, ledger, example, forward, least=options.min_trainable, said=said)
 
 
@@ -197,7 +197,7 @@ def run_claim(
         record: called with what was found, before the claim counts.
     """
     module, structure, ledger = claimer.module, claimer.structure, claimer.ledger
-    name, again = ledger.tasks[-1].name, ledger.tasks[-1].phase == "invariance"
+    name, again = ledger.tasks[-1].name, ledger.phase == "invariance"
     check_finite(module, structure, f"Task '{name}' cannot be partitioned")
     if not again:
         ledger.whole += held_by_the_user(module, structure, ledger)
@@ -207,7 +207,7 @@ def run_claim(
             outcome = claimer.claim()
             check_finite(module, structure, f"The partition of task '{name}'")
     with claimer.all_or_nothing():
-        if ledger.isolation == "exact":
+        if ledger.exact:
             probe(module, structure, ledger, example, forward)
         if record is not None:
             record(outcome)

@@ -97,6 +97,6 @@ def run_seal(
         ledger.revision += 1
         raise
     partitioned = any(record["task"] == task.name for record in ledger.records)
-    if ledger.isolation == "exact" and partitioned and (options is None or options.reinitialise):
+    if ledger.exact and partitioned and (options is None or options.reinitialise):
         reinitialise_free(module, structure, ledger, seed, task.name)
     keep_fingerprints(module, structure, ledger, [task.name])

@@ -105,7 +105,7 @@ def _claim(ledger: NeuronLedger, task: Task) -> None:
 
     A task that has its claim keeps it.
     """
-    if ledger.current is not None and ledger.current.phase == "invariance":
+    if ledger.phase == "invariance":
         return
     claimed = {}
     for name, owner in ledger.owners.items():

@@ -18,9 +18,9 @@ from lightning_cf.functional.showing import view_of
 from lightning_cf.invariance.disturbance import Disturbance
 from lightning_cf.learner.ways import _alike, _batch, _own_way, _same_way, _traced
 from lightning_cf.lightning_api import LightningModule
-from lightning_cf.network.finite import Snapshot
 from lightning_cf.network.foreign_heads import check_foreign_heads
 from lightning_cf.network.forward import Forward, samples
+from lightning_cf.network.kept_entries import Snapshot
 from lightning_cf.network.structure import Structure
 from lightning_cf.network.ways import Ways
 from lightning_cf.ownership.ledger import Isolation, NeuronLedger
@@ -256,7 +256,7 @@ class ContinualState:
 
     @contextmanager
     def showing(self, module: nn.Module, tasks: Sequence[Task]) -> Iterator[OutputView | None]:
-        """Shows the outputs of one task, or of several sample by sample (see ``OutputView.view_of_sample``)."""
+        """Shows the outputs of one task, or of several sample by sample (see ``OutputView.mix``)."""
         positions = [task.classes or self.ledger.positions.get(task.name) for task in tasks]
         if self.shown is not None or not self.mask_outputs or None in positions:
             yield self.shown

@@ -19,6 +19,7 @@ from lightning_cf.learner.keeping import keep_ledger, ledger_of, state_for, stat
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.network.finite import check_finite
 from lightning_cf.network.forward import eval_mode, named_tensors
+from lightning_cf.network.kept_entries import Snapshot, values_kept
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.partition.claim import Claimer
 from lightning_cf.partition.cost import warn_of_cost
@@ -57,7 +58,7 @@ def partition_task(
     """
     state = state_for(module, task)
     state.undisturb()
-    again = state.ledger.tasks[-1].phase == "invariance"
+    again = state.ledger.phase == "invariance"
 
     def shown(run: Callable[[], Any]) -> Any:
         with state.showing(module, [task]):
@@ -104,7 +105,7 @@ def seal_task(
     state = state_for(module, task)
     state.undisturb()
     check_finite(module, state.structure, f"Task '{task.name}' cannot be sealed")
-    if state.ledger.isolation == "perturb":
+    if not state.ledger.exact:
         score = ablation_accuracy(module, task)
         for record in state.ledger.records:
             if record["task"] == task.name:
@@ -145,15 +146,10 @@ def remember_claim(module: LightningModule, task: Task) -> None:
 def ablation_accuracy(module: LightningModule, task: Task) -> float:
     """The current task's score without its redundant units, on the data that judges partitions."""
     state = state_for(module, task)
-    before = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
-    try:
-        with isolated_generators(), eval_mode(module), state.showing(module, [task]):
-            cut_claimed(module, state.structure, state.ledger)
-            return judge(module, task)
-    finally:
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                parameter.copy_(before[name])
+    parameters = list(module.parameters())
+    with values_kept(parameters), isolated_generators(), eval_mode(module), state.showing(module, [task]):
+        cut_claimed(module, state.structure, state.ledger)
+        return judge(module, task)
 
 
 def decide_together(trainer: Trainer, module: LightningModule, step: Callable[[], None]) -> None:
@@ -173,8 +169,7 @@ def _decide_first(trainer: Trainer, module: LightningModule, step: Callable[[], 
     if trainer.is_global_zero:
         try:
             step()
-            tensors = {name: tensor.detach().cpu() for name, tensor in named_tensors(module).items()}
-            payload = (tensors, _ledger(module).state_dict())
+            payload = (Snapshot.of(module), _ledger(module).state_dict())
         except ContinualError as error:
             payload = failure = error
         except Exception as error:  # the others would wait for good
@@ -183,10 +178,8 @@ def _decide_first(trainer: Trainer, module: LightningModule, step: Callable[[], 
     if isinstance(payload, ContinualError):
         raise failure or payload
     if not trainer.is_global_zero:
-        tensors, ledger = payload
-        with torch.no_grad():
-            for name, tensor in named_tensors(module).items():
-                tensor.copy_(tensors[name])
+        snapshot, ledger = payload
+        snapshot.put_back(module)
         keep_ledger(module, NeuronLedger.from_state_dict(ledger))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Shaped
@@ -82,31 +81,6 @@ def rows_finite(parts: Iterable[Shaped[Tensor, "rows ..."]]) -> Bool[Tensor, "ro
         fine = rows if fine is None else fine & rows.to(fine.device)
     assert fine is not None
     return fine
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A network's numbers at one moment, in the CPU's memory.
-
-    Attributes:
-        values: parameters and buffers by name.
-    """
-
-    values: Mapping[str, Tensor]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Snapshot:
-        """Copies all parameters and buffers of a network as they are now; lazy ones have no numbers yet."""
-        tensors = named_tensors(module).items()
-        return cls({name: x.detach().to("cpu", copy=True) for name, x in tensors if not is_lazy(x)})
-
-    @torch.no_grad()
-    def put_back(self, module: nn.Module) -> None:
-        """Copies the numbers back into the network, in place; tensors that are new or of another shape stay."""
-        for name, tensor in named_tensors(module).items():
-            kept = self.values.get(name)
-            if kept is not None and kept.shape == tensor.shape:
-                tensor.copy_(kept)
 
 
 def watched(module: nn.Module, structure: Structure) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from lightning_cf.ownership.frozen_entries import FrozenEntries, FrozenStatistics
+from lightning_cf.network.kept_entries import KeptEntries
+from lightning_cf.ownership.frozen_statistics import FrozenStatistics
 from lightning_cf.utilities.hooks import Hook
 
 
@@ -60,7 +61,7 @@ class Freezer:
     def __init__(self, module: nn.Module, masks: Mapping[str, Bool[Tensor, "..."]]) -> None:
         parameters = dict(module.named_parameters())
         self.entries = [
-            FrozenEntries(parameter, masks[name])
+            KeptEntries(parameter, masks[name])
             for name, parameter in parameters.items()
             if name in masks and bool(masks[name].any())
         ]
@@ -72,14 +73,14 @@ class Freezer:
         ]
         statistics = {id(buffer) for norm in self.norms for buffer in norm.module.buffers(recurse=False)}
         self.buffers = [
-            FrozenEntries(buffer, masks[name])
+            KeptEntries(buffer, masks[name])
             for name, buffer in module.named_buffers()
             if name in masks and id(buffer) not in statistics and buffer.is_floating_point() and bool(masks[name].any())
         ]
         self.optimizers: list[Optimizer] = []
         self.handles: list[RemovableHandle] = []
         self._passing: Passing | None = None
-        self._meanwhile: dict[FrozenEntries, Tensor] = {}
+        self._meanwhile: dict[KeptEntries, Tensor] = {}
 
     def attach(self, optimizers: Iterable[Optimizer]) -> Freezer:
         """Starts holding: remembers the frozen entries as they are now and hooks into backward, step and forward."""
@@ -156,7 +157,7 @@ def _storages(tensors: Iterable[Tensor]) -> set[tuple[torch.device, int]]:
     return {(x.device, x.untyped_storage().data_ptr()) for x in tensors if x.layout == torch.strided and x.numel()}
 
 
-def _hook_gradient(entries: FrozenEntries) -> RemovableHandle:
+def _hook_gradient(entries: KeptEntries) -> RemovableHandle:
     """Hooks into a parameter's gradient, also of one that needs none yet: it may be unfrozen during the fit."""
     parameter = entries.parameter
     needed = parameter.requires_grad

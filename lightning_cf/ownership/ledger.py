@@ -17,7 +17,7 @@ from lightning_cf.ownership.growth import grown, nobody
 from lightning_cf.ownership.ledger_state import packed, read_checkpoint, unpacked
 from lightning_cf.ownership.levels import FREE, NO_OWNER, Levels
 from lightning_cf.ownership.masks import Masks
-from lightning_cf.ownership.phases import TaskEntry, undone
+from lightning_cf.ownership.phases import Phase, TaskEntry, undone
 from lightning_cf.ownership.refusals import (
     check_capacity,
     check_network,
@@ -103,9 +103,19 @@ class NeuronLedger:
             self.revision += 1
 
     @property
+    def exact(self) -> bool:
+        """Whether what one task owns never reads what it does not own; else it is trained not to depend on it."""
+        return self.isolation == "exact"
+
+    @property
     def current(self) -> TaskEntry | None:
         """The task that was begun and is not sealed."""
         return self.tasks[-1] if self.tasks and self.tasks[-1].phase != "sealed" else None
+
+    @property
+    def phase(self) -> Phase:
+        """The current task's; "sealed" where there is none."""
+        return "sealed" if self.current is None else self.current.phase
 
     def index(self, name: str) -> int:
         """Number of the task of that name; a KeyError if the ledger does not know it."""
@@ -192,11 +202,7 @@ class NeuronLedger:
         check_capacity(name, self.owners, [group for group in self.owners if group in groups], self.tasks)
 
     def claim(self, claimed: Mapping[str, Bool[Tensor, "_"]]) -> None:
-        """Gives units to the current task: those marked become its own, its other ones become free again.
-
-        Args:
-            claimed: for each group by name, the units that the task is to own.
-        """
+        """Gives units of each group, by its name, to the current task; its other ones become free again."""
         task = len(self.tasks) - 1
         for name, owner in self.owners.items():
             owner[owner == task] = FREE
@@ -225,18 +231,13 @@ class NeuronLedger:
 
     def norm_owners(self) -> dict[str, Int64[Tensor, "..."]]:
         """For each module that normalises several units together under ``exact``, the owner of each element."""
-        if self.isolation != "exact":
+        if not self.exact:
             return {}
         owner = torch.cat([*self.owners.values(), self.outputs])
         return {path: lookup(units, owner, none=NO_OWNER) for path, units in self.norms.items()}
 
     def levels(self, structure: Structure, tasks: int | None = None) -> Levels:
-        """From which task on each entry is held still.
-
-        Args:
-            structure: of the network.
-            tasks: how many of the tasks begun count; default all of them.
-        """
+        """From which task on each entry is held still; of the tasks begun, the first ``tasks`` count, or all."""
         owner = self.owner_of_units(structure)
         if tasks is not None:
             owner = torch.where(owner < tasks, owner, FREE)
@@ -264,14 +265,13 @@ class NeuronLedger:
 
     def needed(self, structure: Structure, tensors: Mapping[str, Tensor]) -> Bool[Tensor, "units"]:
         """Units that the current task must claim, since what reads them cannot be cut; ``tensors`` are parameters."""
-        if structure.ways == 1 or self.isolation != "exact":
+        if structure.ways == 1 or not self.exact:
             return torch.zeros(structure.n_units, dtype=torch.bool)
         return self._masks(structure).needed(tensors, structure.way_of(self.tasks[-1].name))
 
     def _masks(self, structure: Structure) -> Masks:
-        phase = "sealed" if self.current is None else self.current.phase
         before, now = self.levels(structure, max(len(self.tasks) - 1, 0)), self.levels(structure)
-        return Masks(before, now, len(self.tasks) - 1, phase, self.isolation == "exact")
+        return Masks(before, now, len(self.tasks) - 1, self.phase, self.exact)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and plain containers that ``torch.load(weights_only=True)`` reads."""

@@ -33,7 +33,7 @@ def mend_free(
         DivergenceError: if some of these numbers belong to a task, or there is none that is worth the mending.
     """
     owner = ledger.owner_of_units(structure)
-    learning = ledger.current is not None and ledger.current.phase == "learn"
+    learning = ledger.phase == "learn"
     open_ = (owner == FREE) | (learning & (owner == len(ledger.tasks) - 1))
     tensors = named_tensors(module)
     for name in names:

@@ -50,7 +50,7 @@ class OutputView:
         for view, pairs in enumerate(views):
             for label, column in pairs:
                 self.columns[view, label] = column
-        self.view_of_sample: Int64[Tensor, "batch"] | None = None
+        self._view_of_sample: Int64[Tensor, "batch"] | None = None
         if len(self.heads) > 1 and bool(((self.columns != torch.arange(width)) & (self.columns != NO_COLUMN)).any()):
             raise ContinualError(
                 f"The network has {len(self.heads)} output heads, so a class can only be shown at a column of its own"
@@ -70,6 +70,10 @@ class OutputView:
     def __exit__(self, *exception: object) -> None:
         while self.handles:
             self.handles.pop().remove()
+
+    def mix(self, views: Int64[Tensor, "batch"]) -> None:
+        """From now on each sample of a batch is shown by a view of its own: these are their numbers."""
+        self._view_of_sample = views
 
     def _mask(
         self, own: Int64[Tensor, "_"], head: nn.Module, args: object, output: Float[Tensor, "..."]
@@ -98,9 +102,9 @@ class OutputView:
 
     def _columns(self, output: Float[Tensor, "..."]) -> Int64[Tensor, "views_or_batch width"]:
         columns = self.columns.to(output.device)
-        if self.view_of_sample is None or not self._masks:
+        if self._view_of_sample is None or not self._masks:
             return columns[:1]
-        return columns[self.view_of_sample.to(output.device)]
+        return columns[self._view_of_sample.to(output.device)]
 
 
 def _along(head: nn.Module, columns: Tensor, output: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError, DivergenceWarning, warn
 from lightning_cf.network.forward import named_tensors
+from lightning_cf.network.kept_entries import KeptEntries
 from lightning_cf.network.structure import Structure, UnitGroup, layer_of
-from lightning_cf.ownership.frozen_entries import FrozenEntries
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
@@ -64,7 +64,7 @@ class Claimer:
     earlier: Outcome | None = None
 
     def __post_init__(self) -> None:
-        self._changed: list[FrozenEntries] = []
+        self._changed: list[KeptEntries] = []
         self._before: tuple[dict[str, Tensor], Phase, list[dict[str, Any]]] | None = None
 
     @contextmanager
@@ -98,8 +98,8 @@ class Claimer:
         chosen = [g for g in self.options.partitioned(self.structure) if g.name not in self.ledger.whole]
         self._groups = [self._ran[g.name] for g in chosen if g.name in self._ran]
         self._needed = self.ledger.needed(self.structure, dict(self.module.named_parameters()))
-        self._again = self.ledger.tasks[-1].phase == "invariance"
-        exact = self.ledger.isolation == "exact"
+        self._again = self.ledger.phase == "invariance"
+        exact = self.ledger.exact
         before = self._reference(self._finite(self.score(), "before its partition"))
         candidates = self._candidates()
         vectors = self._vectors()
@@ -144,7 +144,7 @@ class Claimer:
             self._finite(after, "after the partition")
             if self._again and self.options.threshold == "auto":
                 self._restore()
-            elif self.options.threshold == "auto" and self.ledger.isolation == "exact":
+            elif self.options.threshold == "auto" and self.ledger.exact:
                 within = False  # INVARIANCE may win it back: see ``warn_of_cost``
         return partitions, after, within
 
@@ -267,13 +267,13 @@ class Claimer:
         """
         levels = self.ledger.levels(self.structure)
         parameters = dict(self.module.named_parameters())
-        first = len(self.ledger.tasks) - 1 if self.ledger.isolation == "exact" else 0
+        first = len(self.ledger.tasks) - 1 if self.ledger.exact else 0
         for name, uses in self.structure.entries.items():
             mask = torch.zeros((), dtype=torch.bool)
             for use in uses:
                 mask = mask | (levels.owners(use) >= first)
             if name in parameters and bool(mask.any()):
-                self._changed.append(FrozenEntries(parameters[name], mask))
+                self._changed.append(KeptEntries(parameters[name], mask))
                 self._changed[-1].save()
 
     def _restore(self) -> None:

@@ -87,7 +87,7 @@ class JointTask(LightningDataModule):
         samples, tasks = batch
         self._check_labels(samples, tasks)
         if self.view is not None:
-            self.view.view_of_sample = tasks
+            self.view.mix(tasks)
         return samples
 
     def _check_labels(self, samples: Any, tasks: torch.Tensor) -> None:

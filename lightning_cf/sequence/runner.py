@@ -155,7 +155,7 @@ class SequentialTaskRunner(StoredRun):
         if parts.partition is None:
             self.fit(task, both, [parts.masking, parts.task_inference])
         elif parts.partition.during_training and not given:
-            parts.partition.tasks_left = self.tasks_left
+            parts.partition.expect(self.tasks_left)
             self.fit(task, both, [parts.partition, parts.invariance, parts.masking, parts.task_inference])
         else:
             self.fit(task, learning, [parts.invariance, parts.masking, parts.task_inference])
@@ -163,10 +163,10 @@ class SequentialTaskRunner(StoredRun):
     def partition(self, task: Task) -> None:
         """Partitions the task's units and claims those that carry it, unless that happened in training."""
         self.note_stage(task, "learned")
-        partitioning, current = self.parts.partition, self.state.ledger.current
-        if self.method == "finetune" or partitioning is None or current is None or current.phase == "invariance":
+        partitioning = self.parts.partition
+        if self.method == "finetune" or partitioning is None or self.state.ledger.phase != "learn":
             return
-        partitioning.tasks_left = self.tasks_left
+        partitioning.expect(self.tasks_left)
         with placed_on(self.module, self.host.strategy.root_device):
             partitioning.partition_task(self.host, self.module, task)
         self.note_stage(task, "partitioned")

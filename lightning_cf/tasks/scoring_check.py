@@ -12,6 +12,7 @@ import torch
 from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import eval_mode, same_state
+from lightning_cf.network.kept_entries import values_kept
 from lightning_cf.tasks.evaluation import Scorer, judge, predict
 from lightning_cf.tasks.reading import samples_in
 from lightning_cf.tasks.targets import finite, strange
@@ -125,16 +126,12 @@ def _check_depends(module: LightningModule, task: Task) -> None:
 def _drawn(module: LightningModule, draws: int) -> Generator[None]:
     """So many times other weights; afterwards they are what they were."""
     trained = [x for x in module.parameters() if x.is_floating_point()]
-    kept = [x.detach().clone() for x in trained]
-    try:
+    with values_kept(trained):
         for draw in range(draws):
             generator = torch.Generator().manual_seed(draw)
             for x in trained:
                 x.copy_(torch.randn(x.shape, generator=generator))
             yield
-    finally:
-        for x, values in zip(trained, kept, strict=True):
-            x.copy_(values)
 
 
 @torch.no_grad()

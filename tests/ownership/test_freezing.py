@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
+from lightning_cf.network.kept_entries import KeptEntries
 from lightning_cf.ownership.freezing import Freezer
-from lightning_cf.ownership.frozen_entries import FrozenEntries
 
 ELEMENTWISE = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
@@ -442,7 +442,7 @@ def test_entries_of_a_mask_over_two_axes_are_held_along_the_others(shape):
     """As a grouped transposed convolution has: its inputs and its outputs lie along axes of their own."""
     parameter = nn.Parameter(torch.randn(shape))
     mask = torch.tensor([[True, False], [False, False], [True, True], [False, True]])
-    entries = FrozenEntries(parameter, mask.reshape(4, 2, *[1] * (len(shape) - 2)))
+    entries = KeptEntries(parameter, mask.reshape(4, 2, *[1] * (len(shape) - 2)))
     entries.save()
     assert not entries.moved()
     with torch.no_grad():

@@ -46,7 +46,7 @@ def test_each_sample_may_have_a_view_of_its_own(several, data):
     layer, x = head(), torch.randn(6, 3)
     chosen = data.draw(st.lists(st.integers(0, len(several) - 1), min_size=6, max_size=6))
     with OutputView(layer, width=5, views=several) as view:
-        view.view_of_sample = torch.tensor(chosen)
+        view.mix(torch.tensor(chosen))
         shown = layer(x)
     for sample, number in enumerate(chosen):
         with OutputView(layer, width=5, views=[several[number]]):
@@ -86,7 +86,7 @@ def test_columns_of_a_convolution_are_its_channels(dims):
         assert torch.equal(shown[:, 0], plain[:, 3])
         assert torch.equal(shown[:, 2], plain[:, 1])
         assert (shown[:, 1] == LOWEST).all()
-        view.view_of_sample = torch.tensor([0, 1, 0])
+        view.mix(torch.tensor([0, 1, 0]))
         mixed = layer(x)
     assert torch.equal(mixed[[0, 2]], shown[[0, 2]])
     assert torch.equal(mixed[1, 1], plain[1, 0])
@@ -97,7 +97,7 @@ def test_columns_of_a_linear_layer_lie_on_the_last_axis():
     layer, x = head(), torch.randn(2, 5, 3)
     with OutputView(layer, width=2, views=[[(0, 6), (1, 2)], [(1, 1)]]) as view:
         assert torch.equal(layer(x), functional.linear(x, layer.weight, layer.bias)[..., [6, 2]])
-        view.view_of_sample = torch.tensor([0, 1])
+        view.mix(torch.tensor([0, 1]))
         assert (layer(x)[1, :, 0] == LOWEST).all()
 
 
