@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
+import omegaconf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -59,6 +60,10 @@ _CONF = _PACKAGED if _PACKAGED.is_dir() else _PACKAGE.parent / "conf"
 VERSION_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
 """How Hydra is asked to behave as 1.3 does: from 1.4 on it knows no other way, and warns where it is asked."""
 
+_UNCHECKED = "UNSAFE_DISABLE_EXECUTION_CHECKS"
+_ANY_CLASS = {"execution_whitelist": getattr(hydra.utils, _UNCHECKED)} if hasattr(hydra.utils, _UNCHECKED) else {}
+"""From 1.4 on Hydra asks which classes a configuration may name: any, as the code may of the one who runs it."""
+
 _FULL = "HYDRA_FULL_ERROR"
 
 
@@ -87,7 +92,7 @@ def _main(wanted: str | None) -> None:
             # It leaves nothing behind, also where an experiment would sweep.
             sys.argv[2:2] = ["hydra.mode=RUN", "hydra.run.dir=.", "hydra.output_subdir=null"]
 
-    @hydra.main(**VERSION_BASE, config_path=str(_CONF), config_name="config")
+    @hydra.main(**VERSION_BASE, **_ANY_CLASS, config_path=str(_CONF), config_name="config")
     def job(config: DictConfig) -> float | None:
         return _job(config, wanted)
 
@@ -283,4 +288,7 @@ def _run_folder(run: Any) -> str:
     return str(run)
 
 
-OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+# Of two names for it, OmegaConf 2.3 warns of one and 2.4 of the other.
+_old = omegaconf.__version__.startswith("2.3.")
+_register: Any = OmegaConf.register_new_resolver if _old else OmegaConf.register_resolver
+_register("run_folder", _run_folder, replace=True)

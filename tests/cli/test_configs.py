@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from lightning_cf import InvarianceCallback, MaskedGradientCallback, PartitionCallback, TaskInferenceCallback
+from lightning_cf.cli.main import VERSION_BASE
 from lightning_cf.invariance.perturbations import Perturbation
 from lightning_cf.partition.options import PartitionKeywords
 
@@ -28,7 +29,7 @@ DECIDED_ELSEWHERE = {"after", "isolation", "ledger", "records", "seed", "options
 
 
 def composed(*overrides):
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(CONF), **VERSION_BASE):
         return hydra.compose("config", overrides=list(overrides))
 
 
