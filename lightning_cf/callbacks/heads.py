@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_cf.learner.inferring import positions_of
+from lightning_cf.learner.labels import positions_of
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.network.forward import eval_mode
 from lightning_cf.network.output_heads import column_axis

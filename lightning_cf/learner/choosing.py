@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError, ContinualWarning, warn
-from lightning_cf.learner.inferring import Kept, bare_heads, positions_of, watch_task, why_no_labels
+from lightning_cf.learner.inferring import bare_heads, watch_task
+from lightning_cf.learner.labels import Kept, positions_of, why_no_labels
 from lightning_cf.learner.rehearsal import rehearse
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -13,17 +13,18 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning, warn
+from lightning_cf.learner.accumulating import accumulate
+from lightning_cf.learner.labels import Kept, positions_of
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import call
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference, View
-from lightning_cf.task_inference.read_variants import read_all, variants_of
+from lightning_cf.task_inference.read_variants import input_of, read_all, variants_of
 from lightning_cf.task_inference.sites import Watched
 from lightning_cf.task_inference.trained import trained_heads
 from lightning_cf.task_inference.watching import watch
 from lightning_cf.tasks.evaluation import forward_context, on_device, predict
-from lightning_cf.tasks.targets import one_hot_labels
 from lightning_cf.tasks.task import Task
 from lightning_cf.tasks.training_batches import training_batches
 from lightning_cf.utilities.randomness import isolated_generators
@@ -43,16 +44,6 @@ def inference_of(ledger: NeuronLedger) -> TaskInference | None:
 def keep_inference(ledger: NeuronLedger, inference: TaskInference) -> None:
     """Puts it back into the ledger, which goes into checkpoints and to other processes."""
     ledger.inference = inference.state_dict()
-
-
-def positions_of(labels: list[int], target: Any, batch: int) -> Int64[Tensor, "batch"] | None:
-    """Which of the labels each target is; None where the targets are no labels, one a sample."""
-    one_hot = one_hot_labels(target)
-    target = target if one_hot is None else one_hot
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != (batch,):
-        return None
-    found = (target[:, None] == torch.tensor(labels, device=target.device)).long()
-    return found.argmax(dim=1) if bool(found.any(dim=1).all()) else None
 
 
 def bare_heads(state: ContinualState) -> list[str]:
@@ -80,6 +71,9 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState, *,
         else:
             known = Known(task.name, list(task.classes), sites)
             training, held_out = finite_samples(training, task), finite_samples(held_out, task)
+            with isolated_generators():
+                every = partial(training_batches, module, task, ordered=True)
+                accumulate(module, task, inference, known, every, task.judging_batches)
     if known is not None and training is not None and held_out is not None:
         _begin_untrained(inference, known, training)
         inference.learn(known, training, held_out[0], sealed=sealed)
@@ -141,20 +135,6 @@ def watch_task(module: LightningModule, task: Task, state: ContinualState, batch
     return found
 
 
-def input_of(batch: Any) -> Any:
-    """The input in a batch, as ``predict_step`` takes it: the first of a pair, a tuple for several."""
-    x = batch[0] if isinstance(batch, (tuple, list)) else batch
-    return tuple(x) if isinstance(x, list) else x
-
-
-def why_no_labels(task: Task, target: Any, batch: int) -> str:
-    """Why a batch's targets do not say which of the task's classes each sample is, see ``positions_of``."""
-    if isinstance(target, Tensor) and not target.is_floating_point() and target.shape == (batch,):
-        strange = sorted(set(target.tolist()) - set(task.classes or []))
-        return f"task '{task.name}' has classes {task.classes}, but its data holds label {strange[0]}."
-    return f"the targets of task '{task.name}' are no labels, one a sample."
-
-
 def unseen(state: ContinualState, task: Task) -> str | None:
     """What a task runs in a way of its own, so that its sub-network cannot be looked at beside the others'."""
     return state.structure.only_on(task.name)
@@ -206,22 +186,6 @@ def finite_samples(found: Samples, task: Task, *, quiet: bool = False) -> tuple[
             DivergenceWarning,
         )
     return view.part(fine), labels[fine.to(labels.device)]
-
-
-class Kept:
-    """A function whose last result is kept.
-
-    Args:
-        function: what to call.
-    """
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
-        self.found: Any = None
-
-    def __call__(self, batch: Any) -> None:
-        """Runs the function on a batch and keeps what it gives."""
-        self.found = self.function(batch)
 
 
 def view_of(

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.learner.inferring import input_of
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, is_overridden
 from lightning_cf.network.forward import call, same_state
 from lightning_cf.task_inference import Sites, read
+from lightning_cf.task_inference.read_variants import input_of
 from lightning_cf.tasks.evaluation import forward_context, on_device, predict
 from lightning_cf.tasks.task import Task, supervised
 from lightning_cf.tasks.training_batches import first_batch

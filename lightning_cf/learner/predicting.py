@@ -54,7 +54,7 @@ def predict_any(module: LightningModule, x: Any, strategy: str | None = None) ->
 
     def found_of(x: Any) -> Prediction:
         with forward_context(module):
-            readout = inference.read(module, partial(call, module), x, strategy or inference.strategies[0])
+            readout = inference.read(module, partial(call, module), x, strategy or inference.strategies[0], alone=True)
         if readout.missing:
             raise ContinualError(
                 f"'{readout.missing[0]}' does not run in the forward pass, so its task cannot be compared with others."

@@ -14,7 +14,9 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.learner.inferring import Kept, input_of, positions_of, view_of, watch_task, why_no_labels
+from lightning_cf.learner.accumulating import accumulate
+from lightning_cf.learner.inferring import view_of, watch_task
+from lightning_cf.learner.labels import Kept, positions_of, why_no_labels
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.finite import rows_finite
@@ -22,7 +24,7 @@ from lightning_cf.network.forward import call, eval_mode, same_state
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
 from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference, View, read
-from lightning_cf.task_inference.read_variants import variants_of
+from lightning_cf.task_inference.read_variants import input_of, variants_of
 from lightning_cf.task_inference.trained import Trained, trained_heads
 from lightning_cf.task_inference.variants import VARIANTS, differs, strange
 from lightning_cf.tasks.evaluation import forward_context, on_device, predict
@@ -77,7 +79,9 @@ def _rehearse(module: LightningModule, state: ContinualState, task: Task, infere
     _train(module, task, inference, learning, batch)
     training = _seen(module, task, claimed, batch, ())
     held_out, _ = _seen(module, task, claimed, judging, variants_of(inference.strategies))
-    _learn(inference, Known(task.name, list(task.classes or []), claimed), training, held_out)
+    known = Known(task.name, list(task.classes or []), claimed)
+    accumulate(module, task, inference, known, lambda: [batch], lambda: [judging])
+    _learn(inference, known, training, held_out)
     kept = TaskInference.from_state_dict(inference.state_dict())
     _predict(kept, module, Kept(partial(predict, module, task)), batch, ledger.width)
     with forward_context(module):

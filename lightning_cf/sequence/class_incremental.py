@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from lightning_cf.learner.inferring import Kept
+from lightning_cf.learner.labels import Kept
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import eval_mode
 from lightning_cf.task_inference import TaskInference

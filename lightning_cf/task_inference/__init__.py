@@ -4,7 +4,9 @@ Begin with :mod:`lightning_cf.task_inference.inference`; ``strategies`` is what 
 has all of them, ``readout`` and ``sites`` are what they look at in the network.
 """
 
-from lightning_cf.task_inference.inference import Known, TaskInference
+from lightning_cf.task_inference.cumulative import Cumulative
+from lightning_cf.task_inference.inference import TaskInference
+from lightning_cf.task_inference.known import Known
 from lightning_cf.task_inference.prediction import Inferred, Prediction
 from lightning_cf.task_inference.readout import Readout, View, read
 from lightning_cf.task_inference.registry import STRATEGIES, check_strategies, register
@@ -13,6 +15,7 @@ from lightning_cf.task_inference.strategies import Strategy
 
 __all__ = [
     "STRATEGIES",
+    "Cumulative",
     "Inferred",
     "Known",
     "Prediction",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,35 +12,26 @@ from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.finite import not_finite, rows_finite
+from lightning_cf.task_inference.cumulative import (
+    Cumulative,
+    Labelled,
+    calibrated,
+    cumulative,
+    gathered,
+    infer_together,
+)
+from lightning_cf.task_inference.known import Known
 from lightning_cf.task_inference.prediction import Inferred, Prediction
 from lightning_cf.task_inference.read_variants import read_all, variants_of
 from lightning_cf.task_inference.readout import Readout, View
 from lightning_cf.task_inference.registry import STRATEGIES, check_strategies
 from lightning_cf.task_inference.sites import Sites, kept
+from lightning_cf.task_inference.strategies import REJECTED
 from lightning_cf.task_inference.trained import Trained, trained_heads
 from lightning_cf.utilities.randomness import keyed_generator
 
-REJECTED = 0.01
-"""Share of a task's own held-out inputs that its threshold takes for none of the known ones."""
-
-
-@dataclass
-class Known:
-    """What is kept of a task: statistics, never data.
-
-    Attributes:
-        name: of the task.
-        classes: labels in its data, one an output.
-        sites: where its scores look.
-        fitted: by strategy, what :meth:`Strategy.fit` found.
-        calibration: by strategy, mean, standard deviation and threshold of its score over held-out data of its own.
-    """
-
-    name: str
-    classes: list[int]
-    sites: Sites
-    fitted: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    calibration: dict[str, Tensor] = field(default_factory=dict)
+BUDGET = 150_000
+"""How many numbers a strategy that keeps state over tasks may keep where nobody says."""
 
 
 @dataclass
@@ -55,6 +46,8 @@ class TaskInference:
         training_sites: where that looks.
         training_task: name of that task.
         left_out: names of tasks that turned out, before they trained, not to be such as can be inferred.
+        shared: by strategy, what one that keeps state over tasks keeps of all of them (see ``cumulative``).
+        budget: how many numbers such a strategy may keep.
     """
 
     strategies: tuple[str, ...]
@@ -64,6 +57,8 @@ class TaskInference:
     training_sites: Sites | None = None
     training_task: str = ""
     left_out: list[str] = field(default_factory=list)
+    shared: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    budget: int = BUDGET
 
     def __post_init__(self) -> None:
         check_strategies(self.strategies)
@@ -114,6 +109,8 @@ class TaskInference:
                 trained[head.head] = {key: value.to(view.logits.device) for key, value in values.items()}
         for name in self.strategies:
             strategy = STRATEGIES[name]
+            if isinstance(strategy, Cumulative):
+                continue
             fitted = strategy.keep(view, labels, len(known.classes), held_out, trained)
             score = strategy.score(fitted, held_out)
             known.fitted[name] = {key: kept(value) for key, value in fitted.items()}
@@ -126,6 +123,37 @@ class TaskInference:
                     f"task_inference={name}: what is kept of task '{known.name}' is not finite ({bad[0]}), found on"
                     f" {len(labels)} samples of it. Give the task more data, or choose another strategy."
                 )
+
+    def gather(
+        self,
+        known: Known,
+        training: Callable[[Sites], Iterator[Labelled]],
+        held_out: Callable[[Sites], Iterable[Readout]],
+        seed: int = 0,
+    ) -> None:
+        """Adds a task to what strategies keep of all tasks together; to be called before :meth:`learn`.
+
+        A task that was added when it was claimed stays as it is at its seal, unless it is the first: what its units
+        show is then made anew.
+
+        Args:
+            known: the task.
+            training: gives its training data from the start: what the network shows of a batch, and output columns.
+            held_out: what the network shows of held-out data, which calibrates.
+            seed: what is drawn depends on, with the first task's name.
+        """
+        first = self.tasks[0] if self.tasks and self.tasks[0].name != known.name else known
+        before = next((task for task in self.tasks if task.name == known.name), known)
+        for strategy in cumulative(STRATEGIES[name] for name in self.strategies):
+            name = strategy.name
+            if first is not known and name in before.calibration:
+                known.calibration[name] = before.calibration[name]
+                continue
+            generator = keyed_generator(seed, first.name, "features")
+            kept_before = {} if first is known else self.shared[name]
+            own = gathered(strategy, kept_before, first.sites, training(first.sites), generator, self.budget)
+            known.calibration[name] = kept(calibrated(strategy, own, first.sites, known, held_out(first.sites)))
+            self.shared[name] = {key: kept(value) for key, value in own.items()}
 
     def infer(self, readout: Readout, strategy: str | None = None) -> Inferred:
         """Scores every known task; in float32, in whatever precision the network ran.
@@ -146,6 +174,8 @@ class TaskInference:
 
     def _infer(self, readout: Readout, name: str) -> Inferred:
         chosen, device = STRATEGIES[name], readout.outputs.device
+        if isinstance(chosen, Cumulative):
+            return infer_together(chosen, self.shared[name], self.tasks, readout)
         scores, classes, within = [], [], []
         calibration = torch.stack([task.calibration[name] for task in self.tasks]).to(device)
         for task in self.tasks:
@@ -211,7 +241,15 @@ class TaskInference:
             within=tuple(torch.where(here, 0, within) for within in found.within),
         )
 
-    def read(self, module: nn.Module, run: Callable[[Any], Any], batch: Any, strategy: str | None = None) -> Readout:
+    def read(
+        self,
+        module: nn.Module,
+        run: Callable[[Any], Any],
+        batch: Any,
+        strategy: str | None = None,
+        *,
+        alone: bool = False,
+    ) -> Readout:
         """Runs the network on a batch, and on what else the strategies want of it, and reads what the tasks look at.
 
         Args:
@@ -219,13 +257,17 @@ class TaskInference:
             run: runs it on a batch.
             batch: an input, or a tuple whose first is the input.
             strategy: the one that will be asked, if it is one only.
+            alone: whether the batch is the input and nothing else.
         """
         names = self.strategies if strategy is None else (strategy,)
-        return read_all(module, [task.sites for task in self.tasks], run, batch, variants_of(names))
+        return read_all(module, [task.sites for task in self.tasks], run, batch, variants_of(names), alone=alone)
 
     def stored_floats(self, strategy: str | None = None) -> int:
         """How many numbers a strategy keeps beside the network, of all tasks together."""
         name = self.strategies[0] if strategy is None else strategy
+        if name in self.shared:
+            own = sum(task.calibration[name].numel() for task in self.tasks)
+            return own + sum(value.numel() for value in self.shared[name].values())
         return sum(
             sum(value.numel() for value in task.fitted[name].values() if value.is_floating_point())
             + task.calibration[name].numel()
@@ -240,33 +282,19 @@ class TaskInference:
             "training_sites": None if self.training_sites is None else self.training_sites.state_dict(),
             "training_task": self.training_task,
             "left_out": list(self.left_out),
+            "budget": self.budget,
+            "shared": {name: {k: kept(v) for k, v in shared.items()} for name, shared in self.shared.items()},
             "training": {name: {k: kept(v) for k, v in t.items()} for name, t in self.training.items()},
-            "tasks": [
-                {
-                    "name": task.name,
-                    "classes": list(task.classes),
-                    "sites": task.sites.state_dict(),
-                    "fitted": {name: dict(fitted) for name, fitted in task.fitted.items()},
-                    "calibration": dict(task.calibration),
-                }
-                for task in self.tasks
-            ],
+            "tasks": [task.state_dict() for task in self.tasks],
         }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> TaskInference:
         """Makes again, on the CPU, what :meth:`state_dict` described; also what older versions did."""
-        tasks = [
-            Known(
-                task["name"],
-                list(task["classes"]),
-                Sites.from_state_dict(task["sites"]),
-                {n: {key: value.cpu() for key, value in fitted.items()} for n, fitted in task["fitted"].items()},
-                {name: value.cpu() for name, value in task["calibration"].items()},
-            )
-            for task in state["tasks"]
-        ]
+        tasks = [Known.from_state_dict(task) for task in state["tasks"]]
         training = {name: {k: v.cpu() for k, v in trained.items()} for name, trained in state["training"].items()}
         sites = None if state["training_sites"] is None else Sites.from_state_dict(state["training_sites"])
         of, left_out = state.get("training_task", ""), list(state.get("left_out", ()))
-        return cls(tuple(state["strategies"]), tasks, state["unit"], training, sites, of, left_out)
+        shared = {name: {k: v.cpu() for k, v in values.items()} for name, values in state.get("shared", {}).items()}
+        budget = state.get("budget", BUDGET)
+        return cls(tuple(state["strategies"]), tasks, state["unit"], training, sites, of, left_out, shared, budget)

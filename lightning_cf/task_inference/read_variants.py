@@ -7,7 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_cf.task_inference.readout import Readout, read
 from lightning_cf.task_inference.registry import STRATEGIES
@@ -22,7 +23,13 @@ def variants_of(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_all(
-    module: nn.Module, tasks: Sequence[Sites], run: Callable[[Any], Any], batch: Any, variants: Sequence[str]
+    module: nn.Module,
+    tasks: Sequence[Sites],
+    run: Callable[[Any], Any],
+    batch: Any,
+    variants: Sequence[str],
+    *,
+    alone: bool = False,
 ) -> Readout:
     """What a network shows of a batch, and of the batch with its input changed.
 
@@ -32,7 +39,22 @@ def read_all(
         run: runs the network on a batch.
         batch: an input, or a tuple whose first is the input.
         variants: names of the changes.
+        alone: whether the batch is the input and nothing else, though it may be a tuple of several.
     """
-    others = {name: read(module, tasks, partial(run, changed(batch, name))) for name in variants}
+    others = {name: _read(module, tasks, run, changed(batch, name), alone) for name in variants}
     others = {name: replace(other, inputs=None) for name, other in others.items()}
-    return replace(read(module, tasks, partial(run, batch)), others=others)
+    return replace(_read(module, tasks, run, batch, alone), others=others)
+
+
+def _read(module: nn.Module, tasks: Sequence[Sites], run: Callable[[Any], Any], batch: Any, alone: bool) -> Readout:
+    found = read(module, tasks, partial(run, batch))
+    device, count = found.outputs.device, len(found.outputs)
+    x = tree_map_only(Tensor, lambda leaf: leaf.detach().to(device), batch if alone else input_of(batch))
+    whole = all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == count for leaf in tree_leaves(x))
+    return replace(found, x=x if whole else None)
+
+
+def input_of(batch: Any) -> Any:
+    """The input in a batch, as ``predict_step`` takes it: the first of a pair, a tuple for several."""
+    x = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return tuple(x) if isinstance(x, list) else x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.finite import rows_finite
@@ -37,6 +38,8 @@ class Readout:
             without the inputs.
         given: by weight of a linear layer, what it computes, where that is one row a sample.
         missing: paths of output layers that did not run, whose columns are zero.
+        x: what the network was given, as it takes it: a tensor, or several in a tuple.
+        maps: by weight, what its layer reads as it stands: samples first, units last, positions or tokens between.
     """
 
     inputs: Float[Tensor, "batch values"] | None
@@ -46,6 +49,26 @@ class Readout:
     others: Mapping[str, Readout] = field(default_factory=dict)
     given: Mapping[str, Float[Tensor, "batch rows"]] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    x: Any = None
+    maps: Mapping[str, Float[Tensor, "batch ..."]] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, readouts: Sequence[Readout]) -> Readout:
+        """What the network shows of several batches, one after another: its input and maps, not its other parts."""
+        first = readouts[0]
+        others = {name: cls.joined([readout.others[name] for readout in readouts]) for name in first.others}
+        outputs = torch.cat([readout.outputs for readout in readouts])
+        maps = {name: torch.cat([readout.maps[name] for readout in readouts]) for name in first.maps}
+        x = tree_map(lambda *parts: torch.cat(parts), first.x, *(readout.x for readout in readouts[1:]))
+        return replace(first, inputs=None, read={}, given={}, outputs=outputs, others=others, x=x, maps=maps)
+
+    def part(self, chosen: Bool[Tensor, "batch"]) -> Readout:
+        """What the network shows of some of the samples: input and maps, as in :meth:`joined`."""
+        others = {name: other.part(chosen) for name, other in self.others.items()}
+        maps = {name: values[chosen] for name, values in self.maps.items()}
+        x = tree_map(lambda leaf: None if leaf is None else leaf[chosen], self.x)
+        outputs = self.outputs[chosen]
+        return replace(self, inputs=None, read={}, given={}, outputs=outputs, others=others, x=x, maps=maps)
 
 
 @dataclass(frozen=True)
@@ -247,7 +270,8 @@ class Recorder(TorchFunctionMode):
         read = {name: _by_sample(x, batch) for name, x in found.items()}
         given = {name: x.float() for name, x in self.given.items() if len(x) == batch}
         missing = tuple(path for path in self.heads if path not in parts)
-        return Readout(inputs, read, outputs, self.parameters, given=given, missing=missing)
+        maps = {name: x for name, x in found.items() if x.ndim > 1 and len(x) == batch}
+        return Readout(inputs, read, outputs, self.parameters, given=given, missing=missing, maps=maps)
 
 
 def _by_sample(x: Tensor, batch: int) -> Float[Tensor, "batch columns"]:

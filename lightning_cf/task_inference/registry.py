@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_cf.errors import ContinualError, check_choice
+from lightning_cf.task_inference.accumulated.strategy import Accumulated
 from lightning_cf.task_inference.autoencoder import InputAutoencoder
 from lightning_cf.task_inference.combined import Aided, Sum
 from lightning_cf.task_inference.neither import Neither
@@ -46,12 +47,14 @@ STRATEGIES: dict[str, Strategy] = {
         Sum("neither_mahalanobis", [Neither(), Mahalanobis()]),
         Rotations(),
         Rotations("rotations_once", ensemble=False),
+        Accumulated("lda"),
+        Accumulated("ridge", form="ridge"),
         InputGaussian(),
         InputSubspaces(),
         InputAutoencoder(),
     )
 }
-"""All strategies by name; the last three are models of the input beside the network. Registered ones follow."""
+"""All strategies by name; the last five stand beside the network. Registered ones follow."""
 
 
 _OURS = frozenset(STRATEGIES)

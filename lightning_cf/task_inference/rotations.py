@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lightning_cf.task_inference.readout import View
 from lightning_cf.task_inference.strategies import Fitted
 from lightning_cf.task_inference.trained import LinearHead
-from lightning_cf.task_inference.variants import VARIANTS
+from lightning_cf.task_inference.variants import ROTATIONS
 
 
 class Rotations(LinearHead):
@@ -26,19 +26,19 @@ class Rotations(LinearHead):
         share: how much its loss counts beside that of other heads.
     """
 
-    head, needs, changes = "rotations", "square", tuple(VARIANTS)
+    head, needs, changes = "rotations", "square", tuple(ROTATIONS)
 
     def __init__(self, name: str = "rotations", *, ensemble: bool = True, share: float = 0.3) -> None:
         self.name, self.share = name, share  # type: ignore[misc]
-        self.variants = tuple(VARIANTS) if ensemble else ()
+        self.variants = tuple(ROTATIONS) if ensemble else ()
 
     def columns(self, classes: int) -> int:
         """An output for each class in each of the four rotations."""
-        return classes * (1 + len(VARIANTS))
+        return classes * (1 + len(ROTATIONS))
 
     def loss(self, fitted: Fitted, view: View, labels: Int64[Tensor, "samples"]) -> Float[Tensor, ""]:
         """Mean cross-entropy over the four rotations."""
-        views = [view, *(view.others[name] for name in VARIANTS)]
+        views = [view, *(view.others[name] for name in ROTATIONS)]
         logits = torch.cat([self.outputs(fitted, turned) for turned in views])
         targets = torch.cat([labels * len(views) + number for number in range(len(views))])
         return F.cross_entropy(logits, targets)
@@ -49,5 +49,5 @@ class Rotations(LinearHead):
         total = view.logits.new_zeros(view.logits.shape)
         for number, turned in enumerate(views):
             logits = self.outputs(fitted, turned).log_softmax(dim=1)
-            total = total + logits[:, number :: 1 + len(VARIANTS)] / len(views)
+            total = total + logits[:, number :: 1 + len(ROTATIONS)] / len(views)
         return total.amax(dim=1)

@@ -30,6 +30,9 @@ NEEDS = {
 }
 """What a strategy may need of the network and of the batches."""
 
+REJECTED = 0.01
+"""Share of a task's own held-out inputs that its threshold takes for none of the known ones."""
+
 TaskScores = Float[Tensor, "batch tasks"]
 
 

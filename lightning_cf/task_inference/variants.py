@@ -22,9 +22,21 @@ def rotated(x: Inputs, quarters: int) -> Inputs:
     return x.rot90(quarters, (-2, -1))
 
 
-VARIANTS: Mapping[str, Callable[[Inputs], Inputs]] = {
+def flipped(x: Inputs) -> Inputs:
+    """The last dimension in the opposite order: an image's mirror image.
+
+    >>> flipped(torch.tensor([[[1, 2], [3, 4]]])).tolist()
+    [[[2, 1], [4, 3]]]
+    """
+    return x.flip(-1)
+
+
+ROTATIONS: Mapping[str, Callable[[Inputs], Inputs]] = {
     f"rotated_{90 * quarters}": partial(rotated, quarters=quarters) for quarters in (1, 2, 3)
 }
+"""Quarters of a circle, by name."""
+
+VARIANTS: Mapping[str, Callable[[Inputs], Inputs]] = {**ROTATIONS, "mirrored": flipped}
 """Changes that a strategy may want to see at test time too, by name: the same at each call."""
 
 

@@ -155,6 +155,21 @@ def split(loader: Any, share: float, *, name: str, processes: int = 1, classes: 
     return Split(train, judge)
 
 
+def in_order(loader: Any) -> Any:
+    """A loader that gives each of another's samples once, in the data set's order; itself where these are not known."""
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, PartSampler):
+        plain: Sampler[int] = PartSampler(sampler.indices, data_source=loader.dataset)
+    elif _unlike_plain(loader):
+        return loader
+    else:
+        plain = SequentialSampler(loader.dataset)
+    twin = copy.copy(loader)
+    resample(twin, plain, drop_last=False)
+    twin.__dict__["_iterator"] = None
+    return twin
+
+
 def samples_of(data: Any) -> tuple[Any, ...]:
     """What tells a data set's samples from other ones without a look at them: how many, and which of another set."""
     inner: tuple[Any, ...] = ()

@@ -17,7 +17,7 @@ from lightning_cf.lightning_api import (
     is_overridden,
 )
 from lightning_cf.tasks.declared import WithData
-from lightning_cf.tasks.holdout import Split, samples_of, split
+from lightning_cf.tasks.holdout import Split, in_order, samples_of, split
 from lightning_cf.tasks.reading import Limits, Reading, flat, several, side_by_side
 from lightning_cf.tasks.streams import reads_once
 from lightning_cf.tasks.targets import Place, labels_of, left_out, strange
@@ -98,10 +98,10 @@ class Loaders:
 
     # What we read
 
-    def training(self) -> Reading:
-        """Training data, less what is held out."""
-        opened = self._readable("train")
-        return self._reading("train", [(0, opened.split.train)], ("train",))
+    def training(self, *, ordered: bool = False) -> Reading:
+        """Training data, less what is held out; ``ordered``: each sample once, where that can be known."""
+        train = self._readable("train").split.train
+        return self._reading("train", [(0, in_order(train) if ordered else train)], ("train",))
 
     def judging(self) -> Reading:
         """Validation data, else what is held out or, failing that, all training data."""

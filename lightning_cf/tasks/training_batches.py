@@ -17,15 +17,17 @@ from lightning_cf.utilities.randomness import isolated_generators
 
 
 @torch.no_grad()
-def training_batches(module: LightningModule, task: Task) -> Iterator[Any]:
+def training_batches(module: LightningModule, task: Task, *, ordered: bool = False) -> Iterator[Any]:
     """The task's training data, in batches that its ``evaluate`` takes.
+
+    ``ordered``: each sample once, in the data set's order, where that can be known; else as a fit draws them.
 
     Where a training step gets batches of several loaders at once, these are such batches if ``evaluate`` takes them,
     else the (input, target) pairs in them, else validation data.
     """
     loaders = task.task_loaders
     if not loaders.side_by_side:
-        yield from loaders.training()
+        yield from loaders.training(ordered=ordered)
         return
     settle(module, task)
     for batch in loaders.judging() if loaders.batches == "val" else loaders.training():

@@ -1,0 +1,83 @@
+"""What a live module shows of all of a task's data, for strategies that keep state over tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_cf.errors import ContinualError
+from lightning_cf.learner.labels import Kept, positions_of, why_no_labels
+from lightning_cf.lightning_api import LightningModule
+from lightning_cf.network.finite import rows_finite
+from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference
+from lightning_cf.task_inference.cumulative import Labelled, cumulative
+from lightning_cf.task_inference.read_variants import read_all, variants_of
+from lightning_cf.tasks.evaluation import predict
+from lightning_cf.tasks.task import Task
+
+
+def accumulate(
+    module: LightningModule,
+    task: Task,
+    inference: TaskInference,
+    known: Known,
+    training: Callable[[], Iterable[Any]],
+    held_out: Callable[[], Iterable[Any]],
+    seed: int = 0,
+) -> None:
+    """Adds a task to what strategies keep of all tasks together, if there are such; before it is learned.
+
+    Args:
+        module: the network.
+        task: whose data it is.
+        inference: in place.
+        known: the task.
+        training: gives its training batches from the start.
+        held_out: gives batches that it was not trained on.
+        seed: what is drawn depends on.
+    """
+    strategies = cumulative(STRATEGIES[name] for name in inference.strategies)
+    if not strategies:
+        return
+    show = partial(shown, module, task, known, variants_of([strategy.name for strategy in strategies]))
+    inference.gather(
+        known,
+        lambda sites: show(sites, training()),
+        lambda sites: (seen for seen, _ in show(sites, held_out())),
+        seed,
+    )
+
+
+@torch.no_grad()
+def shown(
+    module: LightningModule,
+    task: Task,
+    known: Known,
+    variants: tuple[str, ...],
+    sites: Sites,
+    batches: Iterable[Any],
+) -> Iterator[Labelled]:
+    """What the network shows of each batch, and each sample's output column; samples that are not finite are left out.
+
+    Raises:
+        ContinualError: for targets that are not one of the task's classes for each sample.
+    """
+    for batch in batches:
+        forward = Kept(partial(predict, module, task))
+        readout = read_all(module, [sites], forward, batch, variants)
+        own = positions_of(known.classes, forward.found[1], len(readout.outputs))
+        if own is None:
+            raise ContinualError(why_no_labels(task, forward.found[1], len(readout.outputs)))
+        fine = rows_finite([readout.outputs, *_numbers(readout.x), *readout.maps.values()])
+        columns = known.sites.outputs.to(own.device)[own]
+        yield (readout, columns) if bool(fine.all()) else (readout.part(fine), columns[fine.to(columns.device)])
+
+
+def _numbers(x: Any) -> list[Tensor]:
+    """The floating-point tensors of an input."""
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

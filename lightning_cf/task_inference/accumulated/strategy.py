@@ -1,0 +1,120 @@
+"""One linear classifier over features that never change, from sums that tasks add up."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from lightning_cf.errors import check_choice, check_number
+from lightning_cf.task_inference.accumulated.closed_form import Linear, discriminant, ridge, spread
+from lightning_cf.task_inference.accumulated.sums import Sums, packed, products, rounded, unpacked
+from lightning_cf.task_inference.cumulative import Cumulative, Shared
+from lightning_cf.task_inference.features.base import Features, inner
+from lightning_cf.task_inference.features.by_medium import by_medium
+from lightning_cf.task_inference.readout import Readout
+from lightning_cf.task_inference.sites import Sites
+
+FORMS = {"lda": discriminant, "ridge": ridge}
+"""The classifiers in closed form, by name."""
+
+SHRINKAGE = {"lda": 0.03, "ridge": 0.03}
+"""How far their covariance is shrunk where nobody says; found on validation data of Split-Digits and Split-MNIST."""
+
+SHARPNESS = {"lda": 1.0, "ridge": 10.0}
+"""By what outputs are multiplied before a softmax: regression's lie between 0 and 1."""
+
+FLOOR = 0.2
+"""Features that hardly vary on the first task's data are not blown up: this share of the mean deviation."""
+
+
+class Accumulated(Cumulative):
+    """Linear discriminant analysis or ridge regression over all classes of all tasks, from sums alone.
+
+    Sub-networks that were trained apart are hard to compare; statistics over features that all tasks share are not.
+    Each task adds the sums of its own data (``sums``), the same to the last bit in any order; then the classifier is
+    solved anew. It is what training on all tasks at once would give (Zhuang et al. 2022,
+    ACIL; McDonnell et al. 2023, RanPAC; Hayes and Kanan 2020, SLDA).
+
+    Args:
+        name: what to call it.
+        form: ``"lda"`` or ``"ridge"``.
+        features: what it sees of an input; default what suits the input's kind
+            (:func:`~lightning_cf.task_inference.features.by_medium.by_medium`), within the budget.
+        shrinkage: of the covariance, towards a multiple of the identity, as a share of its mean variance.
+    """
+
+    def __init__(
+        self,
+        name: str = "accumulated",
+        *,
+        form: str = "lda",
+        features: Features | None = None,
+        shrinkage: float | None = None,
+    ) -> None:
+        self.name = name  # type: ignore[misc]
+        self.form = check_choice(name, "form", form, tuple(FORMS))
+        self.features = features
+        self.shrinkage = SHRINKAGE[form] if shrinkage is None else check_number(name, "shrinkage", shrinkage, above=0.0)
+        self.variants = () if features is None else features.variants
+
+    def begin(self, seen: Readout, sites: Sites, generator: torch.Generator, budget: int) -> dict[str, Tensor]:
+        """What the features keep, and mean and deviation of each on these data."""
+        kept = {"budget": torch.tensor(budget)}
+        features = self._features(kept, seen)
+        fixed = features.begin(seen, sites, generator)
+        rows = features.of(fixed, seen, sites)
+        deviation = rows.std(dim=0, correction=0)
+        scale = deviation.clamp_min(FLOOR * float(deviation.mean())).clamp_min(1e-6)
+        kept |= {"centre": rows.mean(dim=0), "scale": scale}
+        return kept | {f"features.{name}": value for name, value in fixed.items()}
+
+    def add(self, shared: Shared, seen: Readout, sites: Sites, columns: Int64[Tensor, "batch"]) -> Shared:
+        """The task's sums so far with those of a batch."""
+        rows = self._rounded(shared, seen, sites)
+        width, outputs = rows.shape[1], seen.outputs.shape[1]
+        totals = rows.new_zeros(outputs, width, dtype=torch.float64).index_add_(0, columns, rows.double())
+        found = {"gram": products(rows), "totals": totals, "counts": columns.bincount(minlength=outputs)}
+        before = inner(shared, "open")
+        return {**shared, **{f"open.{n}": x if n not in before else x + before[n] for n, x in found.items()}}
+
+    def close(self, shared: Shared) -> Shared:
+        """The classifier, solved; and how its outputs lie for data of their own class."""
+        found = Sums.of(**inner(shared, "open"))
+        kept = inner(shared, "sums")
+        sums = unpacked(kept) + found if kept else found
+        shared = {name: value for name, value in shared.items() if not name.startswith("open.")}
+        linear = FORMS[self.form](sums, self.shrinkage)
+        middle, deviation = spread(linear, sums)
+        solved = {"order": linear.classes, "weight": linear.weight, "bias": linear.bias}
+        named = {f"sums.{name}": value for name, value in packed(sums).items()}
+        return {**shared, **named, **solved, "middle": middle, "deviation": deviation}
+
+    def outputs(
+        self, shared: Shared, seen: Readout, sites: Sites, columns: Int64[Tensor, "classes"]
+    ) -> Float[Tensor, "batch classes"]:
+        """The classifier's outputs."""
+        linear = Linear(shared["order"], shared["weight"], shared["bias"])
+        outputs = linear(self._rounded(shared, seen, sites)) * SHARPNESS[self.form]
+        return outputs[:, _places(linear.classes, columns)]
+
+    def familiarity(
+        self, shared: Shared, outputs: Float[Tensor, "batch classes"], columns: Int64[Tensor, "classes"]
+    ) -> Float[Tensor, "batch"]:
+        """The largest output, against those that its class's own training data have, in their deviations."""
+        largest, best = outputs.max(dim=1)
+        at = _places(shared["order"], columns)[best]
+        sharpness = SHARPNESS[self.form]
+        return (largest / sharpness - shared["middle"][at]) / shared["deviation"][at]
+
+    def _features(self, shared: Shared, seen: Readout) -> Features:
+        return by_medium(seen, int(shared["budget"])) if self.features is None else self.features
+
+    def _rounded(self, shared: Shared, seen: Readout, sites: Sites) -> Float[Tensor, "batch features"]:
+        rows = self._features(shared, seen).of(inner(shared, "features"), seen, sites)
+        return rounded((rows - shared["centre"]) / shared["scale"])
+
+
+def _places(order: Int64[Tensor, "classes"], columns: Int64[Tensor, "_"]) -> Int64[Tensor, "_"]:
+    """Where columns stand among the classifier's classes."""
+    return (columns.to(order.device)[:, None] == order).int().argmax(dim=1)

@@ -1,0 +1,176 @@
+"""Strategies that keep state over tasks: what they keep belongs to all, and each task adds to it at its seal."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from lightning_cf.task_inference.known import Known
+from lightning_cf.task_inference.prediction import Inferred
+from lightning_cf.task_inference.readout import Readout, View
+from lightning_cf.task_inference.sites import Sites
+from lightning_cf.task_inference.strategies import REJECTED, Fitted, Strategy, TaskScores
+
+Shared = Mapping[str, Tensor]
+"""What a strategy keeps of all tasks together: statistics, never data."""
+
+
+class Cumulative(Strategy):
+    """A strategy whose tasks share what it keeps; it compares all classes of all tasks with one another.
+
+    At each seal it sees all of the task's training data once, batch by batch. A class is an output column of the
+    network, so that two tasks of the same labels have classes of their own.
+    """
+
+    raw = True
+    at_rest: tuple[str, ...] = ("sums.",)
+    """With what the names begin of what no score needs; it stays on the CPU."""
+
+    def begin(self, seen: Readout, sites: Sites, generator: torch.Generator, budget: int) -> dict[str, Tensor]:
+        """What is found once, on some of the first task's data.
+
+        Args:
+            seen: what the network shows of them.
+            sites: where the first task's scores look, and so which units it owns.
+            generator: on the CPU, for whatever is drawn.
+            budget: how many numbers may be kept in all, once every output has its data.
+        """
+        return {}
+
+    @abstractmethod
+    def add(self, shared: Shared, seen: Readout, sites: Sites, columns: Int64[Tensor, "batch"]) -> Shared:
+        """What is kept, with a batch of a task's training data added.
+
+        Args:
+            shared: what was kept before, on the batch's device.
+            seen: what the network shows of the batch.
+            sites: where the first task's scores look.
+            columns: the class of each sample, as the number of its output.
+        """
+
+    def close(self, shared: Shared) -> Shared:
+        """What is kept, after the last batch of a task: the place to solve for what scores need."""
+        return shared
+
+    @abstractmethod
+    def outputs(
+        self, shared: Shared, seen: Readout, sites: Sites, columns: Int64[Tensor, "classes"]
+    ) -> Float[Tensor, "batch classes"]:
+        """How likely each class is for each sample of any batch, as logarithms but for a number that all share.
+
+        Args:
+            shared: what is kept, on the batch's device.
+            seen: what the network shows of the batch.
+            sites: where the first task's scores look.
+            columns: the classes that are wanted.
+        """
+
+    def familiarity(
+        self, shared: Shared, outputs: Float[Tensor, "batch classes"], columns: Int64[Tensor, "classes"]
+    ) -> Float[Tensor, "batch"]:
+        """How much each sample looks like one of the known classes, in a unit that later tasks leave as it is.
+
+        Args:
+            shared: what is kept.
+            outputs: as :meth:`outputs` gives them.
+            columns: the class of each.
+        """
+        return outputs.amax(dim=1)
+
+    def score(self, fitted: Fitted, view: View) -> Float[Tensor, "batch"]:
+        """Not asked: tasks are scored together."""
+        raise NotImplementedError(f"{type(self).__name__} scores all tasks together.")
+
+
+def task_scores(outputs: Float[Tensor, "batch classes"], tasks: Sequence[Int64[Tensor, "_"]]) -> TaskScores:
+    """The logarithm of each task's probability: its classes' together, of a softmax over all of them.
+
+    >>> task_scores(torch.tensor([[0.0, 0.0, 0.0]]), [torch.tensor([0, 1]), torch.tensor([2])]).exp().tolist()
+    [[0.6666666865348816, 0.3333333432674408]]
+
+    Args:
+        outputs: of all classes.
+        tasks: for each, which of the outputs are its own.
+    """
+    logs = outputs.log_softmax(dim=1)
+    return torch.stack([logs[:, own.to(logs.device)].logsumexp(dim=1) for own in tasks], dim=1)
+
+
+Labelled = tuple[Readout, Int64[Tensor, "batch"]]
+"""What the network shows of a batch, and the output column of each sample's class."""
+
+ENOUGH = 2000
+"""So many samples of the first task show what its features are like."""
+
+
+def gathered(
+    strategy: Cumulative,
+    shared: Shared,
+    sites: Sites,
+    training: Iterator[Labelled],
+    generator: torch.Generator,
+    budget: int,
+) -> dict[str, Tensor]:
+    """What a strategy keeps of all tasks, with one more.
+
+    Args:
+        strategy: whose it is.
+        shared: what it keeps before; nothing before the first task.
+        sites: where the first task's scores look.
+        training: the task's data from the start, in batches.
+        generator: for whatever is drawn.
+        budget: how many numbers may be kept.
+    """
+    begun: list[Labelled] = []
+    if not shared:
+        while sum(len(columns) for _, columns in begun) < ENOUGH and (batch := next(training, None)) is not None:
+            begun.append(batch)
+        shared = strategy.begin(Readout.joined([seen for seen, _ in begun]), sites, generator, budget)
+    for seen, columns in chain(begun, training):
+        shared = strategy.add(_moved(strategy, shared, seen), seen, sites, columns.to(seen.outputs.device))
+    return dict(strategy.close(shared))
+
+
+def calibrated(
+    strategy: Cumulative, shared: Shared, sites: Sites, known: Known, held_out: Iterable[Readout]
+) -> Float[Tensor, "3"]:
+    """Mean, deviation and threshold of how familiar a task's held-out data look."""
+    found = []
+    for seen in held_out:
+        near, own = _moved(strategy, shared, seen), known.sites.outputs.to(seen.outputs.device)
+        found.append(strategy.familiarity(near, strategy.outputs(near, seen, sites, own), own))
+    values = torch.cat(found)
+    return torch.stack([values.mean(), values.std(correction=0).clamp_min(1e-6), values.quantile(REJECTED)])
+
+
+def infer_together(strategy: Cumulative, shared: Shared, tasks: Sequence[Known], readout: Readout) -> Inferred:
+    """Scores of all tasks for a batch: the logarithm of each one's probability."""
+    device, sites = readout.outputs.device, tasks[0].sites
+    shared, columns = _moved(strategy, shared, readout), torch.cat([task.sites.outputs for task in tasks])
+    places = torch.arange(len(columns)).split([len(task.sites.outputs) for task in tasks])
+    outputs = strategy.outputs(shared, readout, sites, columns.to(device))
+    scores = task_scores(outputs, places)
+    _, spread, threshold = torch.stack([task.calibration[strategy.name] for task in tasks]).to(device).T
+    best = scores.argmax(dim=1)
+    familiar = strategy.familiarity(shared, outputs, columns.to(device))
+    known = ((familiar - threshold[best]) / spread[best]).sigmoid()[:, None]
+    views = [readout.outputs[:, task.sites.outputs.to(device)] for task in tasks]
+    classes = [torch.tensor(task.classes, device=device)[x.argmax(dim=1)] for task, x in zip(tasks, views, strict=True)]
+    probabilities = torch.cat([known * scores.exp(), 1 - known], dim=1)
+    return Inferred(scores, probabilities, torch.stack(classes, dim=1), tuple(x.softmax(dim=1) for x in views))
+
+
+def _moved(strategy: Cumulative, shared: Shared, seen: Readout) -> dict[str, Tensor]:
+    """What is kept, on a batch's device, but for what no score needs."""
+    device = seen.outputs.device
+    return {k: v if k.startswith(strategy.at_rest) else v.to(device) for k, v in shared.items()}
+
+
+def cumulative(strategies: Iterable[Strategy]) -> list[Cumulative]:
+    """Those of some strategies that keep state over tasks."""
+    return [strategy for strategy in strategies if isinstance(strategy, Cumulative)]
