@@ -42,7 +42,8 @@ def check_outputs(
             raise ContinualError(
                 f"Task '{name}' needs output {output}, but the output head has {width} columns"
                 f" (0 to {width - 1}). Widen the head, the old rows first (a ContinualModule does it"
-                f" for classes), or correct the task's classes.{one_column(width)}"
+                " for classes; in a loop of your own trace it again and call ledger.add_outputs(count)), or correct the"
+                f" task's classes or outputs.{one_column(width)}"
             )
         for other, taken in reserved.items():
             if other != name and output in taken:
@@ -76,8 +77,8 @@ def one_column(width: int) -> str:
     if width > 1:
         return ""
     return (
-        " Where one output tells two classes apart, say so: outputs=[0], metric=torchmetrics.classification."
-        "BinaryAccuracy(), and evaluate= that gives that output as the target's shape has it."
+        " Where one output tells two classes apart, say so: outputs=[0], and to a Task also metric=torchmetrics."
+        "classification.BinaryAccuracy() and evaluate= that gives that output as the target's shape has it."
     )
 
 
@@ -127,7 +128,7 @@ def check_partitioned(before: TaskEntry, name: str, origin: str) -> None:
         raise ContinualError(
             f"Task '{name}' cannot start: task '{before.name}' was never partitioned, so nothing would"
             f" protect it.{source} {'fit' if source else 'Fit'} '{before.name}' again up to its partition"
-            " (PartitionCallback, after=...)."
+            " (PartitionCallback, after=..., or claim(...) in a loop of your own)."
         )
 
 
@@ -146,8 +147,9 @@ def check_network(
     if sizes != known or structure.head.size != len(outputs):
         raise ContinualError(
             f"The ledger was made for another network: it knows units {known} and {len(outputs)} outputs,"
-            f" the network has {sizes} and {structure.head.size}. Where earlier tasks have heads of their own, make"
-            " them known first: ContinualModule(module).add_task(task)."
+            f" the network has {sizes} and {structure.head.size}. Take the ledger and what trace(...) found of one"
+            " network. Where earlier tasks have heads of their own, make them known first:"
+            " ContinualModule(module).add_task(task)."
         )
 
 

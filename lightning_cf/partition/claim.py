@@ -172,7 +172,8 @@ class Claimer:
         if not math.isfinite(score):
             raise ContinualError(
                 f"Task '{self.ledger.tasks[-1].name}' scores {score} {when}, by which no claim can be judged. Look at"
-                " its validation data (or what is held out of its training data), its metric and its evaluate=."
+                " the data and the metric it is scored by: a Task's validation data (or what is held out of what it"
+                " trains on), metric= and evaluate=, or the score= of claim(...)."
             )
         return score
 
