@@ -194,6 +194,16 @@ def test_what_a_claim_found_prints_a_line_for_each_group():
     assert torch.equal(again.groups[0].vectors, outcome.groups[0].vectors)
 
 
+def test_each_claim_that_is_tried_is_logged(caplog):
+    caplog.set_level("INFO")
+    bench = Bench()
+    bench.claimer(bench.needs(0.06)).claim()
+    assert caplog.messages == [
+        "Task 'first': a claim of 4 of 70 units scores 0.1 (0.9 before)",
+        "Task 'first': a claim of 5 of 70 units scores 0.9 (0.9 before)",
+    ]
+
+
 def test_a_callable_measures_weights_and_biases():
     bench, seen = Bench(), []
 
