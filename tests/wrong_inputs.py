@@ -813,7 +813,7 @@ RECORDS = [
     ),
     (
         'known().ledger.begin("never reserved", [0])',
-        "Task 'never reserved' cannot start: no outputs are set aside for it; reserve them first.",
+        "Task 'never reserved' cannot start: no outputs are set aside for it; reserve them first, or say which they",
     ),
     (
         'known().ledger.reserve("b", [99])',

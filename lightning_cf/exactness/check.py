@@ -155,7 +155,7 @@ def _check_branches(module: nn.Module, structure: Structure, example: Any, forwa
         raise StructureError(
             f"isolation='exact' cannot hold: {_looks(found)}, and {_names(layers)} did not run for the samples that"
             " were followed, so nobody knows what these layers read. Run every branch and choose with torch.where, or"
-            " give the task evaluate= that runs them all; or use isolation='perturb'."
+            " run them all for the trace (evaluate= of a Task, forward= of trace); or use isolation='perturb'."
         )
     count = next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim), 0)
     for start in range(2, min(count, 2 * PATHS), 2):

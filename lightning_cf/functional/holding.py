@@ -133,8 +133,9 @@ class Hold:
         if moved:
             warn(
                 f"Something else than an optimiser's step changed entries of {', '.join(map(repr, moved))} that belong"
-                " to earlier tasks, or are zero for good: they were put back. Look for a callback or hook that writes"
-                " weights at the end of a fit (Lightning's WeightAveraging and its kin are known and taken care of).",
+                " to earlier tasks, or are zero for good: they were put back. Look for what else writes weights: a"
+                " hook, an average of weights, a callback at the end of a fit (with a Trainer, Lightning's"
+                " WeightAveraging and its kin are known and taken care of).",
                 FrozenWarning,
             )
 
@@ -209,7 +210,8 @@ class Hold:
             name = self.ledger.tasks[-1].name
             raise ContinualError(
                 f"masking: nothing was learned yet of the sub-space that task '{name}' is to train in. Give"
-                " InvarianceCallback the same subspace, in the fit of the task before."
+                " InvarianceCallback the same subspace, in the fit of the task before; in a loop of your own, where"
+                " nothing learns one, use RandomSubspace or GivenSubspace."
             )
         return [
             (group, (self.ledger.owners[group.name] == FREE).nonzero().flatten(), bases[group.name])

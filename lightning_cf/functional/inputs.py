@@ -11,17 +11,27 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.network.forward import eval_mode, in_precision_of, same_state
+from lightning_cf.network.forward import Example, Forward, call, eval_mode, in_precision_of, same_state
 
 FOLD_SAMPLES = 4096
 """From how many inputs of the task the regression learns what to fold."""
 
 
 class Inputs:
-    """The inputs of some batches, on the network's device and in its precision, as often as they are asked for."""
+    """The inputs of some batches, on the network's device and in its precision, as often as they are asked for.
 
-    def __init__(self, module: nn.Module, batches: Iterable[Any]) -> None:
+    Args:
+        module: the network.
+        batches: inputs, or (input, target) pairs.
+        example: what the network was traced with, where that is known: it tells two inputs from such a pair.
+        forward: how the network is run on an input.
+    """
+
+    def __init__(
+        self, module: nn.Module, batches: Iterable[Any], example: Example | None = None, forward: Forward = call
+    ) -> None:
         self.module, self.batches = module, batches
+        self.example = example if example is not None and example.called == (forward is call) else None
         if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, str, bytes)):
             raise ContinualError(
                 f"claim: batches must be an iterable of batches, such as [x] or a DataLoader, got a"
@@ -38,7 +48,7 @@ class Inputs:
     def __iter__(self) -> Iterator[Any]:
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         for batch in self._enough(self.batches):
-            x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+            x = _input_of(batch, self.example)
             yield tree_map_only(Tensor, lambda t: t.to(device), in_precision_of(self.module, x))
 
     @staticmethod
@@ -51,6 +61,30 @@ class Inputs:
             seen += count
             if seen >= FOLD_SAMPLES:
                 return
+
+
+def _input_of(batch: Any, example: Example | None) -> Any:
+    """The input of a batch, which may have a target behind it.
+
+    Raises:
+        ContinualError: for a batch of another kind than what the network was traced with.
+    """
+    several = isinstance(batch, (tuple, list))
+    if example is None or example.inputs == "any":
+        alike = example is not None and isinstance(batch, list) and not any(isinstance(x, (tuple, list)) for x in batch)
+        return batch[0] if several and len(batch) == 2 and not alike else batch
+    for candidate in (batch, batch[0] if several and len(batch) in (1, 2) else None):
+        found = None if candidate is None else example.like(candidate)
+        if found is not None:
+            return found
+    given = f"{type(batch).__name__} of {len(batch)}" if several else type(batch).__name__
+    names = [f"x{number}" for number in range(1, example.count + 1)]
+    x, inputs = ("x", "1 input") if example.count == 1 else (f"({', '.join(names)})", f"{example.count} inputs")
+    raise ContinualError(
+        f"claim: the network was traced with {inputs}, and a batch is a {given}. Give inputs as trace(net,"
+        f" example) got them, batches=[{x}, ...], or with their targets, batches=[({x}, y), ...]; or trace with"
+        " an example like the batches, and say forward= there and here."
+    )
 
 
 def number_of(module: nn.Module, score: Callable[[], float]) -> float:

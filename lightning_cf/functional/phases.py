@@ -22,7 +22,7 @@ from lightning_cf.exactness.probe import probe
 from lightning_cf.functional.belonging import check_parts, check_weights
 from lightning_cf.functional.inputs import Inputs, number_of
 from lightning_cf.network.finite import check_finite, infinite_on_purpose
-from lightning_cf.network.forward import Forward, call, eval_mode
+from lightning_cf.network.forward import Example, Forward, call, eval_mode
 from lightning_cf.network.structure import Structure
 from lightning_cf.network.tracing.trace import trace as follow
 from lightning_cf.ownership.fingerprints import keep_fingerprints
@@ -38,7 +38,8 @@ def trace(module: nn.Module, example: Any, forward: Forward = call, *, isolation
 
     Args:
         module: the network; its state stays as it is.
-        example: an input whose first axis is the batch; its first two samples are used.
+        example: an input whose first axis is the batch, a tuple of them for a network that takes several; the first two
+            samples are used.
         forward: how to run the network on an input: ``forward(module, x)`` gives its outputs.
         isolation: ``perturb`` leaves units apart that ``exact`` has to unite, since an operation mixes them.
 
@@ -49,7 +50,7 @@ def trace(module: nn.Module, example: Any, forward: Forward = call, *, isolation
     check_kind("trace", "module", module, nn.Module, "the network")
     check_choice("trace", "isolation", isolation, ISOLATIONS)
     structure = follow(module, example, forward, apart=isolation == "perturb")
-    return replace(structure, infinite=infinite_on_purpose(structure, module))
+    return replace(structure, infinite=infinite_on_purpose(structure, module), example=Example.of(example, forward))
 
 
 def new_ledger(structure: Structure, *, isolation: Isolation = "exact") -> NeuronLedger:
@@ -137,8 +138,9 @@ def claim(
         module: the network, in place, in whatever mode.
         structure: as :func:`trace` found it.
         ledger: takes the claim.
-        batches: the task's training data: inputs, or (input, target) pairs, the first axis of which is the batch. At
-            most 4,096 inputs are used; an iterator is read that far.
+        batches: the task's training data: inputs, or (input, target) pairs, the first axis of which is the batch. An
+            input has as many parts as the example that was traced with: ``(x, mask)``, with its target
+            ``((x, mask), y)``. At most 4,096 inputs are used; an iterator is read that far.
         score: the task's metric on validation data, of the network as it then is; called once for each claim that is
             tried.
         options: how units are compared, and how many may be claimed.
@@ -152,7 +154,8 @@ def claim(
         the scores before and after, and what was found in each group of units.
 
     Raises:
-        ContinualError: if no task was begun, there are no batches, or the score is no number.
+        ContinualError: if no task was begun, there are no batches, or others than the network was traced with, or the
+            score is no number.
         DivergenceError: if the network holds numbers that are not finite.
         LeakError: if a claimed output still depends on free weights.
     """
@@ -168,7 +171,7 @@ def claim(
     check_weights("claim", module, ledger)
     if options is not None:
         select(structure, ledger, options)
-    inputs = Inputs(module, batches)
+    inputs = Inputs(module, batches, structure.example, forward)
     claimer = Claimer(
         module=module,
         structure=structure,

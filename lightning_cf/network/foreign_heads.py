@@ -40,5 +40,6 @@ def check_foreign_heads(module: nn.Module, structure: Structure, example: Any, f
             raise ContinualError(
                 f"The output head '{path}' is a {type(layers[path]).__name__}, which gives something else than one"
                 " column for each row of its weight, so the outputs of one task cannot be shown alone. Let it end in a"
-                " Linear or a convolution, or use MaskedGradientCallback(mask_outputs=False)."
+                " Linear or a convolution, or do without: MaskedGradientCallback(mask_outputs=False), in a loop of your"
+                " own no show(...)."
             )

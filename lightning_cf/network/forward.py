@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,6 +78,53 @@ def same_state(module: nn.Module) -> Iterator[None]:
 def call(module: nn.Module, example: Any) -> Any:
     """``module(example)``, or ``module(*example)`` for a tuple."""
     return module(*example) if isinstance(example, tuple) else module(example)
+
+
+@dataclass(frozen=True)
+class Example:
+    """How many inputs the example had that a network was traced with, and how they were nested.
+
+    Attributes:
+        inputs: a tuple of these where there are several; else "one", or "any" for a list, whose length may vary.
+        called: whether the network was called with it, not run by a function that says how.
+    """
+
+    inputs: tuple[Any, ...] | str
+    called: bool
+
+    @classmethod
+    def of(cls, example: Any, forward: Forward) -> Example:
+        """What is to be remembered of an example, which ``forward`` runs the network on."""
+        inputs, called = _nesting(example), forward is call
+        alone = called and isinstance(inputs, tuple) and len(inputs) == 1
+        return cls(inputs[0] if alone else inputs, called)
+
+    @property
+    def count(self) -> int:
+        """How many inputs there are."""
+        return len(self.inputs) if isinstance(self.inputs, tuple) else 1
+
+    def like(self, x: Any) -> Any:
+        """``x``, nested as the example was though a loader made lists of its tuples; None where it is not so nested."""
+        return _nested(x, self.inputs) if _fits(x, self.inputs) else None
+
+
+def _nesting(x: Any) -> tuple[Any, ...] | str:
+    if isinstance(x, tuple):
+        return tuple(_nesting(part) for part in x)
+    return "any" if isinstance(x, list) else "one"
+
+
+def _fits(x: Any, inputs: tuple[Any, ...] | str) -> bool:
+    several = isinstance(x, (tuple, list))
+    if isinstance(inputs, tuple):
+        return several and len(x) == len(inputs) and all(map(_fits, x, inputs))
+    return inputs == "any" or not several
+
+
+def _nested(x: Any, inputs: tuple[Any, ...] | str) -> Any:
+    plain = isinstance(inputs, tuple) and type(x) in (tuple, list)
+    return tuple(map(_nested, x, inputs)) if plain else x
 
 
 def in_precision_of(module: nn.Module, batch: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -97,12 +98,13 @@ class InputRecorder(TorchFunctionMode):
                 view = view.narrow(axis + 2, o * d, s * (size - 1) + 1)
                 view = view[(slice(None),) * (axis + 2) + (slice(None, None, s),)]
             views.append(view)
+        count = len(x) * math.prod(sizes)
+        if count > self.rows:  # taken before anything is put together: the others would be many
+            chosen = torch.randperm(count, generator=keyed_generator("patches", count))[: self.rows]
+            places = torch.unravel_index(chosen.to(x.device), (len(x), *sizes))
+            return torch.stack([view.movedim(1, -1)[places] for view in views], dim=2).flatten(1)
         positions = torch.stack(views, dim=2).flatten(3).movedim(-1, 1)
-        rows = positions.reshape(-1, x.shape[1] * len(views))
-        if len(rows) > self.rows:
-            chosen = torch.randperm(len(rows), generator=keyed_generator("patches", len(rows)))[: self.rows]
-            rows = rows[chosen.to(rows.device)]
-        return rows
+        return positions.reshape(-1, x.shape[1] * len(views))
 
 
 def _tuple(value: Any, length: int) -> tuple[int, ...]:

@@ -65,7 +65,8 @@ def _head(module: nn.Module, path: str) -> Head:
     if head is None or not isinstance(weight, Tensor) or weight.ndim < 2 or transposed:
         raise ContinualError(
             f"The output head '{path}' is a {type(head).__name__}; outputs of their own for each task"
-            " need a Linear or a convolution. Use MaskedGradientCallback(mask_outputs=False) to do without."
+            " need a Linear or a convolution. Use MaskedGradientCallback(mask_outputs=False) to do without, in a loop"
+            " of your own the columns of its output instead of show(...)."
         )
     return head
 

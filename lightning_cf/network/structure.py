@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
+from lightning_cf.network.forward import Example
+
 NO_UNIT = -1
 """Stands for the network's input where a source is named, and for "not part of any unit" where a target is."""
 
@@ -193,6 +195,7 @@ class Structure:
         output_ways: for each tensor that the network returns, the way that returns it.
         idle: calls of layers that reach nothing that the network returns: path, way, and which call it is from 0 on.
         infinite: names of tensors that held infinite numbers when the network was traced, and may: masks, bounds.
+        example: how many inputs it was traced with, where that is known.
     """
 
     groups: tuple[UnitGroup, ...]
@@ -212,6 +215,7 @@ class Structure:
     output_ways: tuple[int, ...] = ()
     idle: frozenset[tuple[str, int, int]] = frozenset()
     infinite: frozenset[str] = frozenset()
+    example: Example | None = None
 
     def way_of(self, task: str) -> int:
         """The way in which a task runs the network."""

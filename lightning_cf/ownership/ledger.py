@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError
 from lightning_cf.network.structure import Entries, Structure, lookup
 from lightning_cf.ownership.growth import grown, nobody
 from lightning_cf.ownership.ledger_state import packed, read_checkpoint, unpacked
@@ -21,10 +20,10 @@ from lightning_cf.ownership.phases import Phase, TaskEntry, undone
 from lightning_cf.ownership.refusals import (
     check_capacity,
     check_network,
-    check_open,
     check_outputs,
-    check_partitioned,
     check_reserved,
+    check_set_aside,
+    is_current,
 )
 
 Isolation = Literal["exact", "perturb"]
@@ -144,9 +143,10 @@ class NeuronLedger:
         """Sets output columns aside for a task.
 
         Raises:
-            ContinualError: for a column that another task has, or that the head does not have.
+            ContinualError: for a column that another task has, or that the head does not have; for none, or one twice;
+                for others than those with which a task was begun.
         """
-        self.reserved[name] = check_outputs(name, outputs, self.reserved, len(self.outputs))
+        self.reserved[name] = check_outputs(name, outputs, self.reserved, len(self.outputs), self.tasks)
 
     def add_outputs(self, count: int) -> list[int]:
         """Takes note of new columns at the end of the head; returns their numbers."""
@@ -174,21 +174,20 @@ class NeuronLedger:
             outputs: the head's columns that are to be its own, where they were not reserved before.
 
         Raises:
-            ContinualError: for an earlier task, for a task after one that was never partitioned, and for outputs that
-                another task has.
+            ContinualError: for an earlier task, a task after one that was never partitioned, a name that is no text,
+                and outputs that cannot be its own (see :meth:`reserve`); the ledger stays as it was.
             CapacityError: if a group has no free unit left for a new task.
         """
-        if self.knows(name):
-            check_open(name, self.current)
+        if is_current(name, self.tasks, self.origin):
+            if outputs is not None:
+                self.reserve(name, outputs)
             return self.tasks[-1]
-        if self.current is not None:
-            check_partitioned(self.current, name, self.origin)
-            self.seal()
+        self.require_capacity(name, structure)
         if outputs is not None:
             self.reserve(name, outputs)
-        if name not in self.reserved:
-            raise ContinualError(f"Task '{name}' cannot start: no outputs are set aside for it; reserve them first.")
-        self.require_capacity(name, structure)
+        check_set_aside(name, self.reserved)
+        if self.current is not None:
+            self.seal()
         self.tasks.append(TaskEntry(name, list(classes), self.reserved[name]))
         self.outputs[self.reserved[name]] = len(self.tasks) - 1
         self.revision += 1

@@ -90,6 +90,7 @@ def read_checkpoint(path: str | Path) -> tuple[Path, Mapping[str, Any]]:
     if not isinstance(checkpoint, Mapping) or CHECKPOINT_KEY not in checkpoint:
         raise ContinualError(
             f"{path} holds no ledger: it was written without lightning_cf's callbacks, or with"
-            " save_weights_only=True, which leaves out what callbacks add."
+            " save_weights_only=True, which leaves out what callbacks add. What state_dict() gave of a ledger, saved by"
+            " yourself, goes to NeuronLedger.from_state_dict(...)."
         )
     return path, checkpoint[CHECKPOINT_KEY]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,9 @@ from lightning_cf.partition.folding import Passes, consumer_moments, cut_claimed
 from lightning_cf.partition.options import PartitionOptions
 from lightning_cf.partition.outcome import GroupOutcome, Outcome, records_with
 from lightning_cf.partition.proposals import Proposals
-from lightning_cf.partition.regression import Moments, Sample
+from lightning_cf.partition.regression import Seen
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -114,7 +117,7 @@ class Claimer:
             start=self.start,
             copied=self.keep,
         )
-        self._moments: Mapping[str, Moments | Sample] = (
+        self._moments: Mapping[str, Seen] = (
             consumer_moments(self.module, self.structure, self.passes, self._way) if self.options.fold and exact else {}
         )
         self._tell_left_out()
@@ -133,11 +136,16 @@ class Claimer:
     ) -> tuple[dict[str, Partition], float, bool]:
         """The first proposal that costs no more than is allowed, claimed; its score, and whether there is one."""
         after, within = before, True
-        proposals = Proposals(self._similarities, self.options, self.seed, self.ledger.tasks[-1].name)
+        task, units = self.ledger.tasks[-1].name, sum(len(candidates[group.name]) for group in self._groups)
+        proposals = Proposals(self._similarities, self.options, self.seed, task)
         for proposed in proposals.of(self._groups, budgets, undo=self._restore):
             partitions = self._with_needed(candidates, proposed)
             self._apply(candidates, partitions)
             after = self.score()
+            tried = sum(int(partition.non_redundant.sum()) for partition in partitions.values())
+            _log.info(
+                "Task '%s': a claim of %d of %d units scores %.4g (%.4g before)", task, tried, units, after, before
+            )
             if math.isfinite(after) and self._loss(before, after) <= self.options.tolerance:
                 break
         else:
@@ -172,7 +180,8 @@ class Claimer:
         if not math.isfinite(score):
             raise ContinualError(
                 f"Task '{self.ledger.tasks[-1].name}' scores {score} {when}, by which no claim can be judged. Look at"
-                " its validation data (or what is held out of its training data), its metric and its evaluate=."
+                " the data and the metric it is scored by: a Task's validation data (or what is held out of what it"
+                " trains on), metric= and evaluate=, or the score= of claim(...)."
             )
         return score
 

@@ -58,8 +58,8 @@ def compare(
                 if start is None:
                     raise ContinualError(
                         "partition: measure='update' compares with the weights at the task's start, which nothing"
-                        " kept. Add PartitionCallback to the fit in which the task is learned, or use"
-                        " measure='weight'."
+                        " kept. Add PartitionCallback to the fit in which the task is learned; give claim(start=...)"
+                        " clones of them by name, taken before the task was learned; or use measure='weight'."
                     )
                 vectors, biases = vectors - group.weights(start), biases - group.biases(start)
         custom = measure if callable(measure) else None

@@ -12,23 +12,19 @@ from lightning_cf.network.consumers import consumers, input_units
 from lightning_cf.network.structure import Structure, lookup
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
-from lightning_cf.partition.regression import Moments, Sample, fold, input_moments
+from lightning_cf.partition.regression import Seen, fold, input_moments
 
 Passes = Callable[[], Iterator[Callable[[], Any]]]
 """Gives forward passes over a task's data, one a batch."""
 
 
-def consumer_moments(
-    module: nn.Module, structure: Structure, passes: Passes, way: int = 0
-) -> dict[str, Moments | Sample]:
+def consumer_moments(module: nn.Module, structure: Structure, passes: Passes, way: int = 0) -> dict[str, Seen]:
     """Second moments of what each consumer reads, over one pass in some way through the network."""
     parameters = dict(module.named_parameters())
     return input_moments({name: parameters[name] for name, _ in consumers(module, structure, way)}, passes())
 
 
-def fold_claimed(
-    module: nn.Module, structure: Structure, ledger: NeuronLedger, moments: Mapping[str, Moments | Sample]
-) -> None:
+def fold_claimed(module: nn.Module, structure: Structure, ledger: NeuronLedger, moments: Mapping[str, Seen]) -> None:
     """Solves the rows of the current task's units and outputs again, so that they read owned units alone.
 
     Args:

@@ -37,6 +37,11 @@ class GroupOutcome:
     biases: Float[Tensor, "units"] | None
     budget: int
 
+    def __repr__(self) -> str:
+        """How many of the units were claimed, and at which threshold; no tensors, which are long."""
+        claimed = int(self.partition.non_redundant.sum())
+        return f"'{self.group.name}': {_of(claimed, len(self.candidates))}, threshold {self.partition.threshold:.4g}"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -52,10 +57,21 @@ class Outcome:
     ablation_accuracy: float
     groups: tuple[GroupOutcome, ...]
 
+    def __repr__(self) -> str:
+        """The scores, what was claimed in all, and a line for each group; no tensors, which are long."""
+        claimed = sum(int(found.partition.non_redundant.sum()) for found in self.groups)
+        total = _of(claimed, sum(len(found.candidates) for found in self.groups))
+        said = f"score {self.accuracy:.4g}, {self.ablation_accuracy:.4g} right after the claim; {total}"
+        return "\n  ".join([f"Outcome: {said}", *map(repr, self.groups)])
+
     def after(self, earlier: Outcome) -> Outcome:
         """This outcome of a later partition, told of all units that the first one was about, as that one saw them."""
         first = {outcome.group.name: outcome for outcome in earlier.groups}
         return replace(self, groups=tuple(_joined(first[now.group.name], now) for now in self.groups))
+
+
+def _of(claimed: int, units: int) -> str:
+    return f"{claimed} of {units} units claimed" + (f" ({claimed / units:.1%})" if units else "")
 
 
 def _joined(then: GroupOutcome, now: GroupOutcome) -> GroupOutcome:

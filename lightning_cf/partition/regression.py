@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,7 +39,8 @@ class Moments:
             return
         z = torch.cat([features, features.new_ones(len(features), 1)], dim=1).double()
         total = self.count + len(z)
-        self.matrix += (z.T @ z - self.matrix * len(z)) / total
+        change = z.T @ z
+        self.matrix += change.sub_(self.matrix * len(z)).div_(total)  # in place: a wide layer's fill gigabytes
         self.count = total
 
 
@@ -72,6 +75,46 @@ class Sample:
         self.count += wanted
 
 
+@dataclass
+class Samples:
+    """All of a layer's inputs themselves, a constant one behind each: less than their moments while they are few.
+
+    Attributes:
+        blocks: the inputs, one tensor a batch.
+        count: how many there are.
+        left_out: how many were not finite, and are not among them.
+    """
+
+    blocks: list[Float[Tensor, "_ inputs"]] = field(default_factory=list)
+    count: int = 0
+    left_out: int = 0
+
+    @property
+    def rows(self) -> Float[Tensor, "samples inputs"]:
+        """The inputs, a row each."""
+        if len(self.blocks) > 1:
+            self.blocks = [torch.cat(self.blocks)]
+        return self.blocks[0]
+
+    def update(self, features: Features) -> None:
+        """Takes in more samples, those that are finite."""
+        finite = _finite_rows(features)
+        self.left_out += len(features) - len(finite)
+        self.blocks.append(torch.cat([finite, finite.new_ones(len(finite), 1)], dim=1))
+        self.count += len(finite)
+
+    def moments(self) -> Moments:
+        """The second moments of the inputs so far."""
+        found = _no_moments(self.rows.shape[1], self.rows.device)
+        found.update(self.rows[:, :-1])
+        found.left_out = self.left_out
+        return found
+
+
+def _no_moments(size: int, device: torch.device) -> Moments:
+    return Moments(torch.zeros(size, size, dtype=torch.float64, device=device))
+
+
 def _finite_rows(features: Features) -> Float[Tensor, "_ features"]:
     return features if bool(features.isfinite().all()) else features[rows_finite([features])]
 
@@ -82,37 +125,59 @@ WIDE = 12_288
 SAMPLED = 1024
 """How many inputs such a sample holds."""
 
+NARROW = 2048
+"""Layers with more inputs are folded on their samples while those are fewer than the inputs."""
 
-def input_moments(weights: Mapping[str, Tensor], passes: Iterable[Callable[[], Any]]) -> dict[str, Moments | Sample]:
-    """Moments of the inputs of the layers with these weights, over some forward passes; a sample of wide ones.
+QUIET = 5.0
+"""For how many seconds nothing is told of a pass over the data."""
+
+_log = logging.getLogger(__name__)
+
+Seen = Moments | Samples | Sample
+"""What was seen of a layer's inputs."""
+
+
+def input_moments(weights: Mapping[str, Tensor], passes: Iterable[Callable[[], Any]]) -> dict[str, Seen]:
+    """Moments of the inputs of the layers with these weights, over some forward passes.
+
+    Of wide layers these are the samples themselves, where they are few; of very wide ones some of them.
 
     Args:
         weights: weights of linear layers and convolutions, by name; grouped convolutions are left out.
         passes: each call runs the network forward once.
     """
-    moments: dict[str, Moments | Sample] = {}
+    seen: dict[str, Seen] = {}
 
     def record(name: str, x: Inputs, patches: Features) -> None:
         size = patches.shape[1] + 1
-        if name not in moments:
-            wide = size > WIDE
-            moments[name] = (
-                Sample(patches.new_empty(SAMPLED, size))
-                if wide
-                else Moments(torch.zeros(size, size, dtype=torch.float64, device=patches.device))
-            )
-        moments[name].update(patches)
+        if name not in seen:
+            seen[name] = _nothing_seen(size, patches)
+        now = seen[name]
+        now.update(patches)
+        if isinstance(now, Samples) and now.count >= size:
+            seen[name] = now.moments()
 
+    told = time.monotonic()
     with torch.no_grad(), InputRecorder(weights, record):
-        for forward in passes:
+        for number, forward in enumerate(passes, 1):
             forward()
-    return moments
+            if time.monotonic() - told >= QUIET:
+                told = time.monotonic()
+                _log.info("%d batches read, to fold %d layers on what they read", number, len(weights))
+    return seen
+
+
+def _nothing_seen(size: int, first: Features) -> Seen:
+    """What takes in the inputs of a layer, a constant one behind each counted in their size, by the first of them."""
+    if size > WIDE:
+        return Sample(first.new_empty(SAMPLED, size))
+    return Samples() if size > NARROW and len(first) < size else _no_moments(size, first.device)
 
 
 def fold(
     weight: Float[Tensor, "outputs inputs"],
     bias: Float[Tensor, "outputs"] | None,
-    moments: Moments | Sample,
+    moments: Seen,
     kept: Bool[Tensor, "inputs"],
     *,
     ridge: float = 1e-4,
@@ -125,7 +190,7 @@ def fold(
     Args:
         weight: rows to solve again, convolution kernels flattened.
         bias: their biases, or None.
-        moments: of the layer's inputs, or a sample of them.
+        moments: of the layer's inputs, or such inputs themselves.
         kept: inputs that stay.
         ridge: r, relative to the mean square of a kept input, dimensionless.
     """
@@ -133,7 +198,7 @@ def fold(
     if bias is not None:
         columns = torch.cat([columns, columns.new_tensor([len(kept)])])
     rest = (~kept).nonzero().flatten()
-    if isinstance(moments, Sample):
+    if not isinstance(moments, Moments):
         change = _solve_sampled(moments.rows, columns, rest, weight, ridge)
     else:
         matrix = moments.matrix
@@ -148,17 +213,25 @@ def fold(
 
 
 def _solve_sampled(rows: Tensor, columns: Tensor, rest: Tensor, weight: Tensor, ridge: float) -> Tensor:
-    """The same least squares in their dual form: as many equations as there are samples, not inputs."""
+    """The same least squares, with as many equations as there are columns or, in their dual form, samples."""
     penalty = ridge * sum(float(rows[:, block].double().square().sum()) for block in columns.split(4096)) / len(columns)
-    left = _products(rows, rows, columns)
-    left = left + max(penalty, 1e-12) * torch.eye(len(rows)).to(left)
-    solved = torch.linalg.solve(left, _products(rows, weight, rest))
+    lost = _products(rows, weight, rest)
+    if len(columns) < len(rows):
+        kept = rows[:, columns].double()
+        change: Tensor = torch.linalg.solve(_raised(kept.T @ kept, penalty), kept.T @ lost)
+        return change.T
+    solved = torch.linalg.solve(_raised(_products(rows, rows, columns), penalty), lost)
     return torch.cat([solved.T @ rows[:, block].double() for block in columns.split(4096)], dim=1)
+
+
+def _raised(matrix: Tensor, penalty: float) -> Tensor:
+    return matrix + max(penalty, 1e-12) * torch.eye(len(matrix)).to(matrix)
 
 
 def _products(a: Tensor, b: Tensor, columns: Tensor) -> Tensor:
     """``a @ b.T`` over some columns, in double precision, some at a time."""
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
     for block in columns.split(4096):
-        total += a[:, block].double() @ b[:, block].double().T
+        left = a[:, block].double()
+        total += left @ (left if a is b else b[:, block].double()).T
     return total

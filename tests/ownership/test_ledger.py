@@ -1,5 +1,6 @@
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -65,14 +66,59 @@ def test_reserved_outputs_belong_to_one_task(ledger):
     assert ledger.reserved == {"a": [0, 2], "b": [1]}
 
 
-@pytest.mark.parametrize("output", [6, -1])
-def test_outputs_that_the_head_lacks_are_refused(ledger, output):
+def test_outputs_that_the_head_lacks_are_refused(ledger):
     with pytest.raises(
-        ContinualError,
-        match=rf"'a' needs output {output}, but the output head has 6 columns \(0 to 5\)\. Widen the head",
+        ContinualError, match=r"'a' needs output 6, but the output head has 6 columns \(0 to 5\)\. Widen the head"
     ):
-        ledger.reserve("a", [0, output])
+        ledger.reserve("a", [0, 6])
     assert ledger.reserved == {}
+
+
+NO_OUTPUTS = [
+    ([], r"Task 'b': outputs=\[\] leaves it no output; name the columns"),
+    ([2, 2], r"Task 'b': outputs must differ from one another, got \[2, 2\]; name each column once"),
+    ([2, -1], r"Task 'b': outputs must be whole numbers from 0 on, got -1; columns count from 0"),
+    ([2.0], r"Task 'b': outputs must be whole numbers, got 2.0. Name columns of the head, such as \[0, 1\]"),
+    (torch.tensor([True, False]), "Task 'b': outputs must be whole numbers, got True"),
+    (["2"], "Task 'b': outputs must be whole numbers, got '2'"),
+    (2, "Task 'b': outputs must be a list of columns, got 2"),
+]
+
+
+@pytest.mark.parametrize(("outputs", "message"), NO_OUTPUTS)
+def test_outputs_that_name_no_columns_are_refused_and_leave_the_task_before_as_it_is(ledger, outputs, message):
+    learn(ledger, "a", [0])
+    for ask in (ledger.reserve, lambda name, columns: ledger.begin(name, outputs=columns)):
+        with pytest.raises(ContinualError, match=message):
+            ask("b", outputs)
+    assert ledger.reserved == {"a": [0]}
+    assert ledger.current.phase == "invariance"
+
+
+@pytest.mark.parametrize("outputs", [np.arange(2), torch.arange(2), [np.int64(0), torch.tensor(1)], range(2)])
+def test_outputs_may_be_numbers_of_other_libraries(ledger, outputs):
+    assert ledger.begin("a", outputs=outputs).outputs == [0, 1]
+    assert all(type(column) is int for column in ledger.reserved["a"])
+
+
+@pytest.mark.parametrize("name", [None, 3, "", "  ", "a\nb", ["a"]])
+def test_a_task_has_a_name_that_can_be_read(ledger, name):
+    for ask in (lambda: ledger.begin(name, outputs=[0]), lambda: ledger.reserve(name, [0])):
+        with pytest.raises(ContinualError, match=r"NeuronLedger.*: name must be "):
+            ask()
+    assert ledger.tasks == []
+
+
+def test_the_current_task_cannot_go_on_with_other_outputs(ledger):
+    task = ledger.begin("a", outputs=[0, 1])
+    message = (
+        r"Task 'a' was begun with outputs \[0, 1\], which stay its own.* with \[.*Call begin\('a'\) without outputs="
+    )
+    for ask in (lambda: ledger.begin("a", outputs=[2, 3]), lambda: ledger.reserve("a", [1, 0])):
+        with pytest.raises(ContinualError, match=message):
+            ask()
+    assert ledger.outputs_of("a") == task.outputs == [0, 1]
+    assert ledger.begin("a", outputs=[0, 1]) is ledger.begin("a") is task
 
 
 def test_one_output_for_two_classes_gets_the_way_that_works():
@@ -80,7 +126,7 @@ def test_one_output_for_two_classes_gets_the_way_that_works():
     ledger = NeuronLedger.for_structure(
         trace(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)), torch.ones(1, 3))
     )
-    with pytest.raises(ContinualError, match=r"needs output 1, .* 1 columns .* outputs=\[0\], metric=.*BinaryAccuracy"):
+    with pytest.raises(ContinualError, match=r"needs output 1, .* 1 columns.* outputs=\[0\].*metric=.*BinaryAccuracy"):
         ledger.reserve("a", [0, 1])
 
 

@@ -1,6 +1,8 @@
 """The partition of a task on a live network, judged by scores that the tests make up."""
 
+import pickle
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -172,6 +174,34 @@ def test_chains_make_fewer_claims_than_leaders():
         bench.claimer(threshold=0.6, max_claim=0.9, clusters=clusters, layers=["0"]).claim()
         claims[clusters] = bench.claimed()["0"]
     assert claims["components"] < claims["leader"]
+
+
+def test_what_a_claim_found_prints_a_line_for_each_group():
+    bench = Bench()
+    outcome = bench.claimer(lambda: 0.87654).claim()
+    first, second = (f"{found.partition.threshold:.4g}" for found in outcome.groups)
+    lines = [
+        "Outcome: score 0.8765, 0.8765 right after the claim; 4 of 70 units claimed (5.7%)",
+        f"  '0': 2 of 40 units claimed (5.0%), threshold {first}",
+        f"  '2': 2 of 30 units claimed (6.7%), threshold {second}",
+    ]
+    assert repr(outcome) == str(outcome) == "\n".join(lines)
+    assert repr(outcome.groups[0]) == lines[1].strip()
+    assert repr(replace(outcome, groups=())).endswith("0 of 0 units claimed")
+    assert outcome == replace(outcome) != replace(outcome, accuracy=0.5)
+    again = pickle.loads(pickle.dumps(outcome))
+    assert repr(again) == repr(outcome)
+    assert torch.equal(again.groups[0].vectors, outcome.groups[0].vectors)
+
+
+def test_each_claim_that_is_tried_is_logged(caplog):
+    caplog.set_level("INFO")
+    bench = Bench()
+    bench.claimer(bench.needs(0.06)).claim()
+    assert caplog.messages == [
+        "Task 'first': a claim of 4 of 70 units scores 0.1 (0.9 before)",
+        "Task 'first': a claim of 5 of 70 units scores 0.9 (0.9 before)",
+    ]
 
 
 def test_a_callable_measures_weights_and_biases():

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from lightning_cf.network.layer_inputs import InputRecorder
 from lightning_cf.partition import regression
-from lightning_cf.partition.regression import Moments, Sample, fold, input_moments
+from lightning_cf.partition.regression import Moments, Sample, Samples, fold, input_moments
+from lightning_cf.utilities.randomness import keyed_generator
 
 CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
@@ -184,6 +185,8 @@ def test_many_patches_are_sampled_the_same_at_each_call():
     assert len(sample) == 50
     assert sample < every
     assert torch.equal(some.seen[0][1], again.seen[0][1])
+    chosen = torch.randperm(3 * 8 * 8, generator=keyed_generator("patches", 3 * 8 * 8))[:50]
+    assert torch.equal(some.seen[0][1], whole.seen[0][1][chosen])
 
 
 def test_a_linear_layer_gives_one_row_a_token():
@@ -229,6 +232,57 @@ def test_a_sample_of_inputs_folds_like_their_moments():
     kept = torch.rand(30, generator=generator) < 0.5
     for found, wanted in zip(fold(weight, bias, sample, kept), fold(weight, bias, moments, kept), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@given(st.data(), st.integers(0, 99), st.booleans(), st.sampled_from([0, 1e-4, 1e-2]))
+def test_all_samples_fold_as_their_moments_do(data, seed, with_bias, ridge):
+    """With fewer of them than inputs that are kept, and with more."""
+    x, weight, bias = normal(12, 20, seed=seed), normal(3, 20, seed=seed + 1), normal(3, seed=seed + 2)
+    kept, samples = kept_inputs(data, 20), Samples()
+    assume(kept.any() and (ridge or kept.sum() < 10))
+    for block in x.split([5, 4, 3]):
+        samples.update(block)
+    found, shift = fold(weight, bias if with_bias else None, samples, kept, ridge=ridge)
+    wanted, wanted_shift = fold(weight, bias if with_bias else None, moments_of(x), kept, ridge=ridge)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(shift, wanted_shift, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("batches", "kept"), [(2, Samples), (3, Moments), (6, Moments)])
+def test_samples_are_kept_while_they_are_fewer_than_a_wide_layers_inputs(monkeypatch, batches, kept):
+    monkeypatch.setattr(regression, "NARROW", 10)
+    network, x = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(12, 3)).double(), normal(5 * batches, 12)
+    x[1, 3] = float("nan")
+    seen = input_moments({"weight": network[1].weight}, [lambda x=x: network(x.clone()) for x in x.split(5)])["weight"]
+    assert type(seen) is kept
+    assert (seen.count, seen.left_out) == (5 * batches - 1, 1)
+    finite = x[x.isfinite().all(dim=1)].relu()
+    matrix = (seen.moments() if kept is Samples else seen).matrix
+    torch.testing.assert_close(matrix, moments_of(finite).matrix)
+
+
+def test_samples_are_not_kept_where_one_batch_has_more_of_them_than_there_are_inputs(monkeypatch):
+    monkeypatch.setattr(regression, "NARROW", 10)
+    layer = nn.Linear(12, 3)
+    assert type(input_moments({"w": layer.weight}, [lambda: layer(torch.randn(13, 12))])["w"]) is Moments
+
+
+def test_what_was_kept_of_samples_does_not_change_with_the_tensor_that_was_read():
+    samples, x = Samples(), torch.ones(2, 3)
+    samples.update(x)
+    x.zero_()
+    assert bool((samples.rows == 1).all())
+
+
+def test_a_long_pass_over_the_data_is_logged(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    layer = nn.Linear(12, 3)
+    passes = [lambda: layer(torch.randn(4, 12))] * 3
+    input_moments({"w": layer.weight}, passes)
+    assert caplog.messages == []
+    monkeypatch.setattr(regression, "QUIET", 0)
+    input_moments({"w": layer.weight}, passes)
+    assert caplog.messages == [f"{number} batches read, to fold 1 layers on what they read" for number in (1, 2, 3)]
 
 
 def test_wide_layers_are_folded_on_a_sample(monkeypatch):

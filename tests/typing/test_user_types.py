@@ -44,6 +44,10 @@ def pyright(folder):
     ]
 
 
+def test_the_user_script_is_short():
+    assert len((HERE / "user_script.py").read_text().splitlines()) <= 40
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", [mypy, pyright])
 def test_a_strict_user_script_passes_and_each_planted_error_is_found(checker, tmp_path):

@@ -82,7 +82,7 @@ def head_labels(outputs: Sequence[Tensor], producers: Producers, read: Set[int],
             raise StructureError(
                 f"The network cannot be traced: its outputs mix the columns of {names}; {ended_by} gives them."
                 " Let the forward pass end in layers that compute one column an output each, and return their outputs"
-                " or the outputs joined; or give the task evaluate= that runs the network so."
+                " or the outputs joined; or say how to run the network so (evaluate= of a Task, forward= of trace)."
             )
         layers |= found
     order = list(layers)

@@ -61,7 +61,7 @@ def _means(sums: Sums) -> tuple[float, Float[Tensor, "classes features"], Float[
 
 
 def _within(sums: Sums) -> Float[Tensor, "features features"]:
-    """The covariance within classes."""
+    """The covariance within classes, about the mean of each."""
     number, means, _ = _means(sums)
     return (sums.square() * STEP**2 - (means * sums.counts.double()[:, None]).T @ means) / number
 

@@ -93,7 +93,7 @@ class Accumulated(Cumulative):
     def outputs(
         self, shared: Shared, seen: Readout, sites: Sites, columns: Int64[Tensor, "classes"]
     ) -> Float[Tensor, "batch classes"]:
-        """The classifier's outputs."""
+        """The classifier's outputs for these classes, times its sharpness."""
         linear = Linear(shared["order"], shared["weight"], shared["bias"])
         outputs = linear(self._rounded(shared, seen, sites)) * SHARPNESS[self.form]
         return outputs[:, _places(linear.classes, columns)]

@@ -93,7 +93,7 @@ class Custom(Features):
         self.function = function
 
     def of(self, fixed: Fixed, seen: Readout, sites: Sites) -> Rows:
-        """The function's values, flattened."""
+        """The function's values of the input, one flat row a sample."""
         rows = self.function(seen.x)
         if not isinstance(rows, Tensor) or len(rows) != len(seen.outputs):
             found = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
@@ -108,7 +108,7 @@ class Values(Features):
     """The values of the input itself, flattened; those of several inputs side by side."""
 
     def of(self, fixed: Fixed, seen: Readout, sites: Sites) -> Rows:
-        """The input's values."""
+        """The input's values, one flat row a sample."""
         return torch.cat([leaf.float().flatten(1) for leaf in leaves_of(seen)], dim=1)
 
 

@@ -44,7 +44,7 @@ class RandomFeatures(Features):
         return {"centre": rows.mean(dim=0), "scale": scale, **{f"behind.{name}": v for name, v in kept.items()}}
 
     def of(self, fixed: Fixed, seen: Readout, sites: Sites) -> Rows:
-        """The units' values."""
+        """The units' values, one row a sample."""
         rows = (self.behind.of(inner(fixed, "behind"), seen, sites) - fixed["centre"]) / fixed["scale"]
         weight, bias = (part.to(rows) for part in _drawn(self.seed, rows.shape[1], self.width))
         return (rows @ weight + bias).relu_()
