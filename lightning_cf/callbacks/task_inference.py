@@ -13,15 +13,14 @@ from lightning_cf.callbacks.divergence import watch_of
 from lightning_cf.callbacks.heads import Heads
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_number, warn
-from lightning_cf.learner.choosing import choose_strategies
+from lightning_cf.learner.choosing import choose_strategies, prepare
 from lightning_cf.learner.inferring import finite_samples, inference_of, keep_inference, look, unseen
 from lightning_cf.learner.keeping import state_of
-from lightning_cf.learner.nameless import forward_is_told
-from lightning_cf.learner.rehearsal import rehearse
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, Trainer
-from lightning_cf.task_inference import STRATEGIES, Strategy, TaskInference, register
-from lightning_cf.task_inference.strategies import CHOICES
+from lightning_cf.task_inference import STRATEGIES, Strategy, register
+from lightning_cf.task_inference.inference import BUDGET
+from lightning_cf.task_inference.strategies import CHOICES, KEPT, Keep
 from lightning_cf.task_inference.trained import trained_heads
 from lightning_cf.tasks.contexts import seeded
 from lightning_cf.tasks.task import Task
@@ -41,15 +40,28 @@ class TaskInferenceCallback(ContinualCallback):
             the best that the network allows, ``"statistics"`` the best of those that leave training as it is, ``"all"``
             fits every one, ``"unchanged"`` every one but those that train over changed inputs, beside which all others
             change too.
+        keep: what such words may choose from: ``"beside"`` for everything, also what looks at the input beside the
+            network; ``"within"`` for what looks at the network's own units and outputs alone.
+        budget: how many numbers a strategy that keeps state over tasks may keep.
         weight: of the heads' loss beside the module's own.
         lr: the heads' learning rate in INVARIANCE, which falls along a cosine; a quarter of it while the task learns.
         seed: the heads' first values depend on (seed, task) and nothing else.
     """
 
     def __init__(
-        self, strategy: str | Strategy = "auto", *, weight: float = 3.0, lr: float = 0.008, seed: int = 0
+        self,
+        strategy: str | Strategy = "auto",
+        *,
+        keep: Keep = "beside",
+        budget: int = BUDGET,
+        weight: float = 3.0,
+        lr: float = 0.008,
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        check_choice("task_inference", "keep", keep, KEPT)
+        self.keep: Keep = keep
+        self.budget = check_count("task_inference", "budget", budget)
         strategy = register(strategy).name if isinstance(strategy, Strategy) else strategy
         self.strategy, self.weight, self.lr, self.seed = strategy, weight, lr, seed
         check_choice("task_inference", "strategy", strategy, (*CHOICES, *STRATEGIES))
@@ -63,14 +75,14 @@ class TaskInferenceCallback(ContinualCallback):
         if state.ledger.inference is None and not state.ledger.tasks:
             ledger = copy.deepcopy(state.ledger)
             ledger.begin(task.name, task.classes or [], state.structure)
-            choose_strategies(module, replace(state, ledger=ledger), task, self.strategy)
+            choose_strategies(module, replace(state, ledger=ledger), task, self.strategy, self.keep)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the task; chooses strategies at the first one."""
         super().on_fit_start(trainer, pl_module)
         state, task = state_of(pl_module), task_of(trainer, type(self).__name__)
         assert state is not None
-        prepare(pl_module, state, task, self.strategy)
+        prepare(pl_module, state, task, self.strategy, keep=self.keep, budget=self.budget, seed=self.seed)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Makes the heads, anew after a partition, and tells them the batch's labels."""
@@ -137,7 +149,7 @@ class TaskInferenceCallback(ContinualCallback):
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
         own = {} if self.strategy not in STRATEGIES else {"made_from": describe(STRATEGIES[self.strategy])}
-        return {**{name: getattr(self, name) for name in ("strategy", "weight", "lr")}, **own}
+        return {**{name: getattr(self, name) for name in ("strategy", "keep", "budget", "weight", "lr")}, **own}
 
     def _weigh(self, trainer: Trainer, module: LightningModule, scale: float) -> None:
         """Weighs the heads' loss as the module's own is: by its share of an optimiser's step, times a loss scale."""
@@ -207,38 +219,3 @@ class TaskInferenceCallback(ContinualCallback):
             if state is not None:
                 state.collect = None
             self._heads = None
-
-
-def prepare(module: LightningModule, state: ContinualState, task: Task, wanted: str) -> None:
-    """Chooses strategies where the ledger has none yet, else tries those chosen; needs a task that was begun."""
-    known = inference_of(state.ledger)
-    if known is None or not known.strategies:  # a first task without classes chooses none
-        names = choose_strategies(module, state, task, wanted)
-        known = TaskInference(names)
-        if names and forward_is_told(module, state, task):
-            leave_out(state, known, task, _TOLD)
-        keep_inference(state.ledger, known)
-    elif task.classes is not None and (alone := unseen(state, task)) is not None:
-        state.tell(
-            f"Task '{task.name}' cannot be inferred: '{alone}' runs for it as it does not for earlier tasks, so no"
-            " forward pass shows all of them. Name this task where it is predicted."
-        )
-    elif task.classes is not None and state.ledger.phase == "learn":
-        done = task.name in known.left_out
-        told = not done and forward_is_told(module, state, task)
-        failure = "" if done else _TOLD if told else rehearse(module, state, task, known)
-        if failure:
-            leave_out(state, known, task, failure)
-
-
-def leave_out(state: ContinualState, inference: TaskInference, task: Task, reason: str) -> None:
-    """Notes that a task is not inferred, and says why."""
-    inference.left_out.append(task.name)
-    keep_inference(state.ledger, inference)
-    warn(f"Task '{task.name}' will not be inferred: {reason}", ContinualWarning)
-
-
-_TOLD = (
-    "its evaluate= tells the forward pass more than the input, such as which task it is, and without that its outputs"
-    " are others. Name this task where it is predicted."
-)

@@ -14,7 +14,7 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.learner.labels import Kept, positions_of, why_no_labels
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.finite import rows_finite
-from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference
+from lightning_cf.task_inference import STRATEGIES, Known, Readout, Sites, TaskInference
 from lightning_cf.task_inference.cumulative import Labelled, cumulative
 from lightning_cf.task_inference.read_variants import read_all, variants_of
 from lightning_cf.tasks.evaluation import predict
@@ -28,7 +28,6 @@ def accumulate(
     known: Known,
     training: Callable[[], Iterable[Any]],
     held_out: Callable[[], Iterable[Any]],
-    seed: int = 0,
 ) -> None:
     """Adds a task to what strategies keep of all tasks together, if there are such; before it is learned.
 
@@ -39,7 +38,6 @@ def accumulate(
         known: the task.
         training: gives its training batches from the start.
         held_out: gives batches that it was not trained on.
-        seed: what is drawn depends on.
     """
     strategies = cumulative(STRATEGIES[name] for name in inference.strategies)
     if not strategies:
@@ -49,8 +47,18 @@ def accumulate(
         known,
         lambda sites: show(sites, training()),
         lambda sites: (seen for seen, _ in show(sites, held_out())),
-        seed,
     )
+
+
+@torch.no_grad()
+def elect(module: LightningModule, task: Task, inference: TaskInference, held_out: Iterable[Any]) -> None:
+    """Lets held-out data of the task that was learned last say which strategy predicts, where that is to be chosen."""
+
+    def readouts() -> Iterator[Readout]:
+        for batch in held_out:
+            yield inference.read(module, partial(predict, module, task), batch)
+
+    inference.elect(readouts())
 
 
 @torch.no_grad()

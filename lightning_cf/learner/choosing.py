@@ -8,25 +8,33 @@ import torch
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError, ContinualWarning, warn
-from lightning_cf.learner.inferring import bare_heads, watch_task
+from lightning_cf.learner.inferring import bare_heads, inference_of, keep_inference, unseen, watch_task
 from lightning_cf.learner.labels import Kept, positions_of, why_no_labels
+from lightning_cf.learner.nameless import forward_is_told
 from lightning_cf.learner.rehearsal import rehearse
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import eval_mode
 from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, check_strategies, read
-from lightning_cf.task_inference.strategies import CHOICES, NEEDS
-from lightning_cf.task_inference.trained import changes_input
+from lightning_cf.task_inference.inference import BUDGET
+from lightning_cf.task_inference.strategies import CHOICES, NEEDS, Keep
+from lightning_cf.task_inference.trained import changes_input, trained_heads
 from lightning_cf.tasks.evaluation import predict
 from lightning_cf.tasks.task import Task
 from lightning_cf.tasks.training_batches import first_batch
 from lightning_cf.utilities.randomness import isolated_generators
 
-ORDER = ("reconstruction_logits", "subspaces", "energy")
-"""The best ones first, as measured in benchmarks; the first one is trained with the network."""
+ORDER = ("lda", "reconstruction_logits", "subspaces", "energy")
+"""The best ones first, as measured in benchmarks; the second one is trained with the network."""
 
 
-def choose_strategies(module: LightningModule, state: ContinualState, task: Task, wanted: str) -> tuple[str, ...]:
+CANDIDATES = 2
+"""So many are fitted where the best is to be found: held-out data of the tasks say which of them predicts."""
+
+
+def choose_strategies(
+    module: LightningModule, state: ContinualState, task: Task, wanted: str, keep: Keep = "beside"
+) -> tuple[str, ...]:
     """The strategies to fit, the one that predicts first; none where tasks cannot be inferred and nobody insists.
 
     Each one is tried first (see ``rehearsal``): what would fail at the seal is left out, or refused by name.
@@ -38,6 +46,7 @@ def choose_strategies(module: LightningModule, state: ContinualState, task: Task
         wanted: a strategy's name; ``auto`` for the best that the network allows, ``statistics`` for the best that
             leaves training as it is, ``all`` for all that the network allows, ``unchanged`` for those of them that do
             not train over changed inputs.
+        keep: whether a strategy may be taken for these words that looks at the input beside the network.
 
     Raises:
         ContinualError: for a strategy that there is not, or that the network or the task does not allow.
@@ -46,6 +55,7 @@ def choose_strategies(module: LightningModule, state: ContinualState, task: Task
         check_strategies([wanted])
     reason, possible = _possible(module, state, task)
     if wanted in CHOICES:
+        possible = [name for name in possible if keep == "beside" or not STRATEGIES[name].beside]
         return _chosen(module, state, task, wanted, possible, reason)
     if wanted not in possible:
         needs = NEEDS.get(STRATEGIES[wanted].needs, "")
@@ -65,13 +75,13 @@ def choose_strategies(module: LightningModule, state: ContinualState, task: Task
 def _chosen(
     module: LightningModule, state: ContinualState, task: Task, wanted: str, possible: list[str], reason: str
 ) -> tuple[str, ...]:
-    """The strategies that work of those that are possible: the first for ``auto`` and ``statistics``, else all."""
-    order = ORDER[1:] if wanted == "statistics" else ORDER
+    """The strategies that work of those that are possible: the first two for ``auto`` and ``statistics``, else all."""
+    order = [name for name in ORDER if wanted != "statistics" or not trained_heads([STRATEGIES[name]])]
     several = wanted in ("all", "unchanged")
     names = [name for name in order if name in possible]
     if several:
         others = (n for n in possible if wanted == "all" or not changes_input(STRATEGIES[n]))
-        names = list(dict.fromkeys([*names[:1], *others]))
+        names = list(dict.fromkeys([*names, *others]))
     if several and names and not rehearse(module, state, task, TaskInference(tuple(names))):
         return tuple(names)
     chosen: list[str] = []
@@ -79,7 +89,7 @@ def _chosen(
         failure = rehearse(module, state, task, TaskInference((name,)))
         if not failure:
             chosen.append(name)
-            if not several:
+            if len(chosen) == CANDIDATES and not several:
                 break
         else:
             reason = f"{name} does not work: {failure}"
@@ -131,3 +141,57 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     has["samples"] = bool(sites.hidden) and x.ndim > 1 and x[0].numel() > 1
     has["square"] = has["samples"] and x.ndim > 2 and x.shape[-1] == x.shape[-2]
     return "", [name for name, strategy in STRATEGIES.items() if has[strategy.needs]]
+
+
+def prepare(
+    module: LightningModule,
+    state: ContinualState,
+    task: Task,
+    wanted: str,
+    *,
+    keep: Keep = "beside",
+    budget: int = BUDGET,
+    seed: int = 0,
+) -> None:
+    """Chooses strategies where the ledger has none yet, else tries those chosen.
+
+    Args:
+        module: the network.
+        state: of it, with the task begun.
+        task: the current one.
+        wanted: as for :func:`choose_strategies`, like ``keep``.
+        keep: likewise.
+        budget: how many numbers a strategy that keeps state over tasks may keep.
+        seed: what such a strategy draws depends on.
+    """
+    known = inference_of(state.ledger)
+    if known is None or not known.strategies:  # a first task without classes chooses none
+        names = choose_strategies(module, state, task, wanted, keep)
+        known = TaskInference(names, budget=budget, seed=seed, votes={} if wanted in CHOICES else None)
+        if names and forward_is_told(module, state, task):
+            leave_out(state, known, task, _TOLD)
+        keep_inference(state.ledger, known)
+    elif task.classes is not None and (alone := unseen(state, task)) is not None:
+        state.tell(
+            f"Task '{task.name}' cannot be inferred: '{alone}' runs for it as it does not for earlier tasks, so no"
+            " forward pass shows all of them. Name this task where it is predicted."
+        )
+    elif task.classes is not None and state.ledger.phase == "learn":
+        done = task.name in known.left_out
+        told = not done and forward_is_told(module, state, task)
+        failure = "" if done else _TOLD if told else rehearse(module, state, task, known)
+        if failure:
+            leave_out(state, known, task, failure)
+
+
+def leave_out(state: ContinualState, inference: TaskInference, task: Task, reason: str) -> None:
+    """Notes that a task is not inferred, and says why."""
+    inference.left_out.append(task.name)
+    keep_inference(state.ledger, inference)
+    warn(f"Task '{task.name}' will not be inferred: {reason}", ContinualWarning)
+
+
+_TOLD = (
+    "its evaluate= tells the forward pass more than the input, such as which task it is, and without that its outputs"
+    " are others. Name this task where it is predicted."
+)

@@ -13,7 +13,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarning, warn
-from lightning_cf.learner.accumulating import accumulate
+from lightning_cf.learner.accumulating import accumulate, elect
 from lightning_cf.learner.labels import Kept, positions_of
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule
@@ -77,6 +77,9 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState, *,
     if known is not None and training is not None and held_out is not None:
         _begin_untrained(inference, known, training)
         inference.learn(known, training, held_out[0], sealed=sealed)
+        if sealed:
+            with isolated_generators():
+                elect(module, task, inference, task.judging_batches())
     elif sealed:
         inference.forget_training()
     keep_inference(state.ledger, inference)

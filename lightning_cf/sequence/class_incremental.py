@@ -108,7 +108,8 @@ def score_strategies(
         kept = StrategyScores.from_dict(scores[name]) if name in scores else StrategyScores()
         kept.rows.append(Scored(accuracy, told, auroc))
         kept.stored_floats = inference.stored_floats(name)
-        scores[name] = asdict(kept)
+        scores.pop(name, None)
+        scores[name] = asdict(kept)  # the one that predicts comes first
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class InputAutoencoder(Strategy):
         steps: of Adam.
     """
 
-    name, raw, needs = "input_autoencoder", True, "inputs"
+    name, raw, needs, beside = "input_autoencoder", True, "inputs", True
 
     def __init__(self, width: int = 32, steps: int = 600) -> None:
         self.width, self.steps = width, steps

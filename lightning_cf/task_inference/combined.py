@@ -28,6 +28,7 @@ class Sum(Strategy):
         self.name = name  # type: ignore[misc]
         self.parts = list(parts)
         self.needs = next((part.needs for part in parts if part.needs), "")  # type: ignore[misc]
+        self.beside = any(part.beside for part in parts)  # type: ignore[misc]
         self.variants = tuple(dict.fromkeys(name for part in parts for name in part.variants))
 
     def keep(

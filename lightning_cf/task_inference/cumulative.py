@@ -30,6 +30,8 @@ class Cumulative(Strategy):
     raw = True
     at_rest: tuple[str, ...] = ("sums.",)
     """With what the names begin of what no score needs; it stays on the CPU."""
+    familiar: float = float("inf")
+    """What is as familiar as this is not unknown, whatever held-out data say: some of them may have been trained on."""
 
     def begin(self, seen: Readout, sites: Sites, generator: torch.Generator, budget: int) -> dict[str, Tensor]:
         """What is found once, on some of the first task's data.
@@ -90,8 +92,9 @@ class Cumulative(Strategy):
 def task_scores(outputs: Float[Tensor, "batch classes"], tasks: Sequence[Int64[Tensor, "_"]]) -> TaskScores:
     """The logarithm of each task's probability: its classes' together, of a softmax over all of them.
 
-    >>> task_scores(torch.tensor([[0.0, 0.0, 0.0]]), [torch.tensor([0, 1]), torch.tensor([2])]).exp().tolist()
-    [[0.6666666865348816, 0.3333333432674408]]
+    >>> scores = task_scores(torch.zeros(1, 4), [torch.tensor([0, 1, 2]), torch.tensor([3])])
+    >>> [round(float(score), 4) for score in scores.exp()[0]]
+    [0.75, 0.25]
 
     Args:
         outputs: of all classes.
@@ -137,15 +140,28 @@ def gathered(
 
 
 def calibrated(
-    strategy: Cumulative, shared: Shared, sites: Sites, known: Known, held_out: Iterable[Readout]
+    strategy: Cumulative,
+    shared: Shared,
+    sites: Sites,
+    columns: Int64[Tensor, "classes"],
+    held_out: Iterable[Readout],
 ) -> Float[Tensor, "3"]:
-    """Mean, deviation and threshold of how familiar a task's held-out data look."""
+    """Mean, deviation and threshold of how familiar a task's held-out data look.
+
+    Args:
+        strategy: whose it is.
+        shared: what it keeps, with this task.
+        sites: where the first task's scores look.
+        columns: all classes that it knows.
+        held_out: what the network shows of the data.
+    """
     found = []
     for seen in held_out:
-        near, own = _moved(strategy, shared, seen), known.sites.outputs.to(seen.outputs.device)
-        found.append(strategy.familiarity(near, strategy.outputs(near, seen, sites, own), own))
+        near, here = _moved(strategy, shared, seen), columns.to(seen.outputs.device)
+        found.append(strategy.familiarity(near, strategy.outputs(near, seen, sites, here), here))
     values = torch.cat(found)
-    return torch.stack([values.mean(), values.std(correction=0).clamp_min(1e-6), values.quantile(REJECTED)])
+    threshold = values.quantile(REJECTED).clamp_max(strategy.familiar)
+    return torch.stack([values.mean(), values.std(correction=0).clamp_min(1e-6), threshold])
 
 
 def infer_together(strategy: Cumulative, shared: Shared, tasks: Sequence[Known], readout: Readout) -> Inferred:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.network.finite import not_finite, rows_finite
+from lightning_cf.network.finite import not_finite
 from lightning_cf.task_inference.cumulative import (
     Cumulative,
     Labelled,
@@ -21,6 +21,7 @@ from lightning_cf.task_inference.cumulative import (
     infer_together,
 )
 from lightning_cf.task_inference.known import Known
+from lightning_cf.task_inference.packing import packed, unpacked
 from lightning_cf.task_inference.prediction import Inferred, Prediction
 from lightning_cf.task_inference.read_variants import read_all, variants_of
 from lightning_cf.task_inference.readout import Readout, View
@@ -39,7 +40,7 @@ class TaskInference:
     """Knows, of each task that was sealed, what its inputs look like to its sub-network.
 
     Attributes:
-        strategies: names of those that are fitted; the first one predicts.
+        strategies: names of those that are fitted; the first one predicts (see :meth:`elect`).
         tasks: what is kept of each, in the order in which they were learned.
         unit: the variance of the first task's input, in which residuals are measured; 0 before it is known.
         training: by head (see ``trained``), what is trained with the current task.
@@ -48,6 +49,9 @@ class TaskInference:
         left_out: names of tasks that turned out, before they trained, not to be such as can be inferred.
         shared: by strategy, what one that keeps state over tasks keeps of all of them (see ``cumulative``).
         budget: how many numbers such a strategy may keep.
+        seed: what it draws depends on.
+        votes: where the one that predicts is to be chosen, of how many held-out samples each told the task, and
+            under no name how many there were; else None.
     """
 
     strategies: tuple[str, ...]
@@ -59,6 +63,8 @@ class TaskInference:
     left_out: list[str] = field(default_factory=list)
     shared: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     budget: int = BUDGET
+    seed: int = 0
+    votes: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         check_strategies(self.strategies)
@@ -129,7 +135,6 @@ class TaskInference:
         known: Known,
         training: Callable[[Sites], Iterator[Labelled]],
         held_out: Callable[[Sites], Iterable[Readout]],
-        seed: int = 0,
     ) -> None:
         """Adds a task to what strategies keep of all tasks together; to be called before :meth:`learn`.
 
@@ -140,20 +145,43 @@ class TaskInference:
             known: the task.
             training: gives its training data from the start: what the network shows of a batch, and output columns.
             held_out: what the network shows of held-out data, which calibrates.
-            seed: what is drawn depends on, with the first task's name.
         """
-        first = self.tasks[0] if self.tasks and self.tasks[0].name != known.name else known
+        tasks = [*(task for task in self.tasks if task.name != known.name), known]
+        first, columns = tasks[0], torch.cat([task.sites.outputs for task in tasks])
         before = next((task for task in self.tasks if task.name == known.name), known)
         for strategy in cumulative(STRATEGIES[name] for name in self.strategies):
             name = strategy.name
             if first is not known and name in before.calibration:
                 known.calibration[name] = before.calibration[name]
                 continue
-            generator = keyed_generator(seed, first.name, "features")
+            generator = keyed_generator(self.seed, first.name, "features")
             kept_before = {} if first is known else self.shared[name]
             own = gathered(strategy, kept_before, first.sites, training(first.sites), generator, self.budget)
-            known.calibration[name] = kept(calibrated(strategy, own, first.sites, known, held_out(first.sites)))
+            known.calibration[name] = kept(calibrated(strategy, own, first.sites, columns, held_out(first.sites)))
             self.shared[name] = {key: kept(value) for key, value in own.items()}
+
+    def elect(self, held_out: Iterable[Readout]) -> None:
+        """Puts that strategy first which told the task of the most held-out samples, over all seals so far.
+
+        One that came before stays where another told no more than chance might: two standard deviations.
+
+        Args:
+            held_out: what the network shows of held-out data of the task that was learned last.
+        """
+        votes = self.votes
+        if votes is None or len(self.tasks) < 2 or len(self.strategies) < 2:
+            return
+        for readout in held_out:
+            for name in self.strategies:
+                told = self.infer(readout, name).scores.argmax(dim=1) == len(self.tasks) - 1
+                votes[name] = votes.get(name, 0) + int(told.sum())
+            votes[""] = votes.get("", 0) + len(readout.outputs)
+        best = self.strategies[0]
+        for name in self.strategies:
+            mistakes = 2 * votes[""] - votes[name] - votes[best]
+            if votes[name] - votes[best] > 2 * mistakes**0.5:
+                best = name
+        self.strategies = (best, *(name for name in self.strategies if name != best))
 
     def infer(self, readout: Readout, strategy: str | None = None) -> Inferred:
         """Scores every known task; in float32, in whatever precision the network ran.
@@ -210,7 +238,9 @@ class TaskInference:
             strategy: another one than the first.
             none: samples that are none of the known, whatever they look like.
         """
-        inferred = self._without(self.infer(readout, strategy), readout, none)
+        own = torch.cat([task.sites.outputs for task in self.tasks]).to(readout.outputs.device)
+        given = [readout.outputs[:, own], *([] if readout.inputs is None else [readout.inputs])]
+        inferred = self.infer(readout, strategy).without(given, none)
         batch, none_of = len(inferred.scores), len(self.tasks)
         best = inferred.probabilities.argmax(dim=1)
         known = best.clamp_max(none_of - 1)
@@ -222,24 +252,6 @@ class TaskInference:
             probabilities.index_add_(1, columns, inferred.probabilities[:, number : number + 1] * within)
         tasks = best.masked_fill(best == none_of, -1)
         return Prediction(classes, probabilities, tasks, inferred.scores.amax(dim=1))
-
-    def _without(self, found: Inferred, readout: Readout, none: Tensor | None) -> Inferred:
-        """The same scores; what is not finite has a probability of one for none, and no other."""
-        own = torch.cat([task.sites.outputs for task in self.tasks]).to(readout.outputs.device)
-        parts = [readout.outputs[:, own], found.probabilities, *([] if readout.inputs is None else [readout.inputs])]
-        strange = ~rows_finite(parts)
-        strange = strange if none is None else strange | none.to(strange.device)
-        if not bool(strange.any()):
-            return found
-        certain = torch.zeros_like(found.probabilities[0])
-        certain[-1] = 1
-        here = strange[:, None]
-        return replace(
-            found,
-            scores=found.scores.masked_fill(here, -torch.inf),
-            probabilities=torch.where(here, certain, found.probabilities),
-            within=tuple(torch.where(here, 0, within) for within in found.within),
-        )
 
     def read(
         self,
@@ -276,25 +288,9 @@ class TaskInference:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is kept, as tensors and plain containers that ``torch.load(weights_only=True)`` reads."""
-        return {
-            "strategies": list(self.strategies),
-            "unit": self.unit,
-            "training_sites": None if self.training_sites is None else self.training_sites.state_dict(),
-            "training_task": self.training_task,
-            "left_out": list(self.left_out),
-            "budget": self.budget,
-            "shared": {name: {k: kept(v) for k, v in shared.items()} for name, shared in self.shared.items()},
-            "training": {name: {k: kept(v) for k, v in t.items()} for name, t in self.training.items()},
-            "tasks": [task.state_dict() for task in self.tasks],
-        }
+        return packed(vars(self))
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> TaskInference:
         """Makes again, on the CPU, what :meth:`state_dict` described; also what older versions did."""
-        tasks = [Known.from_state_dict(task) for task in state["tasks"]]
-        training = {name: {k: v.cpu() for k, v in trained.items()} for name, trained in state["training"].items()}
-        sites = None if state["training_sites"] is None else Sites.from_state_dict(state["training_sites"])
-        of, left_out = state.get("training_task", ""), list(state.get("left_out", ()))
-        shared = {name: {k: v.cpu() for k, v in values.items()} for name, values in state.get("shared", {}).items()}
-        budget = state.get("budget", BUDGET)
-        return cls(tuple(state["strategies"]), tasks, state["unit"], training, sites, of, left_out, shared, budget)
+        return cls(**unpacked(state))

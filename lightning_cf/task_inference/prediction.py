@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from jaxtyping import Float, Int64
+import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+
+from lightning_cf.network.finite import rows_finite
 
 
 class Prediction(NamedTuple):
@@ -40,3 +44,24 @@ class Inferred:
     probabilities: Float[Tensor, "batch tasks_and_none"]
     classes: Int64[Tensor, "batch tasks"]
     within: tuple[Float[Tensor, "batch _"], ...]
+
+    def without(self, given: Sequence[Float[Tensor, "batch _"]], none: Bool[Tensor, "batch"] | None) -> Inferred:
+        """The same scores; what is not finite has a probability of one for none, and no other.
+
+        Args:
+            given: what must be finite beside the probabilities.
+            none: samples that are none of the known, whatever they look like.
+        """
+        strange = ~rows_finite([*given, self.probabilities])
+        strange = strange if none is None else strange | none.to(strange.device)
+        if not bool(strange.any()):
+            return self
+        certain = torch.zeros_like(self.probabilities[0])
+        certain[-1] = 1
+        here = strange[:, None]
+        return replace(
+            self,
+            scores=self.scores.masked_fill(here, -torch.inf),
+            probabilities=torch.where(here, certain, self.probabilities),
+            within=tuple(torch.where(here, 0, within) for within in self.within),
+        )

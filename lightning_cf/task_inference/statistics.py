@@ -174,6 +174,7 @@ class InputGaussian(Strategy):
 
     name: ClassVar[str] = "input_gaussian"
     raw: ClassVar[bool] = True
+    beside: ClassVar[bool] = True
     needs = "inputs"
 
     def fit(self, view: View, labels: Int64[Tensor, "samples"], classes: int, held_out: View) -> dict[str, Tensor]:
@@ -197,7 +198,7 @@ class InputSubspaces(Strategy):
         rank: directions of each cluster.
     """
 
-    name, raw, needs = "input_subspaces", True, "inputs"
+    name, raw, needs, beside = "input_subspaces", True, "inputs", True
 
     def __init__(self, clusters: int = 1, rank: int = 16) -> None:
         self.clusters, self.rank = clusters, rank

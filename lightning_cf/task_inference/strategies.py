@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,6 +17,10 @@ Fitted = Mapping[str, Tensor]
 
 CHOICES = ("auto", "statistics", "unchanged", "all")
 """What may stand for a strategy's name."""
+
+Keep = Literal["beside", "within"]
+KEPT: tuple[Keep, ...] = ("beside", "within")
+"""What may be kept: also what looks at the input beside the network, or of its own units and outputs alone."""
 
 NEEDS = {
     "chain": "a first layer that is linear and reads the input itself",
@@ -45,6 +49,7 @@ class Strategy(ABC):
             brought to mean 0 and deviation 1 over held-out data of its own.
         needs: "", or what of the network and the data the strategy cannot do without: "inputs", "hidden", "first",
             "chain", "samples" or "square" (``NEEDS`` says what each means).
+        beside: whether it looks at the input beside the network.
         variants: names of the changes of the input (``variants.VARIANTS``) that its score looks at, beside the input
             as it stands; each is a further forward pass at test time.
         parts: the strategies that it consists of.
@@ -53,6 +58,7 @@ class Strategy(ABC):
     name: ClassVar[str]
     raw: ClassVar[bool] = False
     needs: ClassVar[str] = ""
+    beside: ClassVar[bool] = False
     variants: tuple[str, ...] = ()
     parts: Sequence[Strategy] = ()
 

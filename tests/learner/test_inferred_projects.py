@@ -65,12 +65,12 @@ def test_the_wrapper_alone_knows_every_task_that_was_fitted():
 def test_a_head_trains_on_after_a_partition_at_a_fit_s_end():
     module, (task, _) = ContinualModule(Net()), pair()
     module.add_task(task)
-    callbacks = [*three(after=1.0), TaskInferenceCallback("auto")]
+    callbacks = [*three(after=1.0), TaskInferenceCallback("reconstruction_logits")]
     fit(module, task, callbacks, 4)
     inference = inference_of(module.ledger)
     assert inference.tasks[0].fitted.keys() == {"reconstruction_logits"}
     assert inference.training.keys() == {"reconstruction"}
-    fit(module, task, [*three(after=1.0), TaskInferenceCallback("auto")], 4)
+    fit(module, task, [*three(after=1.0), TaskInferenceCallback("reconstruction_logits")], 4)
     assert inference_of(module.ledger).training == {}
     assert right(module, [0, 1]) > 0.8
 
@@ -268,7 +268,7 @@ def test_auto_takes_no_head_where_batches_have_no_labels_to_train_it_on():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*never trained")
         module = learned(Soft(), [task])
-    assert inference_of(module.ledger).strategies == ("subspaces",)
+    assert inference_of(module.ledger).strategies == ("lda", "subspaces")
 
 
 def test_the_runner_takes_a_strategy_of_one_s_own(tmp_path, monkeypatch):

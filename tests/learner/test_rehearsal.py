@@ -87,7 +87,7 @@ def test_attention_in_one_weight_is_inferred_in_a_runner_with_default_options(ki
     module = NETWORKS[kind]()
     result = run(module, pair(), tmp_path)
     assert [known.name for known in inference_of(module.ledger).tasks] == ["a", "b"]
-    assert result.strategies.keys() == {"subspaces"}
+    assert result.strategies.keys() == {"lda", "subspaces"}
     x, _ = points([0, 1])
     together, alone = module.predict(x[:3]), [module.predict(x[n : n + 1]) for n in range(3)]
     # As many samples as tokens: only a trial with another number tells which axis is which.
@@ -250,7 +250,7 @@ def test_a_head_of_the_task_before_is_not_trained_on_with_the_next_one():
     for task in sequence:
         module.add_task(task)
     for task in sequence:  # the partition comes at the fit's end, and the next task's start is the seal
-        fit(module, task, [*three(after=1.0), TaskInferenceCallback("auto"), Sees()], 2)
+        fit(module, task, [*three(after=1.0), TaskInferenceCallback("reconstruction_logits"), Sees()], 2)
     steps = len(seen) // 2
     assert seen[0] == seen[steps] == 0.0  # it begins at zero
     assert seen[steps - 1] > 0.0

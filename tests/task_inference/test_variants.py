@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_cf.task_inference.variants import VARIANTS, changed, differs, exchanged, mirrored, permuted, strange
+from lightning_cf.task_inference.variants import (
+    ROTATIONS,
+    changed,
+    differs,
+    exchanged,
+    mirrored,
+    permuted,
+    strange,
+)
 
 SHAPES = [(6,), (1, 8, 8), (3, 6, 4), (5, 9), (2, 3, 4, 5), (2,)]
 
@@ -107,5 +115,6 @@ def test_rotations_turn_the_last_two_dimensions_of_the_first_tensor():
     turned, labels = changed([x, y], "rotated_90")
     assert torch.equal(turned, x.rot90(1, (2, 3)))
     assert labels is y
-    for name, quarters in zip(VARIANTS, (1, 2, 3), strict=True):
+    for name, quarters in zip(ROTATIONS, (1, 2, 3), strict=True):
         assert torch.equal(changed(x, name), x.rot90(quarters, (2, 3)))
+    assert torch.equal(changed((x, y), "mirrored")[0], x.flip(3))

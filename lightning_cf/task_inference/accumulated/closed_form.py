@@ -49,8 +49,9 @@ def ridge(sums: Sums, shrinkage: float) -> Linear:
     """Ridge regression onto one-hot labels, each class weighed alike (Zhuang et al. 2022, ACIL)."""
     number, means, mean = _means(sums)
     covariance = sums.square() * STEP**2 / number - torch.outer(mean, mean)
-    weight = _solved(covariance, shrinkage, (means - mean).T) / len(sums.classes)
-    return Linear(torch.tensor(sums.classes), weight.float(), (-mean @ weight + 1 / len(sums.classes)).float())
+    share = 1 / len(sums.classes)
+    weight = _solved(covariance, shrinkage, (means - mean).T) * share
+    return Linear(torch.tensor(sums.classes), weight.float(), (-mean @ weight + share).float())
 
 
 def _means(sums: Sums) -> tuple[float, Float[Tensor, "classes features"], Float[Tensor, "features"]]:
@@ -74,13 +75,54 @@ def _solved(
     return torch.cholesky_solve(wanted, torch.linalg.cholesky(covariance))
 
 
-def spread(linear: Linear, sums: Sums) -> tuple[Float[Tensor, "classes"], Float[Tensor, "classes"]]:
-    """Mean and deviation of each class's output over the samples of that class, from the sums alone.
+@dataclass(frozen=True)
+class Familiarity:
+    """How much better a sample suits its nearest class than the Gaussian over all classes together.
 
-    The deviation is that of the covariance within classes, which all share.
+    The relative Mahalanobis distance (Ren et al. 2021) within the directions that part the classes, where it depends on
+    the outputs of :func:`discriminant` alone.
+
+    Attributes:
+        mixing: of these outputs, the classes' share in the overall covariance.
+        half: what their biases hold of each class's own size.
+        middle: for samples of each class, what is to be expected.
+        deviation: likewise.
     """
-    means = _means(sums)[1]
-    weight = linear.weight.double()
-    middle = (means * weight.T).sum(dim=1) + linear.bias.double()
-    deviation = ((_within(sums) @ weight) * weight).sum(dim=0).clamp_min(1e-12).sqrt()
-    return middle.float(), deviation.float()
+
+    mixing: Float[Tensor, "classes classes"]
+    half: Float[Tensor, "classes"]
+    middle: Float[Tensor, "classes"]
+    deviation: Float[Tensor, "classes"]
+
+    @classmethod
+    def of(cls, sums: Sums, shrinkage: float) -> Familiarity:
+        """From the sums alone, less what a classifier owes to the very samples that were summed.
+
+        With ``df`` effective parameters (Hastie et al. 2009, 5.4) deviations of further samples are larger by about
+        ``1 / (1 - df / samples)``, and a class's own output is smaller by about ``df`` over its samples.
+        """
+        number, means, mean = _means(sums)
+        centred, counts, within = means - mean, sums.counts.double(), _within(sums)
+        added = shrinkage * float(within.diagonal().mean().clamp_min(1e-12))
+        shrunk = within + added * torch.eye(len(within), dtype=torch.float64)
+        lower = torch.linalg.cholesky(shrunk)
+        weight = torch.cholesky_solve(centred.T, lower)
+        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=torch.float64), upper=False)
+        effective = float(len(within) - added * inverse.square().sum())
+        own = centred @ weight
+        half = own.diagonal() / 2
+        mixing = torch.linalg.inv(torch.diag(number / counts) + own)
+        between = weight.T @ within @ weight / max(1 - effective / number, 0.1) ** 2
+        middle = 2 * (own.diagonal() - half - effective / counts) - ((own @ mixing) * own).sum(dim=1)
+        slope = 2 * torch.eye(len(own), dtype=torch.float64) - 2 * own @ mixing
+        curved = mixing @ between
+        variance = ((slope @ between) * slope).sum(dim=1) + 2 * (curved @ curved).trace()
+        found = mixing, half, middle - curved.trace(), variance.clamp_min(1e-12).sqrt()
+        return cls(*(each.float() for each in found))
+
+    def __call__(self, outputs: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch"]:
+        """For outputs of the discriminant; in deviations from what is to be expected of the nearest class."""
+        largest, best = outputs.max(dim=1)
+        along = outputs + self.half
+        found: Tensor = 2 * largest - ((along @ self.mixing) * along).sum(dim=1)
+        return (found - self.middle[best]) / self.deviation[best]

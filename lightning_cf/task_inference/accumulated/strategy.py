@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lightning_cf.errors import check_choice, check_number
-from lightning_cf.task_inference.accumulated.closed_form import Linear, discriminant, ridge, spread
+from lightning_cf.task_inference.accumulated.closed_form import Familiarity, Linear, discriminant, ridge
 from lightning_cf.task_inference.accumulated.sums import Sums, packed, products, rounded, unpacked
 from lightning_cf.task_inference.cumulative import Cumulative, Shared
 from lightning_cf.task_inference.features.base import Features, inner
@@ -18,8 +18,8 @@ from lightning_cf.task_inference.sites import Sites
 FORMS = {"lda": discriminant, "ridge": ridge}
 """The classifiers in closed form, by name."""
 
-SHRINKAGE = {"lda": 0.03, "ridge": 0.03}
-"""How far their covariance is shrunk where nobody says; found on validation data of Split-Digits and Split-MNIST."""
+SHRINKAGE = 0.03
+"""Times features over samples: how far a covariance is shrunk where nobody says; the fewer samples, the further."""
 
 SHARPNESS = {"lda": 1.0, "ridge": 10.0}
 """By what outputs are multiplied before a softmax: regression's lie between 0 and 1."""
@@ -41,7 +41,8 @@ class Accumulated(Cumulative):
         form: ``"lda"`` or ``"ridge"``.
         features: what it sees of an input; default what suits the input's kind
             (:func:`~lightning_cf.task_inference.features.by_medium.by_medium`), within the budget.
-        shrinkage: of the covariance, towards a multiple of the identity, as a share of its mean variance.
+        shrinkage: of the covariance, towards a multiple of the identity, as a share of its mean variance. Default: what
+            the features say, else :data:`SHRINKAGE` times features over samples.
     """
 
     def __init__(
@@ -55,13 +56,17 @@ class Accumulated(Cumulative):
         self.name = name  # type: ignore[misc]
         self.form = check_choice(name, "form", form, tuple(FORMS))
         self.features = features
-        self.shrinkage = SHRINKAGE[form] if shrinkage is None else check_number(name, "shrinkage", shrinkage, above=0.0)
+        self.shrinkage = None if shrinkage is None else check_number(name, "shrinkage", shrinkage, above=0.0)
+        self.familiar = -4.0 if form == "lda" else float("inf")  # in deviations, which have long tails
+        self.beside = features is None or features.beside  # type: ignore[misc]
         self.variants = () if features is None else features.variants
 
     def begin(self, seen: Readout, sites: Sites, generator: torch.Generator, budget: int) -> dict[str, Tensor]:
         """What the features keep, and mean and deviation of each on these data."""
         kept = {"budget": torch.tensor(budget)}
         features = self._features(kept, seen)
+        if features.shrinkage is not None:
+            kept["shrinkage"] = torch.tensor(features.shrinkage)
         fixed = features.begin(seen, sites, generator)
         rows = features.of(fixed, seen, sites)
         deviation = rows.std(dim=0, correction=0)
@@ -79,16 +84,20 @@ class Accumulated(Cumulative):
         return {**shared, **{f"open.{n}": x if n not in before else x + before[n] for n, x in found.items()}}
 
     def close(self, shared: Shared) -> Shared:
-        """The classifier, solved; and how its outputs lie for data of their own class."""
+        """The classifier, solved; and what makes a sample familiar."""
         found = Sums.of(**inner(shared, "open"))
         kept = inner(shared, "sums")
         sums = unpacked(kept) + found if kept else found
         shared = {name: value for name, value in shared.items() if not name.startswith("open.")}
-        linear = FORMS[self.form](sums, self.shrinkage)
-        middle, deviation = spread(linear, sums)
+        shrinkage = self.shrinkage
+        if shrinkage is None:
+            by_size = SHRINKAGE * sums.features / max(1, int(sums.counts.sum()))
+            shrinkage = float(shared.get("shrinkage", min(by_size, 1.0)))
+        linear = FORMS[self.form](sums, shrinkage)
+        familiar = {} if self.form == "ridge" else vars(Familiarity.of(sums, shrinkage))
         solved = {"order": linear.classes, "weight": linear.weight, "bias": linear.bias}
         named = {f"sums.{name}": value for name, value in packed(sums).items()}
-        return {**shared, **named, **solved, "middle": middle, "deviation": deviation}
+        return {**shared, **named, **solved, **{f"familiar.{name}": value for name, value in familiar.items()}}
 
     def outputs(
         self, shared: Shared, seen: Readout, sites: Sites, columns: Int64[Tensor, "classes"]
@@ -101,11 +110,9 @@ class Accumulated(Cumulative):
     def familiarity(
         self, shared: Shared, outputs: Float[Tensor, "batch classes"], columns: Int64[Tensor, "classes"]
     ) -> Float[Tensor, "batch"]:
-        """The largest output, against those that its class's own training data have, in their deviations."""
-        largest, best = outputs.max(dim=1)
-        at = _places(shared["order"], columns)[best]
-        sharpness = SHARPNESS[self.form]
-        return (largest / sharpness - shared["middle"][at]) / shared["deviation"][at]
+        """How much better a sample suits its nearest class than all together; its largest output for ridge."""
+        kept = inner(shared, "familiar")
+        return Familiarity(**kept)(outputs[:, _places(columns, shared["order"])]) if kept else outputs.amax(dim=1)
 
     def _features(self, shared: Shared, seen: Readout) -> Features:
         return by_medium(seen, int(shared["budget"])) if self.features is None else self.features

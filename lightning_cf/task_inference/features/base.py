@@ -25,9 +25,13 @@ class Features(ABC):
 
     Attributes:
         variants: names of the changes of the input (``variants.VARIANTS``) whose readouts they look at too.
+        shrinkage: how far to shrink their covariance, where that is known of them.
+        beside: whether they look at the input beside the network.
     """
 
     variants: tuple[str, ...] = ()
+    shrinkage: float | None = None
+    beside: bool = True
 
     def begin(self, seen: Readout, sites: Sites, generator: torch.Generator) -> dict[str, Tensor]:
         """What to keep of the first task's data, found once.
@@ -65,6 +69,8 @@ class Joined(Features):
         for part in parts:
             self.parts += part.parts if isinstance(part, Joined) else [part]
         self.variants = tuple(dict.fromkeys(name for part in self.parts for name in part.variants))
+        self.beside = any(part.beside for part in self.parts)
+        self.shrinkage = max((part.shrinkage for part in self.parts if part.shrinkage is not None), default=None)
 
     def begin(self, seen: Readout, sites: Sites, generator: torch.Generator) -> dict[str, Tensor]:
         """What each part keeps, by its number."""

@@ -15,6 +15,10 @@ SMALLEST = 6
 """Images of fewer pixels on a side are seen as they are."""
 
 
+PLAIN = 1024
+"""Of grey images, more features than so many are a random layer's behind those of the patches."""
+
+
 def width_for(budget: int, classes: int) -> int:
     """How many features sums may have so that all that is kept stays within a budget of numbers.
 
@@ -49,7 +53,9 @@ def by_medium(seen: Readout, budget: int) -> Features:
     if len(leaves) == 1 and not x.is_floating_point() and x.dtype != torch.bool and x.ndim == 2:
         return HashedNgrams((max(1, width // 9), max(1, width * 4 // 9), max(1, width * 4 // 9)))
     if len(leaves) == 1 and x.is_floating_point() and x.ndim == 4 and min(x.shape[2:]) >= SMALLEST:
-        return _patches(x.shape[1], min(x.shape[2:]), width)
+        grey = x.shape[1] == 1
+        bank = _patches(x.shape[1], min(x.shape[2:]), min(width, PLAIN) if grey else width)
+        return RandomFeatures(width, bank) if grey and width > PLAIN else bank
     return RandomFeatures(width)
 
 

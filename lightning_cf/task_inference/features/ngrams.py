@@ -25,6 +25,8 @@ class HashedNgrams(Features):
         padding: a token that does not count, if there is one.
     """
 
+    shrinkage = 0.3
+
     def __init__(self, bins: Sequence[int] = (256, 1024, 1024), *, padding: int | None = None) -> None:
         self.bins = [check_count("HashedNgrams", "bins", each) for each in bins]
         self.padding = padding

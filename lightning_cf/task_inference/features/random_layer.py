@@ -34,7 +34,7 @@ class RandomFeatures(Features):
         self.width = check_count("RandomFeatures", "width", width)
         self.behind = Values() if behind is None else behind
         self.seed = check_count("RandomFeatures", "seed", seed, least=0)
-        self.variants = self.behind.variants
+        self.variants, self.beside = self.behind.variants, self.behind.beside
 
     def begin(self, seen: Readout, sites: Sites, generator: torch.Generator) -> dict[str, Tensor]:
         """The mean of each value that is read, and the deviation of all of them."""

@@ -25,6 +25,8 @@ class FirstUnits(Features):
         mirrored: whether to average over the input and its mirror image, another forward pass.
     """
 
+    beside = False
+
     def __init__(self, grid: int = 2, *, mirrored: bool = False) -> None:
         self.grid = check_count("FirstUnits", "grid", grid)
         self.variants = (MIRRORED,) if check_flag("FirstUnits", "mirrored", mirrored) else ()
