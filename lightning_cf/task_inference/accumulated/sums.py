@@ -39,7 +39,7 @@ class Sums:
     """What is kept of a task's features: enough for any linear classifier in closed form, and no sample.
 
     Attributes:
-        classes: numbers of the classes, in the order in which they first came.
+        classes: numbers of the classes, in ascending order.
         gram: the upper triangle of the sum of outer products, row after row.
         totals: for each class the sum of its features.
         counts: for each class how many samples it had.
@@ -83,7 +83,7 @@ class Sums:
 
     def __add__(self, other: Sums) -> Sums:
         """The sums of both; classes that both have are one."""
-        classes = list(dict.fromkeys([*self.classes, *other.classes]))
+        classes = sorted({*self.classes, *other.classes})
         totals, counts = torch.zeros(len(classes), self.features, dtype=torch.long), torch.zeros(len(classes)).long()
         for part in (self, other):
             places = torch.tensor([classes.index(label) for label in part.classes], dtype=torch.long)

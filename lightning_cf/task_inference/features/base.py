@@ -107,7 +107,7 @@ class Custom(Features):
                 f"task_inference: the features' function must give a tensor of one row a sample, {len(seen.outputs)}"
                 f" here; it gave {found}."
             )
-        return rows.flatten(1).float()
+        return rows.reshape(len(rows), -1).float()
 
 
 class Values(Features):
@@ -115,7 +115,7 @@ class Values(Features):
 
     def of(self, fixed: Fixed, seen: Readout, sites: Sites) -> Rows:
         """The input's values, one flat row a sample."""
-        return torch.cat([leaf.float().flatten(1) for leaf in leaves_of(seen)], dim=1)
+        return torch.cat([leaf.float().reshape(len(leaf), -1) for leaf in leaves_of(seen)], dim=1)
 
 
 def leaves_of(seen: Readout) -> list[Tensor]:

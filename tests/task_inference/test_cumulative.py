@@ -1,0 +1,124 @@
+"""Strategies that keep state over tasks: what each task adds, and which strategy predicts."""
+
+import pytest
+import torch
+from clouds import Net, clouds, points
+from learning import fit, three
+
+from lightning_cf import ContinualModule, TaskInferenceCallback
+from lightning_cf.learner.inferring import inference_of
+from lightning_cf.task_inference import Cumulative, Known, Readout, Sites, TaskInference
+from lightning_cf.task_inference.accumulated.sums import unpacked
+from lightning_cf.task_inference.cumulative import task_scores
+from lightning_cf.task_inference.features.base import inner
+from lightning_cf.task_inference.prediction import Inferred
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*and so it is with random weights", "ignore:.*no claim within")
+
+
+class NearestMean(Cumulative):
+    """The distance of the input to the mean of each class."""
+
+    name = "nearest_mean"
+
+    def add(self, shared, seen, sites, columns):
+        shared = {"sums": torch.zeros(10, seen.x.shape[1]), "counts": torch.zeros(10), **shared}
+        shared["sums"] = shared["sums"].index_add(0, columns, seen.x)
+        shared["counts"] = shared["counts"] + columns.bincount(minlength=10)
+        return shared
+
+    def outputs(self, shared, seen, sites, columns):
+        return -torch.cdist(seen.x, shared["sums"][columns] / shared["counts"][columns, None])
+
+
+def sequence(*names):
+    classes = {"a": [0, 1], "b": [7, 3], "c": [2, 5]}
+    return [clouds(name, classes[name]) for name in names]
+
+
+def learned(tasks, strategy, **options):
+    module = ContinualModule(Net(64))
+    for task in tasks:
+        module.add_task(task)
+    for task in tasks:
+        fit(module, task, [*three(max_claim=0.3), TaskInferenceCallback(strategy, **options)], 4)
+    return module
+
+
+@pytest.mark.parametrize("strategy", [NearestMean(), "lda", "ridge"], ids=["own", "lda", "ridge"])
+def test_all_classes_of_all_tasks_are_compared(strategy):
+    module = learned(sequence("a", "b", "c"), strategy)
+    x, y = points([0, 1, 7, 3, 2, 5], count=600, seed=5)
+    found = module.predict(x)
+    assert float((found.probabilities[:, :-1].argmax(dim=1) == y).float().mean()) > 0.95
+    alone = module.predict(x[:1])
+    torch.testing.assert_close(alone.probabilities, found.probabilities[:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def orders():
+    return [inference_of(learned(sequence(*names), "lda").ledger).shared["lda"] for names in ("abc", "acb")]
+
+
+def test_the_order_of_later_tasks_changes_not_a_bit(orders):
+    one, other = orders
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], value) for name, value in other.items())
+
+
+def test_what_is_kept_is_that_of_every_training_sample(orders):
+    sums = unpacked(inner(orders[0], "sums"))
+    assert sums.classes == [0, 1, 2, 3, 5, 7]
+    assert sums.counts.tolist() == [100] * 6
+
+
+def test_a_budget_bounds_what_is_kept():
+    module = learned(sequence("a", "b"), "lda", budget=5000)
+    inference = inference_of(module.ledger)
+    assert 1000 < inference.stored_floats() <= 5000
+
+
+def test_a_task_that_was_claimed_and_then_sealed_counts_once():
+    module, (task, other) = ContinualModule(Net(64)), sequence("a", "b")
+    for each in (task, other):
+        module.add_task(each)
+    for each in (task, task, other, other):  # the second fit of each is its INVARIANCE
+        fit(module, each, [*three(after=1.0), TaskInferenceCallback("lda")], 3)
+    sums = unpacked(inner(inference_of(module.ledger).shared["lda"], "sums"))
+    assert sums.counts.tolist() == [100] * 4
+
+
+def test_scores_are_probabilities_of_tasks():
+    outputs = torch.randn(5, 4)
+    scores = task_scores(outputs, [torch.tensor([0, 3]), torch.tensor([1]), torch.tensor([2])])
+    torch.testing.assert_close(scores.exp().sum(dim=1), torch.ones(5))
+    torch.testing.assert_close(scores[:, 1], outputs.log_softmax(dim=1)[:, 1])
+
+
+class Told(TaskInference):
+    """Strategies that tell so many of a hundred held-out samples' task."""
+
+    def infer(self, readout, strategy=None):
+        right = {"lda": self.right[0], "subspaces": self.right[1]}[strategy]
+        scores = torch.nn.functional.one_hot((torch.arange(100) < right).long(), 2).float()
+        return Inferred(scores, scores, scores.long(), ())
+
+
+@pytest.mark.parametrize(
+    ("right", "first"), [((90, 95), "lda"), ((80, 95), "subspaces"), ((95, 80), "lda"), ((0, 100), "subspaces")]
+)
+def test_held_out_data_say_which_predicts_where_it_is_no_chance(right, first):
+    known = [Known(name, [0], Sites(None, (), {}, torch.tensor([0]))) for name in "ab"]
+    inference = Told(("lda", "subspaces"), known, votes={})
+    inference.right = right
+    inference.elect([Readout(None, {}, torch.zeros(100, 2), {})])
+    assert inference.strategies[0] == first
+    assert TaskInference.from_state_dict(inference.state_dict()).votes == {
+        "lda": right[0],
+        "subspaces": right[1],
+        "": 100,
+    }
+    fixed = Told(("lda", "subspaces"), known)
+    fixed.right = (0, 100)
+    fixed.elect([Readout(None, {}, torch.zeros(100, 2), {})])
+    assert fixed.strategies == ("lda", "subspaces")

@@ -1,0 +1,181 @@
+"""Features that no later task changes: of patches, random layers, runs of tokens, units of the first task."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from lightning_cf import ContinualError
+from lightning_cf.task_inference.features import (
+    Custom,
+    FirstUnits,
+    HashedNgrams,
+    PatchBank,
+    RandomFeatures,
+    Values,
+    by_medium,
+)
+from lightning_cf.task_inference.features.by_medium import width_for
+from lightning_cf.task_inference.features.patches import NOISE
+from lightning_cf.task_inference.readout import Readout
+from lightning_cf.task_inference.sites import Site, Sites
+
+
+def seen(x, outputs=10, **parts):
+    """What a network shows of a batch, as far as features look."""
+    first = x[0] if isinstance(x, tuple) else x
+    return Readout(None, {}, torch.zeros(len(first), outputs), {}, x=x, **parts)
+
+
+def nowhere(*hidden):
+    return Sites(None, hidden, {}, torch.arange(2))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def images(count=6, channels=3, side=12, seed=0):
+    return torch.rand(count, channels, side, side, generator=generator(seed))
+
+
+@pytest.mark.parametrize(("channels", "size", "grid"), [(3, 4, 2), (1, 3, 3)])
+def test_a_bank_matches_each_patch_with_its_filters(channels, size, grid):
+    bank = PatchBank(5, size=size, grid=grid, threshold=0.2, mirrored=False)
+    x = images(4, channels)
+    fixed = bank.begin(seen(images(50, channels, seed=1)), nowhere(), generator())
+    found = bank.of(fixed, seen(x), nowhere()).reshape(4, 2, 5, grid, grid)
+    places = x.shape[-1] - size + 1
+    matches = torch.zeros(4, 5, places, places)
+    for row in range(places):
+        for column in range(places):
+            patch = x[:, :, row : row + size, column : column + size].flatten(1)
+            patch = patch - patch.mean(dim=1, keepdim=True)
+            patch = patch / (patch.var(dim=1, keepdim=True) + NOISE).sqrt()
+            matches[:, :, row, column] = patch @ fixed["weight"].flatten(1).T + fixed["bias"]
+    for half, sign in ((0, 1), (1, -1)):
+        expected = F.adaptive_avg_pool2d((sign * matches - 0.2).clamp_min(0), grid)
+        torch.testing.assert_close(found[:, half], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_mirrored_bank_takes_an_image_and_its_mirror_image_for_one():
+    bank = PatchBank(5, size=4)
+    fixed = bank.begin(seen(images(50)), nowhere(), generator())
+    x = images()
+    torch.testing.assert_close(bank.of(fixed, seen(x), nowhere()), bank.of(fixed, seen(x.flip(3)), nowhere()))
+
+
+def test_images_without_contrast_make_a_bank_that_gives_numbers():
+    bank = PatchBank(5)
+    fixed = bank.begin(seen(torch.zeros(9, 1, 8, 8)), nowhere(), generator())
+    assert bool(bank.of(fixed, seen(torch.zeros(2, 1, 8, 8)), nowhere()).isfinite().all())
+
+
+def test_of_a_random_layer_only_the_seed_is_kept():
+    x = torch.randn(40, 7)
+    layer, again, other = RandomFeatures(16), RandomFeatures(16), RandomFeatures(16, seed=1)
+    fixed = layer.begin(seen(x), nowhere(), generator())
+    assert {name: value.numel() for name, value in fixed.items()} == {"centre": 7, "scale": 1}
+    found = layer.of(fixed, seen(x), nowhere())
+    assert torch.equal(found, again.of(again.begin(seen(x), nowhere(), generator(5)), seen(x), nowhere()))
+    assert not torch.equal(found, other.of(fixed, seen(x), nowhere()))
+    assert found.shape == (40, 16)
+    assert 0.2 < float((found > 0).float().mean()) < 0.8
+
+
+@given(st.data())
+def test_runs_of_tokens_are_counted(data):
+    length = data.draw(st.integers(1, 9))
+    rows = data.draw(st.lists(st.lists(st.integers(0, 5), min_size=length, max_size=length), min_size=1, max_size=4))
+    padding = data.draw(st.sampled_from([None, 0]))
+    bins = 100_003  # so many that no two runs share one
+    grams = HashedNgrams((bins, bins), padding=padding)
+    found = grams.of({}, seen(torch.tensor(rows)), nowhere())
+    for row, values in zip(rows, found, strict=True):
+        runs = [[tuple(row[i : i + n]) for i in range(length - n + 1)] for n in (1, 2)]
+        kept = [Counter(run for run in each if padding not in run) for each in runs]
+        counts = torch.tensor([count for each in kept for count in each.values()]).float().log1p()
+        expected = counts / counts.norm().clamp_min(1e-6) if len(counts) else counts
+        torch.testing.assert_close(values[values > 0].sort().values, expected.sort().values)
+
+
+def test_the_same_run_has_the_same_place_in_every_text():
+    grams = HashedNgrams((8, 64))
+    a, b = grams.of({}, seen(torch.tensor([[3, 4, 9, 9], [7, 7, 3, 4]])), nowhere())
+    assert bool((a[8:] > 0)[b[8:] > 0].any())
+
+
+def unit_site(units, own):
+    return Site("w", torch.arange(units), torch.tensor(own), None, torch.arange(0))
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 5, 4), (2, 6, 5, 4), (2, 1, 3, 2, 4)])
+def test_units_of_the_first_task_are_averaged_in_cells(shape):
+    x, own = torch.rand(shape, generator=generator()), [True, False, True, True]
+    found = FirstUnits(2).of({}, seen(torch.zeros(2, 1), maps={"w": x}), nowhere(unit_site(4, own)))
+    values = x[..., own].movedim(-1, 1)
+    for axis in range(2, values.ndim):
+        parts = values.tensor_split(min(2, values.shape[axis]), dim=axis)
+        values = torch.stack([part.mean(dim=axis) for part in parts], dim=axis)
+    torch.testing.assert_close(found, values.flatten(1))
+
+
+def test_a_first_task_without_units_is_said():
+    with pytest.raises(ContinualError, match="the first task owns no hidden unit"):
+        FirstUnits().of({}, seen(torch.zeros(2, 1), maps={"w": torch.zeros(2, 4)}), nowhere(unit_site(4, [False] * 4)))
+
+
+def test_features_stand_side_by_side():
+    both = Values() + Custom(lambda x: x.sum(dim=1, keepdim=True)) + RandomFeatures(3)
+    x = torch.randn(5, 4)
+    fixed = both.begin(seen(x), nowhere(), generator())
+    found = both.of(fixed, seen(x), nowhere())
+    assert found.shape == (5, 8)
+    assert torch.equal(found[:, :4], x)
+    assert torch.equal(found[:, 4], x.sum(dim=1))
+    assert set(fixed) == {"2.centre", "2.scale"}
+
+
+def test_several_inputs_are_seen_side_by_side():
+    x = torch.randn(5, 4), torch.arange(5)
+    assert torch.equal(Values().of({}, seen(x), nowhere())[:, 4], torch.arange(5).float())
+
+
+@pytest.mark.parametrize(
+    ("features", "x", "said"),
+    [
+        (PatchBank(), torch.zeros(2, 5), r"patches are cut out of images, .*; the network's input is \[2, 5\]"),
+        (HashedNgrams(), torch.zeros(2, 5), "runs of tokens are counted in whole numbers"),
+        (Custom(lambda x: 3), torch.zeros(2, 5), "must give a tensor of one row a sample, 2 here; it gave int"),
+        (Custom(lambda x: x[:1]), torch.zeros(2, 5), r"2 here; it gave \[1, 5\]"),
+    ],
+)
+def test_what_cannot_be_seen_so_is_refused(features, x, said):
+    with pytest.raises(ContinualError, match=said):
+        features.of({}, seen(x), nowhere())
+
+
+@pytest.mark.parametrize(
+    ("x", "kind"),
+    [
+        (torch.zeros(2, 3, 32, 32), PatchBank),
+        (torch.zeros(2, 1, 8, 8), PatchBank),
+        (torch.zeros(2, 1, 4, 4), RandomFeatures),
+        (torch.zeros(2, 12), RandomFeatures),
+        (torch.zeros(2, 3, 50), RandomFeatures),
+        (torch.zeros(2, 20, dtype=torch.long), HashedNgrams),
+        ((torch.zeros(2, 3), torch.zeros(2, 4)), RandomFeatures),
+    ],
+)
+def test_the_kind_of_input_chooses(x, kind):
+    assert isinstance(by_medium(seen(x), 150_000), kind)
+
+
+@given(st.integers(10, 10_000_000), st.integers(2, 200))
+def test_a_budget_is_kept(budget, classes):
+    width = width_for(budget, classes)
+    kept = width * (width + 1) // 2 + 2 * classes * width + 2 * width
+    assert width == 1 or kept <= budget
