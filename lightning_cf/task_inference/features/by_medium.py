@@ -16,7 +16,7 @@ SMALLEST = 6
 
 
 PLAIN = 1024
-"""Of grey images, more features than so many are a random layer's behind those of the patches."""
+"""Of grey images, more features than so many are a random layer's, behind twice as many of patches."""
 
 
 def width_for(budget: int, classes: int) -> int:
@@ -54,7 +54,7 @@ def by_medium(seen: Readout, budget: int) -> Features:
         return HashedNgrams((max(1, width // 9), max(1, width * 4 // 9), max(1, width * 4 // 9)))
     if len(leaves) == 1 and x.is_floating_point() and x.ndim == 4 and min(x.shape[2:]) >= SMALLEST:
         grey = x.shape[1] == 1
-        bank = _patches(x.shape[1], min(x.shape[2:]), min(width, PLAIN) if grey else width)
+        bank = _patches(x.shape[1], min(x.shape[2:]), 2 * PLAIN if grey and width > PLAIN else width)
         return RandomFeatures(width, bank) if grey and width > PLAIN else bank
     return RandomFeatures(width)
 
