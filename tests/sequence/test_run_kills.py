@@ -24,6 +24,15 @@ FORK = multiprocessing.get_context("fork")
 KILLS = 14
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """In a child that is forked, several threads of OpenMP would wait for ever for those that the fork left behind."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Steps(Callback):
     """Tells of training steps."""
 
