@@ -1,0 +1,138 @@
+"""Split-CIFAR-10: five tasks of two classes, a small CNN on a CPU, and nobody says which task an image is of."""
+
+import io
+import json
+import logging
+import warnings
+from argparse import ArgumentParser, Namespace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import torch
+from common import QUIET, markdown, percent, write_section
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+JUDGING = 3000
+"""So many of the training images, the last ones, judge partitions and choose options."""
+
+EPOCHS = {"first": 30, "others": 8}
+"""Of LEARN, and as many of INVARIANCE by a third."""
+
+
+def images(file: Path) -> tuple[Tensor, Tensor]:
+    """All images of a file that holds JPEGs one after another, and their labels."""
+    held = np.load(file)
+    data, ends = held["jpeg"].tobytes(), held["ends"].tolist()
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(data[start:end])).convert("RGB"))
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+    x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+    return x, torch.from_numpy(held["labels"]).long()
+
+
+def augmented(x: Tensor) -> Tensor:
+    """Random crops of half to all of the area, flips, other contrast and colour."""
+    count = len(x)
+    size, flip = torch.empty(count).uniform_(0.5, 1).sqrt(), 1 - 2 * (torch.rand(count) < 0.5).float()
+    matrix = torch.zeros(count, 2, 3)
+    matrix[:, 0, 0], matrix[:, 1, 1] = size * flip, size
+    matrix[:, :, 2] = (1 - size)[:, None] * (2 * torch.rand(count, 2) - 1)
+    x = F.grid_sample(x, F.affine_grid(matrix, list(x.shape), align_corners=False), align_corners=False)
+    gain, shift = torch.empty(count, 3, 1, 1).uniform_(0.6, 1.4), torch.empty(count, 3, 1, 1).uniform_(-0.1, 0.1)
+    return x * gain + shift
+
+
+class Network(nn.Module):
+    """Three convolutions and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 64)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.hidden, self.head = nn.Linear(64 * 16, 128), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - 0.47) / 0.25
+        for convolution in self.convolutions:
+            x = F.max_pool2d(F.relu(convolution(x)), 2)
+        return self.head(F.relu(self.hidden(x.flatten(1))))
+
+
+def run(options: Namespace, seed: int) -> dict:
+    """One sequence; leaves its scores in a file."""
+    from lightning.pytorch import Trainer
+
+    import lightning_cf as cf
+    from lightning_cf.data import ImageSplits, TensorImages, split_tasks
+    from lightning_cf.task_inference.accumulated import Accumulated
+    from lightning_cf.task_inference.features import FirstUnits, PatchBank
+
+    folder = options.runs / "cifar" / f"{options.limit}-{options.method}-{seed}"
+    file = folder / "scores.json"
+    if file.exists():
+        return json.loads(file.read_text())
+
+    class Augmented(cf.Classifier):
+        """Trains on changed images; what is read beside training is unchanged."""
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step((augmented(batch[0]), batch[1]), batch_idx)
+
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    (x, y), test = images(options.data_dir / "train.npz"), images(options.data_dir / "test.npz")
+    last = len(x) - JUDGING
+    count = last if options.limit is None else min(options.limit, last)
+    splits = ImageSplits(
+        TensorImages(x[:count], y[:count]), TensorImages(x[last:], y[last:]), TensorImages(*test)
+    )
+    tasks = split_tasks(splits, batch_size=100)
+    torch.manual_seed(seed)
+    module = Augmented(Network(), optimizer=partial(torch.optim.AdamW, lr=0.002, weight_decay=0.001))
+    features = PatchBank(200) + FirstUnits(2, mirrored=True)
+    runner = cf.SequentialTaskRunner(
+        module,
+        tasks,
+        trainer=partial(Trainer, **QUIET),
+        epochs=options.epochs,
+        invariance_epochs=max(1, options.epochs // 3),
+        partition=cf.PartitionCallback(max_claim=0.4, min_claim=0.1),
+        task_inference=cf.TaskInferenceCallback(Accumulated("patches_and_units", features=features)),
+        method=options.method,
+        seed=seed,
+        root=folder / "run",
+        score_on=options.score_on,
+    )
+    document = runner.run().as_dict(seed=seed, config={})
+    kept = {key: document[key] for key in ("average_accuracy", "forgetting", "task_inference", "seconds")}
+    file.write_text(json.dumps(kept))
+    return kept
+
+
+def main() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds train.npz and test.npz")
+    parser.add_argument("--limit", type=int, help="learn from so many images")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--method", default="partition")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--score-on", default="test")
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
+    options = parser.parse_args()
+    for seed in options.seeds:
+        found = run(options, seed)
+        for name, told in found["task_inference"].items():
+            print(seed, name, found["average_accuracy"], told["average_accuracy"], told["none_auroc"], told["stored_floats"], found["seconds"])
+
+
+if __name__ == "__main__":
+    main()
