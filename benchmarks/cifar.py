@@ -6,12 +6,12 @@ import logging
 import warnings
 from argparse import ArgumentParser, Namespace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from statistics import mean
 
 import numpy as np
 import torch
-from common import QUIET, markdown, percent, write_section
+from common import QUIET
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -53,9 +53,7 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 32, 64, 64)
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
         self.hidden, self.head = nn.Linear(64 * 16, 128), nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,9 +89,7 @@ def run(options: Namespace, seed: int) -> dict:
     (x, y), test = images(options.data_dir / "train.npz"), images(options.data_dir / "test.npz")
     last = len(x) - JUDGING
     count = last if options.limit is None else min(options.limit, last)
-    splits = ImageSplits(
-        TensorImages(x[:count], y[:count]), TensorImages(x[last:], y[last:]), TensorImages(*test)
-    )
+    splits = ImageSplits(TensorImages(x[:count], y[:count]), TensorImages(x[last:], y[last:]), TensorImages(*test))
     tasks = split_tasks(splits, batch_size=100)
     torch.manual_seed(seed)
     module = Augmented(Network(), optimizer=partial(torch.optim.AdamW, lr=0.002, weight_decay=0.001))
@@ -131,7 +127,15 @@ def main() -> None:
     for seed in options.seeds:
         found = run(options, seed)
         for name, told in found["task_inference"].items():
-            print(seed, name, found["average_accuracy"], told["average_accuracy"], told["none_auroc"], told["stored_floats"], found["seconds"])
+            print(
+                seed,
+                name,
+                found["average_accuracy"],
+                told["average_accuracy"],
+                told["none_auroc"],
+                told["stored_floats"],
+                found["seconds"],
+            )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.errors import ContinualError
 from lightning_cf.learner.labels import Kept, positions_of, why_no_labels
 from lightning_cf.lightning_api import LightningModule
-from lightning_cf.network.finite import rows_finite
+from lightning_cf.network.finite import infinite_rows, rows_finite
 from lightning_cf.task_inference import STRATEGIES, Known, Readout, Sites, TaskInference
 from lightning_cf.task_inference.cumulative import Labelled, cumulative
 from lightning_cf.task_inference.read_variants import read_all, variants_of
@@ -77,15 +78,23 @@ def shown(
     """
     for batch in batches:
         forward = Kept(partial(predict, module, task))
-        readout = read_all(module, [sites], forward, batch, variants)
-        own = positions_of(known.classes, forward.found[1], len(readout.outputs))
+        readout = read_all(module, [sites, known.sites], forward, batch, variants)  # whose outputs may be more by now
+        target = forward.found[1]
+        own = positions_of(known.classes, target, len(readout.outputs))
         if own is None:
-            raise ContinualError(why_no_labels(task, forward.found[1], len(readout.outputs)))
-        fine = rows_finite([readout.outputs, *_numbers(readout.x), *readout.maps.values()])
+            raise ContinualError(why_no_labels(task, target, len(readout.outputs)))
+        if any(_same(leaf, target) for leaf in tree_leaves(readout.x)):
+            readout = replace(readout, x=None)  # a forward pass that is given labels too, as for a loss of its own
+        fine = rows_finite([readout.outputs, *([] if readout.inputs is None else [readout.inputs])])
+        if readout.inputs is None and (strange := infinite_rows(readout.x)) is not None:
+            fine = fine & ~strange
         columns = known.sites.outputs.to(own.device)[own]
         yield (readout, columns) if bool(fine.all()) else (readout.part(fine), columns[fine.to(columns.device)])
 
 
-def _numbers(x: Any) -> list[Tensor]:
-    """The floating-point tensors of an input."""
-    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def _same(leaf: Any, target: Tensor) -> bool:
+    """Whether a part of an input is what is to be predicted from it."""
+    if not isinstance(leaf, Tensor) or not leaf.numel():
+        return False
+    equal = leaf.shape == target.shape and len(target) > 1 and torch.equal(leaf, target.to(leaf.device))
+    return equal or leaf.data_ptr() == target.data_ptr()

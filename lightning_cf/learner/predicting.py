@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.learner.inferring import inference_of
 from lightning_cf.learner.keeping import ledger_of
 from lightning_cf.lightning_api import LightningModule, is_overridden
-from lightning_cf.network.finite import rows_finite
+from lightning_cf.network.finite import infinite_rows, rows_finite, rows_of
 from lightning_cf.network.forward import call, in_precision_of
 from lightning_cf.task_inference import Prediction
 from lightning_cf.tasks.evaluation import forward_context
@@ -60,7 +60,7 @@ def predict_any(module: LightningModule, x: Any, strategy: str | None = None) ->
                 f"'{readout.missing[0]}' does not run in the forward pass, so its task cannot be compared with others."
                 " Let forward compute the outputs of all tasks, side by side."
             )
-        strange = _infinite(x) if readout.inputs is None else None
+        strange = infinite_rows(x) if readout.inputs is None else None
         return inference.predict(readout, ledger.width, strategy, none=strange)
 
     found, fine = found_of(x), _rows_fine(x)
@@ -73,26 +73,14 @@ def predict_any(module: LightningModule, x: Any, strategy: str | None = None) ->
     return found._replace(tasks=places[found.tasks])
 
 
-def _rows_of(x: Any) -> list[Tensor]:
-    """The floating-point tensors of an input that hold one row a sample."""
-    given = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim]
-    return [leaf for leaf in given if leaf.is_floating_point() and len(leaf) == len(given[0])]
-
-
 def _rows_fine(x: Any) -> Bool[Tensor, "batch"] | None:
     """Which rows of an input are finite; None where it has no numbers that might not be."""
-    rows = _rows_of(x)
+    rows = rows_of(x)
     return rows_finite(rows) if rows else None
-
-
-def _infinite(x: Any) -> Bool[Tensor, "batch"] | None:
-    """Which rows of an input hold infinite numbers, which gates and the like make finite."""
-    rows = _rows_of(x)
-    return torch.stack([leaf.reshape(len(leaf), -1).isinf().any(dim=1) for leaf in rows]).any(dim=0) if rows else None
 
 
 def _with_other_rows(x: Any, fine: Bool[Tensor, "batch"]) -> Any:
     """An input with a copy of its first finite row in the place of each that is not."""
     chosen = torch.where(fine, torch.arange(len(fine), device=fine.device), fine.int().argmax())
-    rows = {id(leaf) for leaf in _rows_of(x)}
+    rows = {id(leaf) for leaf in rows_of(x)}
     return tree_map_only(Tensor, lambda leaf: leaf[chosen.to(leaf.device)] if id(leaf) in rows else leaf, x)

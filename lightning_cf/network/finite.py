@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import (
     DivergenceError,
@@ -77,10 +79,23 @@ def rows_finite(parts: Iterable[Shaped[Tensor, "rows ..."]]) -> Bool[Tensor, "ro
     """
     fine: Tensor | None = None
     for x in parts:
-        rows = x.reshape(len(x), -1).isfinite().all(dim=1)
+        rows = x.isfinite().flatten(1).all(dim=1) if x.ndim > 1 else x.isfinite()
         fine = rows if fine is None else fine & rows.to(fine.device)
     assert fine is not None
     return fine
+
+
+def rows_of(x: Any) -> list[Tensor]:
+    """The floating-point tensors of an input that hold one row a sample."""
+    given = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim]
+    return [leaf for leaf in given if leaf.is_floating_point() and len(leaf) == len(given[0])]
+
+
+def infinite_rows(x: Any) -> Bool[Tensor, "batch"] | None:
+    """Which rows of an input hold infinite numbers, which gates and the like make finite."""
+    rows = rows_of(x)
+    found = [leaf.isinf().flatten(1).any(dim=1) if leaf.ndim > 1 else leaf.isinf() for leaf in rows]
+    return torch.stack(found).any(dim=0) if found else None
 
 
 def watched(module: nn.Module, structure: Structure) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from lightning_cf.errors import ContinualError
+from lightning_cf.task_inference.batches import joined, numbers_in
 from lightning_cf.task_inference.known import Known
 from lightning_cf.task_inference.prediction import Inferred
 from lightning_cf.task_inference.readout import Readout, View
@@ -43,6 +45,10 @@ class Cumulative(Strategy):
             budget: how many numbers may be kept in all, once every output has its data.
         """
         return {}
+
+    def lean(self, seen: Readout) -> Readout:
+        """What the network shows of a batch without what is not looked at, which may be large."""
+        return seen
 
     @abstractmethod
     def add(self, shared: Shared, seen: Readout, sites: Sites, columns: Int64[Tensor, "batch"]) -> Shared:
@@ -110,6 +116,9 @@ Labelled = tuple[Readout, Int64[Tensor, "batch"]]
 ENOUGH = 2000
 """So many samples of the first task show what its features are like."""
 
+MOST = 2**26
+"""So many numbers of them are held at most, beside a first batch."""
+
 
 def gathered(
     strategy: Cumulative,
@@ -131,12 +140,25 @@ def gathered(
     """
     begun: list[Labelled] = []
     if not shared:
-        while sum(len(columns) for _, columns in begun) < ENOUGH and (batch := next(training, None)) is not None:
-            begun.append(batch)
-        shared = strategy.begin(Readout.joined([seen for seen, _ in begun]), sites, generator, budget)
+        begun = _some(strategy, training)
+        if not begun:
+            raise ContinualError("task_inference: no sample of the first task can be looked at.")
+        with _in_full(begun[0][0]):
+            shared = strategy.begin(joined([seen for seen, _ in begun]), sites, generator, budget)
     for seen, columns in chain(begun, training):
-        shared = strategy.add(_moved(strategy, shared, seen), seen, sites, columns.to(seen.outputs.device))
+        with _in_full(seen):
+            shared = strategy.add(_moved(strategy, shared, seen), seen, sites, columns.to(seen.outputs.device))
     return dict(strategy.close(shared))
+
+
+def _some(strategy: Cumulative, training: Iterator[Labelled]) -> list[Labelled]:
+    """The first batches: enough of them to show what features are like."""
+    begun: list[Labelled] = []
+    samples = numbers = 0
+    while samples < ENOUGH and numbers < MOST and (batch := next(training, None)) is not None:
+        begun.append((strategy.lean(batch[0]), batch[1]))
+        samples, numbers = samples + len(batch[1]), numbers + numbers_in(begun[-1][0])
+    return begun
 
 
 def calibrated(
@@ -158,7 +180,8 @@ def calibrated(
     found = []
     for seen in held_out:
         near, here = _moved(strategy, shared, seen), columns.to(seen.outputs.device)
-        found.append(strategy.familiarity(near, strategy.outputs(near, seen, sites, here), here))
+        with _in_full(seen):
+            found.append(strategy.familiarity(near, strategy.outputs(near, seen, sites, here), here))
     values = torch.cat(found)
     threshold = values.quantile(REJECTED).clamp_max(strategy.familiar)
     return torch.stack([values.mean(), values.std(correction=0).clamp_min(1e-6), threshold])
@@ -179,6 +202,11 @@ def infer_together(strategy: Cumulative, shared: Shared, tasks: Sequence[Known],
     classes = [torch.tensor(task.classes, device=device)[x.argmax(dim=1)] for task, x in zip(tasks, views, strict=True)]
     probabilities = torch.cat([known * scores.exp(), 1 - known], dim=1)
     return Inferred(scores, probabilities, torch.stack(classes, dim=1), tuple(x.softmax(dim=1) for x in views))
+
+
+def _in_full(seen: Readout) -> torch.autocast:
+    """Computes in float32, whatever the network ran in: sums are exact there."""
+    return torch.autocast(seen.outputs.device.type, enabled=False)
 
 
 def _moved(strategy: Cumulative, shared: Shared, seen: Readout) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from lightning_cf.task_inference.cumulative import (
     gathered,
     infer_together,
 )
+from lightning_cf.task_inference.electing import elected, without
 from lightning_cf.task_inference.known import Known
 from lightning_cf.task_inference.packing import packed, unpacked
 from lightning_cf.task_inference.prediction import Inferred, Prediction
@@ -156,14 +157,18 @@ class TaskInference:
                 continue
             generator = keyed_generator(self.seed, first.name, "features")
             kept_before = {} if first is known else self.shared[name]
-            own = gathered(strategy, kept_before, first.sites, training(first.sites), generator, self.budget)
-            known.calibration[name] = kept(calibrated(strategy, own, first.sites, columns, held_out(first.sites)))
+            try:
+                own = gathered(strategy, kept_before, first.sites, training(first.sites), generator, self.budget)
+                calibration = calibrated(strategy, own, first.sites, columns, held_out(first.sites))
+            except Exception as error:  # whatever a strategy raises on data that its trial did not see
+                self.strategies = without(self.strategies, name, error, several=self.votes is not None)
+                self.shared.pop(name, None)
+                continue
+            known.calibration[name] = kept(calibration)
             self.shared[name] = {key: kept(value) for key, value in own.items()}
 
     def elect(self, held_out: Iterable[Readout]) -> None:
         """Puts that strategy first which told the task of the most held-out samples, over all seals so far.
-
-        One that came before stays where another told no more than chance might: two standard deviations.
 
         Args:
             held_out: what the network shows of held-out data of the task that was learned last.
@@ -176,12 +181,7 @@ class TaskInference:
                 told = self.infer(readout, name).scores.argmax(dim=1) == len(self.tasks) - 1
                 votes[name] = votes.get(name, 0) + int(told.sum())
             votes[""] = votes.get("", 0) + len(readout.outputs)
-        best = self.strategies[0]
-        for name in self.strategies:
-            mistakes = 2 * votes[""] - votes[name] - votes[best]
-            if votes[name] - votes[best] > 2 * mistakes**0.5:
-                best = name
-        self.strategies = (best, *(name for name in self.strategies if name != best))
+        self.strategies = elected(self.strategies, votes)
 
     def infer(self, readout: Readout, strategy: str | None = None) -> Inferred:
         """Scores every known task; in float32, in whatever precision the network ran.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -47,11 +48,36 @@ def read_all(
 
 
 def _read(module: nn.Module, tasks: Sequence[Sites], run: Callable[[Any], Any], batch: Any, alone: bool) -> Readout:
-    found = read(module, tasks, partial(run, batch))
+    calls: list[Any] = []
+    with module.register_forward_pre_hook(lambda _, *given: calls.append(given), with_kwargs=True):
+        found = read(module, tasks, partial(run, batch))
     device, count = found.outputs.device, len(found.outputs)
-    x = tree_map_only(Tensor, lambda leaf: leaf.detach().to(device), batch if alone else input_of(batch))
+    x = _given(module, *calls[-1]) if calls else batch if alone else input_of(batch)
+    x = tree_map_only(Tensor, lambda leaf: leaf.detach().to(device), x)
     whole = all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == count for leaf in tree_leaves(x))
     return replace(found, x=x if whole else None)
+
+
+def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a forward pass was given, but for arguments without a tensor: the same however arguments were named.
+
+    So batches whose input an ``evaluate=`` or the module's hooks prepare are seen as predictions will see theirs.
+    """
+    try:
+        signature = inspect.signature(module.forward)
+        given = signature.bind(*args, **kwargs).arguments
+        last = next((name for name, x in signature.parameters.items() if x.kind is x.VAR_KEYWORD), "")
+        values = [*(x for name, x in given.items() if name != last), *_sorted(given.get(last, {})).values()]
+    except (TypeError, ValueError):  # as where it is no function of Python's
+        values = [*args, *_sorted(kwargs).values()]
+    values = [_sorted(x) for x in values if any(isinstance(leaf, Tensor) for leaf in tree_leaves(x))]
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
+def _sorted(x: Any) -> Any:
+    """A dictionary in the order of its names, whoever made it; else what it is."""
+    plain = type(x) is dict and all(isinstance(name, str) for name in x)
+    return {name: x[name] for name in sorted(x)} if plain else x
 
 
 def input_of(batch: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,8 +38,10 @@ class Readout:
             without the inputs.
         given: by weight of a linear layer, what it computes, where that is one row a sample.
         missing: paths of output layers that did not run, whose columns are zero.
-        x: what the network was given, as it takes it: a tensor, or several in a tuple.
+        x: what the network was given, as it takes it: a tensor, or several in a tuple; None where that is not made of
+            tensors with one row a sample.
         maps: by weight, what its layer reads as it stands: samples first, units last, positions or tokens between.
+        ragged: of several batches, axes along which samples of one are longer than those of another.
     """
 
     inputs: Float[Tensor, "batch values"] | None
@@ -51,19 +53,10 @@ class Readout:
     missing: tuple[str, ...] = ()
     x: Any = None
     maps: Mapping[str, Float[Tensor, "batch ..."]] = field(default_factory=dict)
-
-    @classmethod
-    def joined(cls, readouts: Sequence[Readout]) -> Readout:
-        """What the network shows of several batches, one after another: its input and maps, not its other parts."""
-        first = readouts[0]
-        others = {name: cls.joined([readout.others[name] for readout in readouts]) for name in first.others}
-        outputs = torch.cat([readout.outputs for readout in readouts])
-        maps = {name: torch.cat([readout.maps[name] for readout in readouts]) for name in first.maps}
-        x = tree_map(lambda *parts: torch.cat(parts), first.x, *(readout.x for readout in readouts[1:]))
-        return replace(first, inputs=None, read={}, given={}, outputs=outputs, others=others, x=x, maps=maps)
+    ragged: tuple[int, ...] = ()
 
     def part(self, chosen: Bool[Tensor, "batch"]) -> Readout:
-        """What the network shows of some of the samples: input and maps, as in :meth:`joined`."""
+        """What the network shows of some of the samples: input and maps, not its other parts."""
         others = {name: other.part(chosen) for name, other in self.others.items()}
         maps = {name: values[chosen] for name, values in self.maps.items()}
         x = tree_map(lambda leaf: None if leaf is None else leaf[chosen], self.x)
@@ -152,7 +145,8 @@ class View:
         before = tuple(torch.cat(parts) for parts in zip(*(view.before for view in views), strict=True))
         logits = torch.cat([view.logits for view in views])
         others = {name: cls.joined(view.others[name] for view in views) for name in views[0].others}
-        inputs = torch.cat(given) if given else None
+        alike = bool(given) and len({x.shape[1] for x in given}) == 1  # images of one batch may be larger than others
+        inputs = torch.cat(given) if alike else None
         return replace(views[0], inputs=inputs, hidden=hidden, before=before, logits=logits, others=others)
 
 
@@ -266,12 +260,17 @@ class Recorder(TorchFunctionMode):
             if path in parts:
                 outputs = outputs.index_copy(1, columns.to(outputs.device), parts[path][:, : len(columns)])
         found = {name: x.movedim(1, 0) if name in self.second else x for name, x in self.found.items()}
-        inputs = None if first is None or first not in found else found[first].float().reshape(batch, -1)
+        inputs = None if first is None or first not in found else _flat(found[first].float(), batch)
         read = {name: _by_sample(x, batch) for name, x in found.items()}
         given = {name: x.float() for name, x in self.given.items() if len(x) == batch}
         missing = tuple(path for path in self.heads if path not in parts)
         maps = {name: x for name, x in found.items() if x.ndim > 1 and len(x) == batch}
         return Readout(inputs, read, outputs, self.parameters, given=given, missing=missing, maps=maps)
+
+
+def _flat(x: Tensor, batch: int) -> Float[Tensor, "batch values"]:
+    """One row a sample, also of no samples."""
+    return x.reshape(batch, x.numel() // batch) if batch else x.flatten(1)
 
 
 def _by_sample(x: Tensor, batch: int) -> Float[Tensor, "batch columns"]:

@@ -18,7 +18,7 @@ from lightning_cf.task_inference.features import (
     Values,
     by_medium,
 )
-from lightning_cf.task_inference.features.by_medium import width_for
+from lightning_cf.task_inference.features.by_medium import medium_of, width_for
 from lightning_cf.task_inference.features.patches import NOISE
 from lightning_cf.task_inference.readout import Readout
 from lightning_cf.task_inference.sites import Site, Sites
@@ -118,7 +118,7 @@ def test_units_of_the_first_task_are_averaged_in_cells(shape):
     found = FirstUnits(2).of({}, seen(torch.zeros(2, 1), maps={"w": x}), nowhere(unit_site(4, own)))
     values = x[..., own].movedim(-1, 1)
     for axis in range(2, values.ndim):
-        parts = values.tensor_split(min(2, values.shape[axis]), dim=axis)
+        parts = values.tensor_split(2, dim=axis) if values.shape[axis] > 1 else [values, values]
         values = torch.stack([part.mean(dim=axis) for part in parts], dim=axis)
     torch.testing.assert_close(found, values.flatten(1))
 
@@ -171,7 +171,13 @@ def test_what_cannot_be_seen_so_is_refused(features, x, said):
     ],
 )
 def test_the_kind_of_input_chooses(x, kind):
-    assert isinstance(by_medium(seen(x), 150_000), kind)
+    assert isinstance(by_medium(medium_of(seen(x), 150_000)), kind)
+
+
+def test_many_features_of_grey_images_are_a_random_layer_behind_patches():
+    features = by_medium(medium_of(seen(torch.zeros(2, 1, 28, 28)), 2_500_000))
+    assert isinstance(features, RandomFeatures)
+    assert isinstance(features.behind, PatchBank)
 
 
 @given(st.integers(10, 10_000_000), st.integers(2, 200))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -11,7 +13,7 @@ from lightning_cf.task_inference.accumulated.closed_form import Familiarity, Lin
 from lightning_cf.task_inference.accumulated.sums import Sums, packed, products, rounded, unpacked
 from lightning_cf.task_inference.cumulative import Cumulative, Shared
 from lightning_cf.task_inference.features.base import Features, inner
-from lightning_cf.task_inference.features.by_medium import by_medium
+from lightning_cf.task_inference.features.by_medium import by_medium, medium_of
 from lightning_cf.task_inference.readout import Readout
 from lightning_cf.task_inference.sites import Sites
 
@@ -45,6 +47,8 @@ class Accumulated(Cumulative):
             the features say, else :data:`SHRINKAGE` times features over samples.
     """
 
+    at_rest = (*Cumulative.at_rest, "medium")
+
     def __init__(
         self,
         name: str = "accumulated",
@@ -63,8 +67,8 @@ class Accumulated(Cumulative):
 
     def begin(self, seen: Readout, sites: Sites, generator: torch.Generator, budget: int) -> dict[str, Tensor]:
         """What the features keep, and mean and deviation of each on these data."""
-        kept = {"budget": torch.tensor(budget)}
-        features = self._features(kept, seen)
+        kept: dict[str, Tensor] = {} if self.features is not None else {"medium": medium_of(seen, budget)}
+        features = self._features(kept)
         if features.shrinkage is not None:
             kept["shrinkage"] = torch.tensor(features.shrinkage)
         fixed = features.begin(seen, sites, generator)
@@ -73,6 +77,11 @@ class Accumulated(Cumulative):
         scale = deviation.clamp_min(FLOOR * float(deviation.mean())).clamp_min(1e-6)
         kept |= {"centre": rows.mean(dim=0), "scale": scale}
         return kept | {f"features.{name}": value for name, value in fixed.items()}
+
+    def lean(self, seen: Readout) -> Readout:
+        """Without what layers read, where no feature is made of it."""
+        maps = seen.x is None if self.features is None else self.features.maps
+        return replace(seen, read={}, given={}, maps=seen.maps if maps else {})
 
     def add(self, shared: Shared, seen: Readout, sites: Sites, columns: Int64[Tensor, "batch"]) -> Shared:
         """The task's sums so far with those of a batch."""
@@ -102,10 +111,11 @@ class Accumulated(Cumulative):
     def outputs(
         self, shared: Shared, seen: Readout, sites: Sites, columns: Int64[Tensor, "classes"]
     ) -> Float[Tensor, "batch classes"]:
-        """The classifier's outputs for these classes, times its sharpness."""
+        """The classifier's outputs for these classes, times its sharpness; a class without samples is never likely."""
         linear = Linear(shared["order"], shared["weight"], shared["bias"])
         outputs = linear(self._rounded(shared, seen, sites)) * SHARPNESS[self.form]
-        return outputs[:, _places(linear.classes, columns)]
+        never = ~torch.isin(columns.to(linear.classes.device), linear.classes)
+        return outputs[:, _places(linear.classes, columns)].masked_fill(never, -torch.inf)
 
     def familiarity(
         self, shared: Shared, outputs: Float[Tensor, "batch classes"], columns: Int64[Tensor, "classes"]
@@ -114,12 +124,12 @@ class Accumulated(Cumulative):
         kept = inner(shared, "familiar")
         return Familiarity(**kept)(outputs[:, _places(columns, shared["order"])]) if kept else outputs.amax(dim=1)
 
-    def _features(self, shared: Shared, seen: Readout) -> Features:
-        return by_medium(seen, int(shared["budget"])) if self.features is None else self.features
+    def _features(self, shared: Shared) -> Features:
+        return by_medium(shared["medium"]) if self.features is None else self.features
 
     def _rounded(self, shared: Shared, seen: Readout, sites: Sites) -> Float[Tensor, "batch features"]:
-        rows = self._features(shared, seen).of(inner(shared, "features"), seen, sites)
-        return rounded((rows - shared["centre"]) / shared["scale"])
+        rows = self._features(shared).of(inner(shared, "features"), seen, sites)
+        return rounded(((rows - shared["centre"]) / shared["scale"]).nan_to_num(0.0))
 
 
 def _places(order: Int64[Tensor, "classes"], columns: Int64[Tensor, "_"]) -> Int64[Tensor, "_"]:

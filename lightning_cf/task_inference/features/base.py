@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, check_count
 from lightning_cf.task_inference.readout import Readout
 from lightning_cf.task_inference.sites import Sites
 
@@ -27,11 +27,13 @@ class Features(ABC):
         variants: names of the changes of the input (``variants.VARIANTS``) whose readouts they look at too.
         shrinkage: how far to shrink their covariance, where that is known of them.
         beside: whether they look at the input beside the network.
+        maps: whether they look at what the network's layers read.
     """
 
     variants: tuple[str, ...] = ()
     shrinkage: float | None = None
     beside: bool = True
+    maps: bool = False
 
     def begin(self, seen: Readout, sites: Sites, generator: torch.Generator) -> dict[str, Tensor]:
         """What to keep of the first task's data, found once.
@@ -69,7 +71,7 @@ class Joined(Features):
         for part in parts:
             self.parts += part.parts if isinstance(part, Joined) else [part]
         self.variants = tuple(dict.fromkeys(name for part in self.parts for name in part.variants))
-        self.beside = any(part.beside for part in self.parts)
+        self.beside, self.maps = any(part.beside for part in self.parts), any(part.maps for part in self.parts)
         self.shrinkage = max((part.shrinkage for part in self.parts if part.shrinkage is not None), default=None)
 
     def begin(self, seen: Readout, sites: Sites, generator: torch.Generator) -> dict[str, Tensor]:
@@ -110,12 +112,41 @@ class Custom(Features):
         return rows.reshape(len(rows), -1).float()
 
 
+CELLS = 4
+"""Where the length of samples varies, their values are averaged over so many parts of it."""
+
+
 class Values(Features):
-    """The values of the input itself, flattened; those of several inputs side by side."""
+    """The values of the input itself, flattened; those of several inputs side by side.
+
+    Args:
+        axis: along which samples of one batch may be longer than those of another; 0 for none.
+    """
+
+    def __init__(self, axis: int = 0) -> None:
+        self.axis = check_count("Values", "axis", axis, least=0)
 
     def of(self, fixed: Fixed, seen: Readout, sites: Sites) -> Rows:
-        """The input's values, one flat row a sample."""
-        return torch.cat([leaf.float().reshape(len(leaf), -1) for leaf in leaves_of(seen)], dim=1)
+        """The input's values, one flat row a sample; what is not a number, as where one is missing, is 0."""
+        return torch.cat([self._flat(leaf) for leaf in leaves_of(seen)], dim=1)
+
+    def _flat(self, leaf: Tensor) -> Rows:
+        leaf = (torch.view_as_real(leaf) if leaf.is_complex() else leaf).float().nan_to_num(0.0, 0.0, 0.0)
+        if 0 < self.axis < leaf.ndim:
+            leaf = averaged(leaf, self.axis, CELLS)
+        return leaf.flatten(1) if leaf.ndim > 1 else leaf[:, None]
+
+
+def averaged(values: Tensor, axis: int, cells: int) -> Tensor:
+    """Means over so many cells along an axis, as even as may be; where there are fewer places, some are used again.
+
+    >>> averaged(torch.tensor([[1.0, 3.0, 8.0]]), 1, 2).tolist(), averaged(torch.tensor([[5.0]]), 1, 2).tolist()
+    ([[2.0, 8.0]], [[5.0, 5.0]])
+    """
+    size = values.shape[axis]
+    if size < cells:
+        return values.index_select(axis, torch.arange(cells, device=values.device) * size // cells)
+    return torch.stack([part.mean(dim=axis) for part in torch.tensor_split(values, cells, dim=axis)], dim=axis)
 
 
 def leaves_of(seen: Readout) -> list[Tensor]:
@@ -145,4 +176,4 @@ def images_of(seen: Readout) -> Float[Tensor, "batch channels height width"]:
             "task_inference: patches are cut out of images, a floating-point tensor (batch, channels, height, width);"
             f" the network's input is {', '.join(str(list(leaf.shape)) for leaf in leaves)}."
         )
-    return leaves[0].float()
+    return leaves[0].float().nan_to_num(0.0, 0.0, 0.0)

@@ -24,6 +24,9 @@ NOISE = 10 / 255**2
 WHITENING = 0.1
 """Added to the variances of patches' principal components, likewise."""
 
+AT_ONCE = 2**26
+"""So many matches are computed at a time: those of a batch of large images would not fit into memory."""
+
 Images = Float[Tensor, "batch channels height width"]
 
 
@@ -63,6 +66,10 @@ class PatchBank(Features):
     def of(self, fixed: Fixed, seen: Readout, sites: Sites) -> Rows:
         """Both halves of the matches with each filter in each cell."""
         images = images_of(seen)
+        few = max(1, AT_ONCE // max(1, 2 * self.filters * images[0].numel() // images.shape[1])) if len(images) else 1
+        return torch.cat([self._of(fixed, part) for part in images.split(few)])
+
+    def _of(self, fixed: Fixed, images: Images) -> Rows:
         found = self._pooled(fixed, images)
         return (found + self._pooled(fixed, images.flip(3))) / 2 if self.mirrored else found
 

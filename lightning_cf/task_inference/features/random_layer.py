@@ -17,6 +17,9 @@ from lightning_cf.utilities.randomness import keyed_generator
 LEVELS = 127
 """Weights are whole numbers up to this, divided: drawn alike on every machine."""
 
+READ = 16_384
+"""So many values are read at most: a layer over those of a film or a minute of sound would not fit into memory."""
+
 
 class RandomFeatures(Features):
     """A layer of rectified units with random weights, behind the input or other features.
@@ -34,20 +37,42 @@ class RandomFeatures(Features):
         self.width = check_count("RandomFeatures", "width", width)
         self.behind = Values() if behind is None else behind
         self.seed = check_count("RandomFeatures", "seed", seed, least=0)
-        self.variants, self.beside = self.behind.variants, self.behind.beside
+        self.variants, self.beside, self.maps = self.behind.variants, self.behind.beside, self.behind.maps
 
     def begin(self, seen: Readout, sites: Sites, generator: torch.Generator) -> dict[str, Tensor]:
         """The mean of each value that is read, and the deviation of all of them."""
         kept = self.behind.begin(seen, sites, generator)
-        rows = self.behind.of(kept, seen, sites)
+        rows = folded(self.behind.of(kept, seen, sites), self.seed)
         scale = rows.std().nan_to_num(1.0).clamp_min(1e-6)
         return {"centre": rows.mean(dim=0), "scale": scale, **{f"behind.{name}": v for name, v in kept.items()}}
 
     def of(self, fixed: Fixed, seen: Readout, sites: Sites) -> Rows:
         """The units' values, one row a sample."""
-        rows = (self.behind.of(inner(fixed, "behind"), seen, sites) - fixed["centre"]) / fixed["scale"]
+        rows = folded(self.behind.of(inner(fixed, "behind"), seen, sites), self.seed)
+        rows = (rows - fixed["centre"]) / fixed["scale"]
         weight, bias = (part.to(rows) for part in _drawn(self.seed, rows.shape[1], self.width))
         return (rows @ weight + bias).relu_()
+
+
+def folded(rows: Float[Tensor, "batch values"], seed: int) -> Float[Tensor, "batch _"]:
+    """Values of which there are no more than :data:`READ`: else many lie upon one another, with random signs.
+
+    Args:
+        rows: one a sample.
+        seed: what the signs depend on.
+    """
+    layers = -(-rows.shape[1] // READ)
+    if layers == 1:
+        return rows
+    signs = _signs(seed, layers).to(rows)
+    padded = torch.nn.functional.pad(rows, (0, layers * READ - rows.shape[1]))
+    found: Tensor = (padded.unflatten(1, (layers, READ)) * signs).sum(dim=1) / layers**0.5
+    return found
+
+
+@lru_cache(maxsize=4)
+def _signs(seed: int, layers: int) -> Float[Tensor, "layers values"]:
+    return torch.randint(2, (layers, READ), generator=keyed_generator("random signs", seed, layers)) * 2.0 - 1
 
 
 @lru_cache(maxsize=4)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError, check_count, check_flag
-from lightning_cf.task_inference.features.base import Features, Fixed, Rows
+from lightning_cf.task_inference.features.base import Features, Fixed, Rows, averaged
 from lightning_cf.task_inference.readout import Readout
 from lightning_cf.task_inference.sites import Site, Sites
 
@@ -25,7 +25,7 @@ class FirstUnits(Features):
         mirrored: whether to average over the input and its mirror image, another forward pass.
     """
 
-    beside = False
+    beside, maps = False, True
 
     def __init__(self, grid: int = 2, *, mirrored: bool = False) -> None:
         self.grid = check_count("FirstUnits", "grid", grid)
@@ -47,17 +47,11 @@ class FirstUnits(Features):
 def _pooled(values: Tensor, site: Site, grid: int) -> Rows:
     """The first task's own units of a layer, averaged within cells; positions lie between samples and units."""
     own = site.columns[site.own].to(values.device)
-    values = values[..., own].float()
+    values = values[..., own].float().nan_to_num(0.0, 0.0, 0.0)
     positions = values.ndim - 2
     if positions == 0:
         return values
     values = values.movedim(-1, 1)
     for axis in range(2, values.ndim):
-        values = _averaged(values, axis, min(grid, values.shape[axis]))
+        values = averaged(values, axis, grid)
     return values.flatten(1)
-
-
-def _averaged(values: Tensor, axis: int, cells: int) -> Tensor:
-    """Means within so many cells along an axis, as even as may be."""
-    parts = torch.tensor_split(values, cells, dim=axis)
-    return torch.stack([part.mean(dim=axis) for part in parts], dim=axis)
