@@ -65,6 +65,14 @@ class Cumulative(Strategy):
         """What is kept, after the last batch of a task: the place to solve for what scores need."""
         return shared
 
+    def subtract(self, shared: Shared) -> Shared:
+        """What would be kept had a task never been there whose data were just added again, in place of :meth:`close`.
+
+        Raises:
+            ContinualError: where that cannot be had.
+        """
+        raise ContinualError(f"task_inference={self.name}: what a task added cannot be taken away again.")
+
     @abstractmethod
     def outputs(
         self, shared: Shared, seen: Readout, sites: Sites, columns: Int64[Tensor, "classes"]
@@ -143,11 +151,11 @@ def gathered(
         begun = _some(strategy, training)
         if not begun:
             raise ContinualError("task_inference: no sample of the first task can be looked at.")
-        with _in_full(begun[0][0]):
+        with in_full(begun[0][0]):
             shared = strategy.begin(joined([seen for seen, _ in begun]), sites, generator, budget)
     for seen, columns in chain(begun, training):
-        with _in_full(seen):
-            shared = strategy.add(_moved(strategy, shared, seen), seen, sites, columns.to(seen.outputs.device))
+        with in_full(seen):
+            shared = strategy.add(moved(strategy, shared, seen), seen, sites, columns.to(seen.outputs.device))
     return dict(strategy.close(shared))
 
 
@@ -179,18 +187,28 @@ def calibrated(
     """
     found = []
     for seen in held_out:
-        near, here = _moved(strategy, shared, seen), columns.to(seen.outputs.device)
-        with _in_full(seen):
+        near, here = moved(strategy, shared, seen), columns.to(seen.outputs.device)
+        with in_full(seen):
             found.append(strategy.familiarity(near, strategy.outputs(near, seen, sites, here), here))
     values = torch.cat(found)
     threshold = values.quantile(REJECTED).clamp_max(strategy.familiar)
     return torch.stack([values.mean(), values.std(correction=0).clamp_min(1e-6), threshold])
 
 
-def infer_together(strategy: Cumulative, shared: Shared, tasks: Sequence[Known], readout: Readout) -> Inferred:
-    """Scores of all tasks for a batch: the logarithm of each one's probability."""
-    device, sites = readout.outputs.device, tasks[0].sites
-    shared, columns = _moved(strategy, shared, readout), torch.cat([task.sites.outputs for task in tasks])
+def infer_together(
+    strategy: Cumulative, shared: Shared, sites: Sites, tasks: Sequence[Known], readout: Readout
+) -> Inferred:
+    """Scores of all tasks for a batch: the logarithm of each one's probability.
+
+    Args:
+        strategy: whose scores.
+        shared: what it keeps.
+        sites: where the first task's scores looked, which may have been forgotten since.
+        tasks: those to score.
+        readout: what the network shows of the batch.
+    """
+    device = readout.outputs.device
+    shared, columns = moved(strategy, shared, readout), torch.cat([task.sites.outputs for task in tasks])
     places = torch.arange(len(columns)).split([len(task.sites.outputs) for task in tasks])
     outputs = strategy.outputs(shared, readout, sites, columns.to(device))
     scores = task_scores(outputs, places)
@@ -204,12 +222,12 @@ def infer_together(strategy: Cumulative, shared: Shared, tasks: Sequence[Known],
     return Inferred(scores, probabilities, torch.stack(classes, dim=1), tuple(x.softmax(dim=1) for x in views))
 
 
-def _in_full(seen: Readout) -> torch.autocast:
+def in_full(seen: Readout) -> torch.autocast:
     """Computes in float32, whatever the network ran in: sums are exact there."""
     return torch.autocast(seen.outputs.device.type, enabled=False)
 
 
-def _moved(strategy: Cumulative, shared: Shared, seen: Readout) -> dict[str, Tensor]:
+def moved(strategy: Cumulative, shared: Shared, seen: Readout) -> dict[str, Tensor]:
     """What is kept, on a batch's device, but for what no score needs."""
     device = seen.outputs.device
     return {k: v if k.startswith(strategy.at_rest) else v.to(device) for k, v in shared.items()}

@@ -53,6 +53,7 @@ class TaskInference:
         seed: what it draws depends on.
         votes: where the one that predicts is to be chosen, of how many held-out samples each told the task, and
             under no name how many there were; else None.
+        looks: where the first task's scores looked, once it is known, which what is shared looks at.
     """
 
     strategies: tuple[str, ...]
@@ -66,6 +67,7 @@ class TaskInference:
     budget: int = BUDGET
     seed: int = 0
     votes: dict[str, int] | None = None
+    looks: Sites | None = None
 
     def __post_init__(self) -> None:
         check_strategies(self.strategies)
@@ -149,6 +151,7 @@ class TaskInference:
         """
         tasks = [*(task for task in self.tasks if task.name != known.name), known]
         first, columns = tasks[0], torch.cat([task.sites.outputs for task in tasks])
+        sites = first.sites if first is known or self.looks is None else self.looks
         before = next((task for task in self.tasks if task.name == known.name), known)
         for strategy in cumulative(STRATEGIES[name] for name in self.strategies):
             name = strategy.name
@@ -158,8 +161,8 @@ class TaskInference:
             generator = keyed_generator(self.seed, first.name, "features")
             kept_before = {} if first is known else self.shared[name]
             try:
-                own = gathered(strategy, kept_before, first.sites, training(first.sites), generator, self.budget)
-                calibration = calibrated(strategy, own, first.sites, columns, held_out(first.sites))
+                own = gathered(strategy, kept_before, sites, training(sites), generator, self.budget)
+                calibration = calibrated(strategy, own, sites, columns, held_out(sites))
             except Exception as error:  # whatever a strategy raises on data that its trial did not see
                 self.strategies = without(self.strategies, name, error, several=self.votes is not None)
                 self.shared.pop(name, None)
@@ -203,7 +206,7 @@ class TaskInference:
     def _infer(self, readout: Readout, name: str) -> Inferred:
         chosen, device = STRATEGIES[name], readout.outputs.device
         if isinstance(chosen, Cumulative):
-            return infer_together(chosen, self.shared[name], self.tasks, readout)
+            return infer_together(chosen, self.shared[name], self.looks or self.tasks[0].sites, self.tasks, readout)
         scores, classes, within = [], [], []
         calibration = torch.stack([task.calibration[name] for task in self.tasks]).to(device)
         for task in self.tasks:

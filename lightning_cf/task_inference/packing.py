@@ -26,6 +26,7 @@ def packed(fields: Mapping[str, Any]) -> dict[str, Any]:
         **{name: fields[name] for name in _PLAIN},
         "strategies": list(fields["strategies"]),
         "training_sites": None if sites is None else sites.state_dict(),
+        "looks": None if fields["looks"] is None else fields["looks"].state_dict(),
         "training": _each(fields["training"]),
         "shared": _each(fields["shared"]),
         "tasks": [task.state_dict() for task in fields["tasks"]],
@@ -34,11 +35,12 @@ def packed(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def unpacked(state: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that :func:`packed` was given, on the CPU; also of what older versions packed, which had fewer."""
-    sites = state["training_sites"]
+    sites, looks = state["training_sites"], state.get("looks")
     return {
         **{name: state[name] for name in _PLAIN if name in state},
         "strategies": tuple(state["strategies"]),
         "training_sites": None if sites is None else Sites.from_state_dict(sites),
+        "looks": None if looks is None else Sites.from_state_dict(looks),
         "training": _each(state["training"]),
         "shared": _each(state.get("shared", {})),
         "tasks": [Known.from_state_dict(task) for task in state["tasks"]],

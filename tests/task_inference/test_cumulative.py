@@ -5,13 +5,16 @@ import torch
 from clouds import Net, clouds, points
 from learning import fit, three
 
-from lightning_cf import ContinualModule, TaskInferenceCallback
+from lightning_cf import ContinualError, ContinualModule, TaskInferenceCallback
+from lightning_cf.learner.accumulating import shown
 from lightning_cf.learner.inferring import inference_of
 from lightning_cf.task_inference import Cumulative, Known, Readout, Sites, TaskInference
 from lightning_cf.task_inference.accumulated.sums import unpacked
 from lightning_cf.task_inference.cumulative import task_scores
 from lightning_cf.task_inference.features.base import inner
+from lightning_cf.task_inference.forgetting import forgotten
 from lightning_cf.task_inference.prediction import Inferred
+from lightning_cf.tasks.training_batches import training_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*and so it is with random weights", "ignore:.*no claim within")
 
@@ -122,3 +125,40 @@ def test_held_out_data_say_which_predicts_where_it_is_no_chance(right, first):
     fixed.right = (0, 100)
     fixed.elect([Readout(None, {}, torch.zeros(100, 2), {})])
     assert fixed.strategies == ("lda", "subspaces")
+
+
+def kept_of(*names):
+    """What is known after some tasks, and how to read a task's data again."""
+    tasks = sequence(*names)
+    module = learned(tasks, "lda")
+    inference = inference_of(module.ledger)
+
+    def training(name):
+        task = next(task for task in tasks if task.name == name)
+        known = next(known for known in inference.tasks if known.name == name)
+        return lambda sites: shown(module, task, known, (), sites, training_batches(module, task, ordered=True))
+
+    return inference, training
+
+
+def test_a_task_that_is_forgotten_was_never_there():
+    inference, training = kept_of("a", "b", "c")
+    left = forgotten(inference, "b", training("b"))
+    assert [known.name for known in left.tasks] == ["a", "c"]
+    other, _ = kept_of("a", "c")
+    assert left.shared["lda"].keys() == other.shared["lda"].keys()
+    assert all(torch.equal(left.shared["lda"][name], value) for name, value in other.shared["lda"].items())
+    assert inference.shared["lda"]["sums.counts"].tolist() == [100] * 6  # it stays as it is
+    without = forgotten(left, "a", training("a"))  # whose units features may look at all the same
+    assert unpacked(inner(without.shared["lda"], "sums")).classes == [2, 5]
+    assert TaskInference.from_state_dict(without.state_dict()).looks is not None
+    assert forgotten(without, "c", training("c")).shared == {}
+
+
+def test_what_cannot_be_forgotten_is_said():
+    inference, training = kept_of("a", "b")
+    with pytest.raises(ContinualError, match="no task 'z' is known that could be forgotten; known are a, b"):
+        forgotten(inference, "z", training("a"))
+    module = learned(sequence("a", "b"), NearestMean())
+    with pytest.raises(ContinualError, match="nearest_mean: what a task added cannot be taken away"):
+        forgotten(inference_of(module.ledger), "a", lambda sites: [])

@@ -94,9 +94,14 @@ class Accumulated(Cumulative):
 
     def close(self, shared: Shared) -> Shared:
         """The classifier, solved; and what makes a sample familiar."""
-        found = Sums.of(**inner(shared, "open"))
-        kept = inner(shared, "sums")
-        sums = unpacked(kept) + found if kept else found
+        found, kept = Sums.of(**inner(shared, "open")), inner(shared, "sums")
+        return self._solved(shared, unpacked(kept) + found if kept else found)
+
+    def subtract(self, shared: Shared) -> Shared:
+        """The classifier, solved without the samples that were just added again: the same to the last bit."""
+        return self._solved(shared, unpacked(inner(shared, "sums")) - Sums.of(**inner(shared, "open")))
+
+    def _solved(self, shared: Shared, sums: Sums) -> Shared:
         shared = {name: value for name, value in shared.items() if not name.startswith("open.")}
         shrinkage = self.shrinkage
         if shrinkage is None:
