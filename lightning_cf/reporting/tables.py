@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_cf.sequence.result import Result
+from lightning_cf.sequence.unknown import CHANCE
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -59,6 +60,13 @@ def print_summary(results: Mapping[str, Result], root: Path) -> None:
     constant = [score for score in chosen.constant_predictor if score is not None]
     if constant:
         print(f"\nA constant predictor scores {sum(constant) / len(constant):.4f}.")
+    told = chosen.class_incremental
+    if told is not None and told["none_auroc_mean"] is not None:
+        area = told["none_auroc_mean"]
+        close = ", close to chance" if area < CHANCE else ""
+        print(
+            f"Unknown inputs are told from known ones with an AUROC of {area:.3f}{close} (each task unknown in turn)."
+        )
     if chosen.capacity:
         shares = ", ".join(f"{layer} {shares[-1]:.2f}" for layer, shares in chosen.capacity.items())
         print(f"Free units left: {shares}.")

@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import binary_auroc
 from lightning_cf.learner.labels import Kept
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import eval_mode
+from lightning_cf.sequence.unknown import none_in_turn
 from lightning_cf.task_inference import TaskInference
 from lightning_cf.tasks.evaluation import predict
 from lightning_cf.tasks.task import Batches, Task
@@ -38,10 +39,11 @@ class Scored:
 
 @dataclass
 class StrategyScores:
-    """A strategy's scores after each task, and what it keeps."""
+    """A strategy's scores after each task, what it keeps, and how it tells each task had it never been learned."""
 
     rows: list[Scored] = field(default_factory=list)
     stored_floats: int = 0
+    none_in_turn: list[float] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The scores with their averages after the last task, as ``result.json`` shows them."""
@@ -51,13 +53,15 @@ class StrategyScores:
             "task_inference_accuracy": _mean(self.rows[-1].task_accuracy) if self.rows else None,
             "task_accuracy_matrix": [row.task_accuracy for row in self.rows],
             "none_auroc": [row.none_auroc for row in self.rows],
+            "none_auroc_in_turn": self.none_in_turn,
+            "none_auroc_mean": _mean(self.none_in_turn) if self.none_in_turn else None,
             "stored_floats": self.stored_floats,
         }
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> StrategyScores:
         """Makes the scores again that ``dataclasses.asdict`` described, as a stored run keeps them."""
-        return cls([Scored(**row) for row in state["rows"]], state["stored_floats"])
+        return cls([Scored(**row) for row in state["rows"]], state["stored_floats"], state.get("none_in_turn", []))
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -110,6 +114,8 @@ def score_strategies(
         kept.stored_floats = inference.stored_floats(name)
         scores.pop(name, None)
         scores[name] = asdict(kept)  # the one that predicts comes first
+    for name, areas in none_in_turn(module, inference, tasks).items():
+        scores[name]["none_in_turn"] = areas
 
 
 @dataclass(frozen=True)

@@ -456,6 +456,9 @@ def test_the_runner_scores_every_strategy_after_every_task(tmp_path):
         assert float(matrix.triu(1).abs().max()) == 0.0  # classes that were not yet seen are never told
         assert found["average_accuracy"] == pytest.approx(float(matrix[-1].mean()))
         assert found["none_auroc"][-1] is None
+        assert len(found["none_auroc_in_turn"]) == 3
+        assert found["none_auroc_in_turn"][-1] == pytest.approx(found["none_auroc"][-2], abs=1e-3)  # the last one again
+        assert found["none_auroc_mean"] == pytest.approx(sum(found["none_auroc_in_turn"]) / 3)
         assert all(0 <= value <= 1 for value in found["none_auroc"][:-1])
     # Whoever knows the task does at least as well, within one strategy's own outputs.
     for told, known in zip(document["accuracy_matrix"][-1], result.accuracy.matrix[-1].tolist(), strict=True):

@@ -1,0 +1,90 @@
+"""How well what is unknown is told from what is known: each task is held out in turn, as if it was never learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+
+from lightning_cf.errors import ContinualError
+from lightning_cf.learner.accumulating import shown
+from lightning_cf.learner.labels import Kept
+from lightning_cf.lightning_api import LightningModule
+from lightning_cf.network.forward import eval_mode
+from lightning_cf.task_inference import Known, Readout, Sites, TaskInference
+from lightning_cf.task_inference.forgetting import forgotten
+from lightning_cf.task_inference.read_variants import variants_of
+from lightning_cf.tasks.evaluation import predict
+from lightning_cf.tasks.task import Batches, Task
+from lightning_cf.tasks.training_batches import training_batches
+from lightning_cf.utilities.randomness import isolated_generators
+
+MOST = 2000
+"""So many test samples of each task are looked at; more tell no better how it is, on the average."""
+
+CHANCE = 0.6
+"""Below this area under the ROC curve, what is said of unknown inputs is close to nothing."""
+
+
+@torch.no_grad()
+def none_in_turn(
+    module: LightningModule, inference: TaskInference, tasks: Sequence[tuple[Task, Batches]]
+) -> dict[str, list[float]]:
+    """By strategy, for each task: how well it would be told from the others, had it never been learned.
+
+    The area under the ROC curve of the probability of "none of the known", over test samples. One task alone, the last
+    one, misleads: it may be unlike the others, or hard to tell.
+
+    Args:
+        module: as it stands.
+        inference: what is kept of its tasks.
+        tasks: those of the sequence that have classes, each with its test data.
+
+    Returns:
+        nothing of a strategy that cannot take away what a task added, and nothing at all for fewer than two tasks.
+    """
+    names = {known.name for known in inference.tasks}
+    if len(names) < 2 or {task.name for task, _ in tasks} != names:
+        return {}
+    found: dict[str, list[float]] = {}
+    with eval_mode(module), isolated_generators():
+        for known in inference.tasks:
+            task = next(task for task, _ in tasks if task.name == known.name)
+            try:
+                left = forgotten(inference, known.name, partial(_training, module, task, known, inference.strategies))
+            except ContinualError:  # a strategy of the user's own
+                return {}
+            for name, values in _none(module, inference, left, tasks).items():
+                strange = torch.cat([torch.full_like(x, each == known.name) for each, x in values.items()]).long()
+                found.setdefault(name, []).append(float(binary_auroc(torch.cat(list(values.values())), strange)))
+    return found
+
+
+def _training(
+    module: LightningModule, task: Task, known: Known, strategies: Sequence[str], sites: Sites
+) -> Iterator[tuple[Readout, Tensor]]:
+    batches = training_batches(module, task, ordered=True)
+    return shown(module, task, known, variants_of(strategies), sites, batches)
+
+
+def _none(
+    module: LightningModule, inference: TaskInference, left: TaskInference, tasks: Sequence[tuple[Task, Batches]]
+) -> dict[str, dict[str, Tensor]]:
+    """By strategy and task, the probability of none for each test sample, where the tasks left are known."""
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in inference.strategies}
+    for task, batches in tasks:
+        parts: dict[str, list[Tensor]] = {name: [] for name in inference.strategies}
+        seen = 0
+        for batch in batches:
+            readout = inference.read(module, Kept(partial(predict, module, task)), batch)
+            for name in inference.strategies:
+                parts[name].append(left.infer(readout, name).probabilities[:, -1])
+            seen += len(readout.outputs)
+            if seen >= MOST:
+                break
+        for name, values in parts.items():
+            found[name][task.name] = torch.cat(values)[:MOST]
+    return found
