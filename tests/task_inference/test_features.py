@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lightning_cf import ContinualError
+from lightning_cf.task_inference.accumulated import Accumulated
 from lightning_cf.task_inference.features import (
     Custom,
     FirstUnits,
@@ -18,7 +19,7 @@ from lightning_cf.task_inference.features import (
     Values,
     by_medium,
 )
-from lightning_cf.task_inference.features.by_medium import medium_of, width_for
+from lightning_cf.task_inference.features.by_medium import medium_of
 from lightning_cf.task_inference.features.patches import NOISE
 from lightning_cf.task_inference.readout import Readout
 from lightning_cf.task_inference.sites import Site, Sites
@@ -180,8 +181,26 @@ def test_many_features_of_grey_images_are_a_random_layer_behind_patches():
     assert isinstance(features.behind, PatchBank)
 
 
-@given(st.integers(10, 10_000_000), st.integers(2, 200))
-def test_a_budget_is_kept(budget, classes):
-    width = width_for(budget, classes)
-    kept = width * (width + 1) // 2 + 2 * classes * width + 2 * width
-    assert width == 1 or kept <= budget
+@pytest.mark.parametrize("budget", [20_000, 150_000, 900_000])
+@pytest.mark.parametrize(
+    "x",
+    [
+        images(40, 3, 32),
+        images(40, 1, 28),
+        images(40, 1, 8),
+        torch.rand(40, 600, generator=generator()),
+        torch.rand(40, 12, generator=generator()),
+        torch.randint(50, (40, 30), generator=generator()),
+        None,
+    ],
+    ids=["colour", "grey", "small", "many values", "few values", "tokens", "units"],
+)
+def test_all_that_is_kept_stays_within_the_budget(budget, x):
+    strategy, maps = Accumulated("lda"), {"w": torch.rand(40, 3, 3, 8, generator=generator())}
+    looks = nowhere(unit_site(8, [True] * 8))
+    shown = Readout(None, {}, torch.zeros(40, 10), {}, x=x, maps=maps)
+    kept = strategy.begin(shown, looks, generator(), budget)
+    kept = strategy.close(strategy.add(kept, shown, looks, torch.arange(40) % 10))
+    calibration = 3 * 10
+    count = calibration + sum(value.numel() for value in kept.values())
+    assert budget / 2 < count <= budget

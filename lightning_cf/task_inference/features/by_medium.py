@@ -10,9 +10,10 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.task_inference.features.base import Features, Values, leaves_of
 from lightning_cf.task_inference.features.ngrams import HashedNgrams
 from lightning_cf.task_inference.features.patches import PatchBank
-from lightning_cf.task_inference.features.random_layer import RandomFeatures
+from lightning_cf.task_inference.features.random_layer import READ, RandomFeatures
 from lightning_cf.task_inference.features.units import FirstUnits
 from lightning_cf.task_inference.readout import Readout
+from lightning_cf.task_inference.sites import Sites
 
 SMALLEST = 6
 """Images of fewer pixels on a side are seen as they are."""
@@ -22,10 +23,11 @@ PLAIN = 1024
 """Of grey images, more features than so many are a random layer's, behind twice as many of patches."""
 
 
-def width_for(budget: int, classes: int) -> int:
+def width_for(budget: int, classes: int, fixed: int = 0, each: float = 0.0) -> int:
     """How many features sums may have so that all that is kept stays within a budget of numbers.
 
-    A symmetric matrix, and for each class its sums and its weights; mean and deviation of each feature.
+    A symmetric matrix, and for each class its sums and its weights; mean and deviation of each feature; what makes a
+    sample familiar; and what the features keep themselves.
 
     >>> width_for(150_000, 10)
     525
@@ -33,9 +35,11 @@ def width_for(budget: int, classes: int) -> int:
     Args:
         budget: numbers.
         classes: of all tasks.
+        fixed: numbers that the features keep, however many they are.
+        each: and for each of them.
     """
-    linear = 2 * classes + 3
-    return max(1, int((linear**2 + 2.0 * budget) ** 0.5 - linear))
+    left, linear = budget - fixed - classes**2 - 5 * classes - 10, 2 * classes + 2.5 + each
+    return max(1, int((linear**2 + 2.0 * max(left, 0)) ** 0.5 - linear))
 
 
 UNITS, TOKENS, IMAGES, VALUES = range(4)
@@ -55,21 +59,25 @@ def medium_of(seen: Readout, budget: int) -> Int64[Tensor, "5"]:
     Raises:
         ContinualError: for values that vary in several sizes.
     """
-    width = width_for(budget, seen.outputs.shape[1])
+    classes = seen.outputs.shape[1]
     if seen.x is None:
-        return torch.tensor([UNITS, width, 0, 0, 0])
+        units = sum(values.shape[-1] * 2 ** (values.ndim - 2) for values in seen.maps.values())
+        return torch.tensor([UNITS, width_for(budget, classes, min(units, READ)), 0, 0, 0])
     leaves = leaves_of(seen)
     x = leaves[0]
     whole = not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
     if len(leaves) == 1 and whole and x.ndim == 2:
-        return torch.tensor([TOKENS, width, 0, 0, 0])
+        return torch.tensor([TOKENS, width_for(budget, classes), 0, 0, 0])
     if len(leaves) == 1 and x.is_floating_point() and x.ndim == 4 and min(x.shape[2:]) >= SMALLEST:
-        return torch.tensor([IMAGES, width, x.shape[1], min(x.shape[2:]), 0])
+        channels, side = x.shape[1], min(x.shape[2:])
+        return torch.tensor([IMAGES, _width_of_patches(budget, classes, channels, side), channels, side, 0])
     if len(seen.ragged) > 1:
         raise ContinualError(
             f"task_inference: samples of one batch have other sizes than those of another, along axes {seen.ragged}."
         )
-    return torch.tensor([VALUES, width, 0, 0, *(seen.ragged or (0,))])
+    axis = (seen.ragged or (0,))[0]
+    values = Values(axis).of({}, seen.part(torch.arange(len(seen.outputs)) < 1), _NOWHERE).shape[1]
+    return torch.tensor([VALUES, width_for(budget, classes, min(values, READ)), 0, 0, axis])
 
 
 def by_medium(medium: Int64[Tensor, "5"]) -> Features:
@@ -95,6 +103,22 @@ def by_medium(medium: Int64[Tensor, "5"]) -> Features:
 
 def _patches(channels: int, side: int, width: int) -> PatchBank:
     """A bank whose patches are about a quarter of an image wide; colours on a coarser grid, and mirrored."""
-    grid = 2 if channels > 1 else 4 if side >= 20 else 3
-    size = min(max(side // 4, 3), 7 if channels == 1 else 6)
+    grid, size = _cells(channels, side)
     return PatchBank(max(1, width // (2 * grid**2)), size=size, grid=grid, mirrored=channels > 1)
+
+
+def _cells(channels: int, side: int) -> tuple[int, int]:
+    """Into how many cells a side is divided, and how many pixels of it a patch takes."""
+    return 2 if channels > 1 else 4 if side >= 20 else 3, min(max(side // 4, 3), 7 if channels == 1 else 6)
+
+
+def _width_of_patches(budget: int, classes: int, channels: int, side: int) -> int:
+    """How many features a bank may have, or a random layer behind it, whose filters are kept too."""
+    grid, size = _cells(channels, side)
+    each = (channels * size**2 + 1) / (2 * grid**2)
+    layered = width_for(budget, classes, int(2 * PLAIN * (each + 1)))
+    plain = width_for(budget, classes, each=each)
+    return plain if channels > 1 else layered if layered > PLAIN else min(plain, PLAIN)
+
+
+_NOWHERE = Sites(None, (), {}, torch.empty(0, dtype=torch.long))
