@@ -15,8 +15,8 @@ test: $(VENV)/installed $(VENV)/zoo $(VENV)/linters
 	PYTHONPATH=$(VENV)/linters:. $(VENV)/bin/python $(VENV)/linters/bin/lint-imports
 	$(VENV)/bin/pytest --numprocesses 2
 
-# The whole suite as other processors would round: their vector widths as far as this one has them, one thread and two. Threads that wait
-# sleep, so that twice two of them fit on two cores.
+# The whole suite as other processors would round: their vector widths as far as this one has them, one thread and two.
+# Threads that wait sleep, so that twice two of them fit on two cores. Takes hours.
 machines: $(VENV)/installed $(VENV)/zoo
 	for capability in default avx2 avx512; do for threads in 1 2; do \
 		if [ $$capability != default ] && ! grep -q $$capability /proc/cpuinfo; then continue; fi; \
