@@ -19,10 +19,6 @@ from torch.nn import functional as F
 JUDGING = 3000
 """So many of the training images, the last ones, judge partitions and choose options."""
 
-EPOCHS = {"first": 30, "others": 8}
-"""Of LEARN, and as many of INVARIANCE by a third."""
-
-
 def images(file: Path) -> tuple[Tensor, Tensor]:
     """All images of a file that holds JPEGs one after another, and their labels."""
     held = np.load(file)
