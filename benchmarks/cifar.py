@@ -19,6 +19,7 @@ from torch.nn import functional as F
 JUDGING = 3000
 """So many of the training images, the last ones, judge partitions and choose options."""
 
+
 def images(file: Path) -> tuple[Tensor, Tensor]:
     """All images of a file that holds JPEGs one after another, and their labels."""
     held = np.load(file)
