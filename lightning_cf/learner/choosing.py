@@ -25,8 +25,7 @@ from lightning_cf.tasks.training_batches import first_batch
 from lightning_cf.utilities.randomness import isolated_generators
 
 ORDER = ("lda", "reconstruction_logits", "subspaces", "energy")
-"""The best ones first, as measured in benchmarks; the second one is trained with the network."""
-
+"""In which they are tried: the best ones first where held-out data do not say otherwise; the second one is trained."""
 
 CANDIDATES = 2
 """So many are fitted where the best is to be found: held-out data of the tasks say which of them predicts."""

@@ -1,5 +1,8 @@
 """Classifiers in closed form, from sums that tasks add up: exact sums, and what is solved from them."""
 
+from functools import reduce
+from operator import add
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,8 +13,8 @@ from torchmetrics.functional.classification import binary_auroc
 
 from lightning_cf import ContinualError
 from lightning_cf.task_inference.accumulated import Accumulated, Sums
-from lightning_cf.task_inference.accumulated.closed_form import Familiarity, discriminant, ridge
-from lightning_cf.task_inference.accumulated.sums import LARGEST, STEP, packed, products, rounded, total, unpacked
+from lightning_cf.task_inference.accumulated.closed_form import Familiarity, Separation, discriminant, ridge
+from lightning_cf.task_inference.accumulated.sums import LARGEST, STEP, packed, products, rounded, unpacked
 
 CLASSES = 6
 
@@ -49,8 +52,8 @@ def test_sums_are_those_of_whole_numbers_however_the_samples_come(data):
     order = torch.randperm(count, generator=g)
     parts = order.tensor_split(sorted(data.draw(st.lists(st.integers(1, count), max_size=4))))
     found = [sums_of(x[part], y[part]) for part in parts if len(part)]
-    assert same(total(found), whole)
-    assert same(total(found[::-1]), whole)
+    assert same(reduce(add, found), whole)
+    assert same(reduce(add, found[::-1]), whole)
     assert same(unpacked(packed(whole)), whole)
 
 
@@ -72,7 +75,7 @@ def test_rounding_takes_what_lies_far_to_the_last_step():
 @pytest.mark.parametrize("shrinkage", [0.01, 0.3])
 def test_the_discriminant_is_that_of_scikit_learn(shrinkage):
     (x, y), (other, _) = samples(), samples(1)
-    linear = discriminant(sums_of(x, y), shrinkage)
+    linear = discriminant(Separation.of(sums_of(x, y), shrinkage))
     share = shrinkage / (1 + shrinkage)  # of the identity in a mixture; ours adds it
     peer = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=share, priors=[1 / CLASSES] * CLASSES)
     peer.fit((x * STEP).double().numpy(), y.numpy())
@@ -96,7 +99,8 @@ def test_ridge_is_that_of_scikit_learn_where_classes_are_of_one_size():
 def test_familiarity_is_the_difference_of_two_distances():
     (x, y), (other, _) = samples(), samples(1)
     sums, shrinkage = sums_of(x, y), 0.05
-    found = Familiarity.of(sums, shrinkage)
+    solved = Separation.of(sums, shrinkage)
+    found = Familiarity.of(solved)
     values, seen = (x * STEP).double(), (other * STEP).double()
     means = torch.stack([values[y == label].mean(dim=0) for label in range(CLASSES)])
     within = (values - means[y]).T @ (values - means[y]) / len(values)
@@ -109,7 +113,7 @@ def test_familiarity_is_the_difference_of_two_distances():
 
     nearest = torch.stack([distance(shrunk, centre) for centre in means]).amin(dim=0)
     expected = distance(shrunk + between, mean) - nearest
-    outputs = discriminant(sums, shrinkage)(other)
+    outputs = discriminant(solved)(other)
     best = outputs.argmax(dim=1)
     raw = found(outputs) * found.deviation[best] + found.middle[best]
     torch.testing.assert_close(raw.double(), expected, rtol=1e-3, atol=1e-2)
@@ -118,7 +122,8 @@ def test_familiarity_is_the_difference_of_two_distances():
 def test_further_samples_are_as_familiar_as_expected_and_others_are_not():
     (x, y), (other, _) = samples(classes=4), samples(1, classes=4)
     sums = sums_of(x, y)
-    linear, familiarity = discriminant(sums, 0.03), Familiarity.of(sums, 0.03)
+    solved = Separation.of(sums, 0.03)
+    linear, familiarity = discriminant(solved), Familiarity.of(solved)
     known, strange = familiarity(linear(other)), familiarity(linear(samples(2, count=600)[0][4::6]))
     assert abs(float(known.mean())) < 0.5  # 0.02 to 0.25 over ten seeds
     assert 0.7 < float(known.std()) < 1.4  # 0.89 to 1.10

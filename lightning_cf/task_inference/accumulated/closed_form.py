@@ -31,18 +31,50 @@ class Linear:
         return outputs
 
 
-def discriminant(sums: Sums, shrinkage: float) -> Linear:
-    """Linear discriminant analysis: Gaussian classes of one covariance, each as likely as the others.
+@dataclass(frozen=True)
+class Separation:
+    """What parts the classes: solved once for a discriminant and for what is familiar to it.
 
     ``S`` is the covariance within classes, shrunk towards a multiple of the identity: ``S + shrinkage * mean(diag S)``
-    on its diagonal. An output is the log-density of its class, less what all classes share (Hayes and Kanan 2020,
-    SLDA, update such statistics sample by sample).
+    on its diagonal.
+
+    Attributes:
+        sums: of the features.
+        centred: the mean of each class, less that of all samples.
+        mean: of all samples.
+        within: the covariance within classes.
+        added: to its diagonal.
+        lower: the Cholesky factor of that.
+        weight: of each class.
     """
-    _, means, mean = _means(sums)
-    centred = means - mean
-    weight = _solved(_within(sums), shrinkage, centred.T)
-    bias = -mean @ weight - 0.5 * (centred.T * weight).sum(dim=0)
-    return Linear(torch.tensor(sums.classes), weight.float(), bias.float())
+
+    sums: Sums
+    centred: Float[Tensor, "classes features"]
+    mean: Float[Tensor, "features"]
+    within: Float[Tensor, "features features"]
+    added: float
+    lower: Float[Tensor, "features features"]
+    weight: Float[Tensor, "features classes"]
+
+    @classmethod
+    def of(cls, sums: Sums, shrinkage: float) -> Separation:
+        """From the sums of all classes, in float64."""
+        number, means, mean = _means(sums)
+        within = (sums.square() * STEP**2 - (means * sums.counts.double()[:, None]).T @ means) / number
+        added = shrinkage * float(within.diagonal().mean().clamp_min(1e-12))
+        lower = torch.linalg.cholesky(within + added * torch.eye(len(within), dtype=torch.float64))
+        centred = means - mean
+        return cls(sums, centred, mean, within, added, lower, torch.cholesky_solve(centred.T, lower))
+
+
+def discriminant(found: Separation) -> Linear:
+    """Linear discriminant analysis: Gaussian classes of one covariance, each as likely as the others.
+
+    An output is the log-density of its class, less what all classes share (Hayes and Kanan 2020, SLDA, update such
+    statistics sample by sample).
+    """
+    bias = -found.mean @ found.weight - 0.5 * (found.centred.T * found.weight).sum(dim=0)
+    return Linear(torch.tensor(found.sums.classes), found.weight.float(), bias.float())
 
 
 def ridge(sums: Sums, shrinkage: float) -> Linear:
@@ -50,7 +82,8 @@ def ridge(sums: Sums, shrinkage: float) -> Linear:
     number, means, mean = _means(sums)
     covariance = sums.square() * STEP**2 / number - torch.outer(mean, mean)
     share = 1 / len(sums.classes)
-    weight = _solved(covariance, shrinkage, (means - mean).T) * share
+    covariance.diagonal().add_(shrinkage * covariance.diagonal().mean().clamp_min(1e-12))
+    weight = torch.cholesky_solve((means - mean).T, torch.linalg.cholesky(covariance)) * share
     return Linear(torch.tensor(sums.classes), weight.float(), (-mean @ weight + share).float())
 
 
@@ -59,20 +92,6 @@ def _means(sums: Sums) -> tuple[float, Float[Tensor, "classes features"], Float[
     number = float(sums.counts.sum())
     totals = sums.totals.double() * STEP
     return number, totals / sums.counts.double()[:, None], totals.sum(dim=0) / number
-
-
-def _within(sums: Sums) -> Float[Tensor, "features features"]:
-    """The covariance within classes, about the mean of each."""
-    number, means, _ = _means(sums)
-    return (sums.square() * STEP**2 - (means * sums.counts.double()[:, None]).T @ means) / number
-
-
-def _solved(
-    covariance: Float[Tensor, "features features"], shrinkage: float, wanted: Float[Tensor, "features classes"]
-) -> Float[Tensor, "features classes"]:
-    size = covariance.diagonal().mean().clamp_min(1e-12)
-    covariance.diagonal().add_(shrinkage * size)
-    return torch.cholesky_solve(wanted, torch.linalg.cholesky(covariance))
 
 
 @dataclass(frozen=True)
@@ -95,21 +114,17 @@ class Familiarity:
     deviation: Float[Tensor, "classes"]
 
     @classmethod
-    def of(cls, sums: Sums, shrinkage: float) -> Familiarity:
+    def of(cls, found: Separation) -> Familiarity:
         """From the sums alone, less what a classifier owes to the very samples that were summed.
 
         With ``df`` effective parameters (Hastie et al. 2009, 5.4) deviations of further samples are larger by about
         ``1 / (1 - df / samples)``, and a class's own output is smaller by about ``df`` over its samples.
         """
-        number, means, mean = _means(sums)
-        centred, counts, within = means - mean, sums.counts.double(), _within(sums)
-        added = shrinkage * float(within.diagonal().mean().clamp_min(1e-12))
-        shrunk = within + added * torch.eye(len(within), dtype=torch.float64)
-        lower = torch.linalg.cholesky(shrunk)
-        weight = torch.cholesky_solve(centred.T, lower)
-        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=torch.float64), upper=False)
-        effective = float(len(within) - added * inverse.square().sum())
-        own = centred @ weight
+        counts, within, weight = found.sums.counts.double(), found.within, found.weight
+        number, unit = float(counts.sum()), torch.eye(len(within), dtype=torch.float64)
+        inverse = torch.linalg.solve_triangular(found.lower, unit, upper=False)
+        effective = float(len(within) - found.added * inverse.square().sum())
+        own = found.centred @ weight
         half = own.diagonal() / 2
         mixing = torch.linalg.inv(torch.diag(number / counts) + own)
         between = weight.T @ within @ weight / max(1 - effective / number, 0.1) ** 2
@@ -117,8 +132,8 @@ class Familiarity:
         slope = 2 * torch.eye(len(own), dtype=torch.float64) - 2 * own @ mixing
         curved = mixing @ between
         variance = ((slope @ between) * slope).sum(dim=1) + 2 * (curved @ curved).trace()
-        found = mixing, half, middle - curved.trace(), variance.clamp_min(1e-12).sqrt()
-        return cls(*(each.float() for each in found))
+        parts = mixing, half, middle - curved.trace(), variance.clamp_min(1e-12).sqrt()
+        return cls(*(each.float() for each in parts))
 
     def __call__(self, outputs: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch"]:
         """For outputs of the discriminant; in deviations from what is to be expected of the nearest class."""

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lightning_cf.errors import check_choice, check_number
-from lightning_cf.task_inference.accumulated.closed_form import Familiarity, Linear, discriminant, ridge
+from lightning_cf.task_inference.accumulated.closed_form import Familiarity, Linear, Separation, discriminant, ridge
 from lightning_cf.task_inference.accumulated.sums import Sums, packed, products, rounded, unpacked
 from lightning_cf.task_inference.cumulative import Cumulative, Shared
 from lightning_cf.task_inference.features.base import Features, inner
@@ -17,8 +17,8 @@ from lightning_cf.task_inference.features.by_medium import by_medium, medium_of
 from lightning_cf.task_inference.readout import Readout
 from lightning_cf.task_inference.sites import Sites
 
-FORMS = {"lda": discriminant, "ridge": ridge}
-"""The classifiers in closed form, by name."""
+FORMS = ("lda", "ridge")
+"""The classifiers in closed form."""
 
 SHRINKAGE = 0.03
 """Times features over samples: how far a covariance is shrunk where nobody says; the fewer samples, the further."""
@@ -58,7 +58,7 @@ class Accumulated(Cumulative):
         shrinkage: float | None = None,
     ) -> None:
         self.name = name  # type: ignore[misc]
-        self.form = check_choice(name, "form", form, tuple(FORMS))
+        self.form = check_choice(name, "form", form, FORMS)
         self.features = features
         self.shrinkage = None if shrinkage is None else check_number(name, "shrinkage", shrinkage, above=0.0)
         self.familiar = -4.0 if form == "lda" else float("inf")  # in deviations, which have long tails
@@ -107,8 +107,12 @@ class Accumulated(Cumulative):
         if shrinkage is None:
             by_size = SHRINKAGE * sums.features / max(1, int(sums.counts.sum()))
             shrinkage = float(shared.get("shrinkage", min(by_size, 1.0)))
-        linear = FORMS[self.form](sums, shrinkage)
-        familiar = {} if self.form == "ridge" else vars(Familiarity.of(sums, shrinkage))
+        familiar: dict[str, Tensor] = {}
+        if self.form == "ridge":
+            linear = ridge(sums, shrinkage)
+        else:
+            found = Separation.of(sums, shrinkage)
+            linear, familiar = discriminant(found), vars(Familiarity.of(found))
         solved = {"order": linear.classes, "weight": linear.weight, "bias": linear.bias}
         named = {f"sums.{name}": value for name, value in packed(sums).items()}
         return {**shared, **named, **solved, **{f"familiar.{name}": value for name, value in familiar.items()}}

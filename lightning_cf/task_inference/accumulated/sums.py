@@ -1,4 +1,4 @@
-"""Sums over features that all tasks share: exact, so that no order of tasks, batch or machine changes a bit of them.
+"""Sums over features that all tasks share: exact, so that the same features add up to the same bits in any order.
 
 Features are rounded to whole multiples of a step before they are multiplied (:func:`rounded`). Sums of products of such
 small whole numbers are whole numbers that floating point holds exactly, as long as not too many are added at a time; so
@@ -8,7 +8,7 @@ they can be added up in any order, over tasks, batches and processes, and what a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -105,14 +105,6 @@ def products(features: Float[Tensor, "batch features"]) -> Float[Tensor, "featur
     for part in parts[1:]:
         found += (part.T @ part).double()
     return found
-
-
-def total(parts: Iterable[Sums]) -> Sums:
-    """The sums of all of them; there is one at least."""
-    first, *others = parts
-    for part in others:
-        first = first + part
-    return first
 
 
 def packed(sums: Sums) -> Mapping[str, Tensor]:
