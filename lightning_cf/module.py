@@ -15,6 +15,7 @@ from lightning_cf.callbacks import (
     TaskInferenceCallback,
 )
 from lightning_cf.errors import ContinualError, LedgerWarning, check_kind, warn
+from lightning_cf.learner.forgetting import forget_task
 from lightning_cf.learner.keeping import keep_ledger, ledger_of
 from lightning_cf.learner.meeting import meet_task
 from lightning_cf.learner.predicting import predict_any
@@ -106,6 +107,25 @@ class ContinualModule(LightningModule):
         if self.ledger is None:
             raise ContinualError(f"No outputs are set aside for a task '{name}': no task was fitted or added yet.")
         return self.ledger.outputs_of(name)
+
+    def forget(self, task: Task | str) -> dict[str, int]:
+        """Takes a task out again, on purpose, between fits: its outputs, what infers it, and units that nobody reads.
+
+        All other tasks' outputs stay bitwise what they are; what a later task reads goes on being held for it.
+
+        Args:
+            task: the task with the training data that it had; its name will do where what tasks add to what they share
+                is kept apart (``TaskInferenceCallback(apart=True)``) or nothing is shared.
+
+        Returns:
+            for each group of units, how many of the task's are free again.
+
+        Raises:
+            ContinualError: for a task that was not fitted, and where it cannot be forgotten; then nothing changed.
+        """
+        if not isinstance(task, str):
+            check_kind("ContinualModule", "task", task, Task, "the Task that is to be forgotten, or its name")
+        return forget_task(self, task)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """A module's own ``predict`` where it has one, else as :meth:`predict_any`."""

@@ -12,13 +12,13 @@ from torch import Tensor
 from lightning_cf.callbacks.divergence import watch_of
 from lightning_cf.callbacks.heads import Heads
 from lightning_cf.callbacks.session import ContinualCallback, task_of
-from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_number, warn
+from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_flag, check_number, warn
 from lightning_cf.learner.choosing import choose_strategies, prepare
 from lightning_cf.learner.inferring import finite_samples, inference_of, keep_inference, look, unseen
 from lightning_cf.learner.keeping import state_of
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, Trainer
-from lightning_cf.task_inference import STRATEGIES, Strategy, register
+from lightning_cf.task_inference import STRATEGIES, Strategy, TaskInference, register
 from lightning_cf.task_inference.inference import BUDGET
 from lightning_cf.task_inference.strategies import CHOICES, KEPT, Keep
 from lightning_cf.task_inference.trained import trained_heads
@@ -42,7 +42,9 @@ class TaskInferenceCallback(ContinualCallback):
             change too.
         keep: what such words may choose from: ``"beside"`` for everything, also what looks at the input beside the
             network; ``"within"`` for what looks at the network's own units and outputs alone.
-        budget: how many numbers a strategy that keeps state over tasks may keep.
+        budget: how many numbers a strategy that keeps state over tasks may keep of all of them together.
+        apart: whether such a strategy also keeps what each task added, so that
+            :meth:`~lightning_cf.ContinualModule.forget` needs no data; with each task about as many numbers more.
         weight: of the heads' loss beside the module's own.
         lr: the heads' learning rate in INVARIANCE, which falls along a cosine; a quarter of it while the task learns.
         seed: the heads' first values depend on (seed, task) and nothing else.
@@ -54,6 +56,7 @@ class TaskInferenceCallback(ContinualCallback):
         *,
         keep: Keep = "beside",
         budget: int = BUDGET,
+        apart: bool = False,
         weight: float = 3.0,
         lr: float = 0.008,
         seed: int = 0,
@@ -62,6 +65,7 @@ class TaskInferenceCallback(ContinualCallback):
         check_choice("task_inference", "keep", keep, KEPT)
         self.keep: Keep = keep
         self.budget = check_count("task_inference", "budget", budget)
+        self.apart = check_flag("task_inference", "apart", apart)
         strategy = register(strategy).name if isinstance(strategy, Strategy) else strategy
         self.strategy, self.weight, self.lr, self.seed = strategy, weight, lr, seed
         check_choice("task_inference", "strategy", strategy, (*CHOICES, *STRATEGIES))
@@ -75,14 +79,14 @@ class TaskInferenceCallback(ContinualCallback):
         if state.ledger.inference is None and not state.ledger.tasks:
             ledger = copy.deepcopy(state.ledger)
             ledger.begin(task.name, task.classes or [], state.structure)
-            choose_strategies(module, replace(state, ledger=ledger), task, self.strategy, self.keep)
+            choose_strategies(module, replace(state, ledger=ledger), task, self.strategy, self.keep, self._options())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the task; chooses strategies at the first one."""
         super().on_fit_start(trainer, pl_module)
         state, task = state_of(pl_module), task_of(trainer, type(self).__name__)
         assert state is not None
-        prepare(pl_module, state, task, self.strategy, keep=self.keep, budget=self.budget, seed=self.seed)
+        prepare(pl_module, state, task, self.strategy, keep=self.keep, options=self._options())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Makes the heads, anew after a partition, and tells them the batch's labels."""
@@ -146,10 +150,16 @@ class TaskInferenceCallback(ContinualCallback):
         super().on_exception(trainer, pl_module, exception)
         self._release()
 
+    def _options(self) -> TaskInference:
+        return TaskInference((), budget=self.budget, seed=self.seed, apart=self.apart)
+
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
         own = {} if self.strategy not in STRATEGIES else {"made_from": describe(STRATEGIES[self.strategy])}
-        return {**{name: getattr(self, name) for name in ("strategy", "keep", "budget", "weight", "lr")}, **own}
+        return {
+            **{name: getattr(self, name) for name in ("strategy", "keep", "budget", "apart", "weight", "lr")},
+            **own,
+        }
 
     def _weigh(self, trainer: Trainer, module: LightningModule, scale: float) -> None:
         """Weighs the heads' loss as the module's own is: by its share of an optimiser's step, times a loss scale."""

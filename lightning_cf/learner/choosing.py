@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,7 +18,6 @@ from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import eval_mode
 from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, check_strategies, read
-from lightning_cf.task_inference.inference import BUDGET
 from lightning_cf.task_inference.strategies import CHOICES, NEEDS, Keep
 from lightning_cf.task_inference.trained import changes_input, trained_heads
 from lightning_cf.tasks.evaluation import predict
@@ -24,7 +25,7 @@ from lightning_cf.tasks.task import Task
 from lightning_cf.tasks.training_batches import first_batch
 from lightning_cf.utilities.randomness import isolated_generators
 
-ORDER = ("lda", "reconstruction_logits", "subspaces", "energy")
+ORDER = ("lda", "reconstruction_logits", "lda_units", "subspaces", "energy")
 """In which they are tried: the best ones first where held-out data do not say otherwise; the second one is trained."""
 
 CANDIDATES = 2
@@ -32,7 +33,12 @@ CANDIDATES = 2
 
 
 def choose_strategies(
-    module: LightningModule, state: ContinualState, task: Task, wanted: str, keep: Keep = "beside"
+    module: LightningModule,
+    state: ContinualState,
+    task: Task,
+    wanted: str,
+    keep: Keep = "beside",
+    options: TaskInference | None = None,
 ) -> tuple[str, ...]:
     """The strategies to fit, the one that predicts first; none where tasks cannot be inferred and nobody insists.
 
@@ -46,23 +52,25 @@ def choose_strategies(
             leaves training as it is, ``all`` for all that the network allows, ``unchanged`` for those of them that do
             not train over changed inputs.
         keep: whether a strategy may be taken for these words that looks at the input beside the network.
+        options: with the budget and what else is said of how they keep; default as nobody says.
 
     Raises:
         ContinualError: for a strategy that there is not, or that the network or the task does not allow.
     """
     if wanted not in CHOICES:
         check_strategies([wanted])
+    tried = partial(_tried, module, state, task, options or TaskInference(()))
     reason, possible = _possible(module, state, task)
     if wanted in CHOICES:
         possible = [name for name in possible if keep == "beside" or not STRATEGIES[name].beside]
-        return _chosen(module, state, task, wanted, possible, reason)
+        return _chosen(wanted, possible, reason, tried, f"{type(module).__name__} with task '{task.name}'")
     if wanted not in possible:
         needs = NEEDS.get(STRATEGIES[wanted].needs, "")
         lacks = f"it needs {needs}, which {type(module).__name__} with task '{task.name}' does not have."
         raise ContinualError(
             f"task_inference={wanted}: {reason or lacks} Use task_inference=auto, which takes what the network allows."
         )
-    failure = rehearse(module, state, task, TaskInference((wanted,)))
+    failure = tried((wanted,))
     if failure:
         raise ContinualError(
             f"task_inference={wanted}: it does not work for {type(module).__name__} with task '{task.name}': {failure}"
@@ -71,8 +79,15 @@ def choose_strategies(
     return (wanted,)
 
 
+def _tried(
+    module: LightningModule, state: ContinualState, task: Task, options: TaskInference, names: tuple[str, ...]
+) -> str:
+    """What fails where some strategies are tried; empty where nothing does."""
+    return rehearse(module, state, task, replace(options, strategies=names))
+
+
 def _chosen(
-    module: LightningModule, state: ContinualState, task: Task, wanted: str, possible: list[str], reason: str
+    wanted: str, possible: list[str], reason: str, tried: Callable[[tuple[str, ...]], str], where: str
 ) -> tuple[str, ...]:
     """The strategies that work of those that are possible: the first two for ``auto`` and ``statistics``, else all."""
     order = [name for name in ORDER if wanted != "statistics" or not trained_heads([STRATEGIES[name]])]
@@ -81,11 +96,11 @@ def _chosen(
     if several:
         others = (n for n in possible if wanted == "all" or not changes_input(STRATEGIES[n]))
         names = list(dict.fromkeys([*names, *others]))
-    if several and names and not rehearse(module, state, task, TaskInference(tuple(names))):
+    if several and names and not tried(tuple(names)):
         return tuple(names)
     chosen: list[str] = []
     for name in names:
-        failure = rehearse(module, state, task, TaskInference((name,)))
+        failure = tried((name,))
         if not failure:
             chosen.append(name)
             if len(chosen) == CANDIDATES and not several:
@@ -93,8 +108,7 @@ def _chosen(
         else:
             reason = f"{name} does not work: {failure}"
             warn(
-                f"task_inference={wanted}: {name} is left out, since it does not work for"
-                f" {type(module).__name__} with task '{task.name}': {failure}",
+                f"task_inference={wanted}: {name} is left out, since it does not work for {where}: {failure}",
                 ContinualWarning,
             )
     if not chosen and several:
@@ -128,6 +142,7 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     if positions_of(task.classes, target, len(predictions)) is None:
         return f"{why_no_labels(task, target, len(predictions))}", []
     has = {"": True, "inputs": sites.inputs is not None, "hidden": bool(sites.hidden)}
+    has["frozen"] = has["hidden"] and state.ledger.exact
     # A layer that reads a sample in pieces, such as row by row, shows no row of values a sample.
     one_row = sites.inputs in readout.given
     has["first"] = one_row and bool(sites.hidden) and sites.hidden[0].producer == sites.inputs
@@ -149,8 +164,7 @@ def prepare(
     wanted: str,
     *,
     keep: Keep = "beside",
-    budget: int = BUDGET,
-    seed: int = 0,
+    options: TaskInference | None = None,
 ) -> None:
     """Chooses strategies where the ledger has none yet, else tries those chosen.
 
@@ -160,13 +174,13 @@ def prepare(
         task: the current one.
         wanted: as for :func:`choose_strategies`, like ``keep``.
         keep: likewise.
-        budget: how many numbers a strategy that keeps state over tasks may keep.
-        seed: what such a strategy draws depends on.
+        options: likewise.
     """
     known = inference_of(state.ledger)
     if known is None or not known.strategies:  # a first task without classes chooses none
-        names = choose_strategies(module, state, task, wanted, keep)
-        known = TaskInference(names, budget=budget, seed=seed, votes={} if wanted in CHOICES else None)
+        options = options or TaskInference(())
+        names = choose_strategies(module, state, task, wanted, keep, options)
+        known = replace(options, strategies=names, votes={} if wanted in CHOICES else None)
         if names and forward_is_told(module, state, task):
             leave_out(state, known, task, _TOLD)
         keep_inference(state.ledger, known)

@@ -8,10 +8,16 @@ from torch import Tensor, nn
 from lightning_cf.network.structure import NO_UNIT, Entries, Structure
 
 
-def consumers(module: nn.Module, structure: Structure, way: int = 0) -> list[tuple[str, Entries]]:
-    """Weights that train, used once in a way through the network, whose rows are units and whose columns read units.
+def consumers(
+    module: nn.Module, structure: Structure, way: int = 0, *, trained: bool = True
+) -> list[tuple[str, Entries]]:
+    """Weights used once in a way through the network, whose rows are units and whose columns read units; with that use.
 
-    With that use.
+    Args:
+        module: the network.
+        structure: its structure.
+        way: through the network.
+        trained: whether to leave out weights that do not train.
     """
     found = []
     parameters = dict(module.named_parameters())
@@ -21,7 +27,7 @@ def consumers(module: nn.Module, structure: Structure, way: int = 0) -> list[tup
             continue
         use = uses[0]
         rows_are_units = name in parameters and use.role == "weight" and use.target.ndim > 0
-        if not rows_are_units or not parameters[name].requires_grad:
+        if not rows_are_units or (trained and not parameters[name].requires_grad):
             continue
         along_rows = use.target.numel() == use.target.shape[0] and use.source.shape[0] == 1
         if along_rows and bool((use.source != NO_UNIT).any()):

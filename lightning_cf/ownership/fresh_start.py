@@ -1,5 +1,6 @@
 """Gives free units a fresh start before the next task."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,13 @@ from lightning_cf.ownership.levels import FREE
 from lightning_cf.utilities.randomness import derive_seed, seed_torch
 
 
-def reinitialise_free(module: nn.Module, structure: Structure, ledger: NeuronLedger, *key: int | str) -> None:
+def reinitialise_free(
+    module: nn.Module,
+    structure: Structure,
+    ledger: NeuronLedger,
+    *key: int | str,
+    outputs: Sequence[int] = (),
+) -> None:
     """Resets the incoming weights, biases and norm entries of free units as their layers' ``reset_parameters`` does.
 
     Where tasks run the network in ways of their own, only what the last task's way uses: nobody trained the rest yet.
@@ -25,8 +32,9 @@ def reinitialise_free(module: nn.Module, structure: Structure, ledger: NeuronLed
         structure: its structure.
         ledger: says which units are free.
         key: what the random numbers depend on, such as (seed, task).
+        outputs: columns of the head that get a fresh start too.
     """
-    levels = ledger.levels(structure)
+    levels, columns = ledger.levels(structure), structure.head.first + torch.tensor(outputs, dtype=torch.long)
     way = structure.way_of(ledger.tasks[-1].name) if ledger.tasks else 0
     for path, layer in module.named_modules():
         reset = getattr(layer, "reset_parameters", None)
@@ -38,9 +46,9 @@ def reinitialise_free(module: nn.Module, structure: Structure, ledger: NeuronLed
             if any(way in use.ways for use in uses) and not held:
                 masks[name] = torch.stack(
                     [
-                        ((levels.owners(use, none=0) == FREE) & (use.target < structure.head.first)).expand(
-                            own[name].shape
-                        )
+                        (levels.owners(use, none=0) == FREE)
+                        .logical_and((use.target < structure.head.first) | torch.isin(use.target, columns))
+                        .expand(own[name].shape)
                         for use in uses
                     ]
                 ).all(dim=0)

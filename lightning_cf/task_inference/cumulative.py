@@ -65,13 +65,29 @@ class Cumulative(Strategy):
         """What is kept, after the last batch of a task: the place to solve for what scores need."""
         return shared
 
-    def subtract(self, shared: Shared) -> Shared:
-        """What would be kept had a task never been there whose data were just added again, in place of :meth:`close`.
+    def added(self, before: Shared, after: Shared) -> dict[str, Tensor]:
+        """What a task added, as tensors that :meth:`subtract` takes.
+
+        Args:
+            before: what was kept without it; nothing for the first one.
+            after: what is kept with it.
 
         Raises:
             ContinualError: where that cannot be had.
         """
         raise ContinualError(f"task_inference={self.name}: what a task added cannot be taken away again.")
+
+    def subtract(self, shared: Shared, added: Shared) -> Shared:
+        """What would be kept had a task never been there.
+
+        Args:
+            shared: what is kept with it.
+            added: what it added.
+
+        Raises:
+            ContinualError: where that is not what it added.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def outputs(

@@ -54,6 +54,7 @@ class TaskInference:
         votes: where the one that predicts is to be chosen, of how many held-out samples each told the task, and
             under no name how many there were; else None.
         looks: where the first task's scores looked, once it is known, which what is shared looks at.
+        apart: whether to keep what each task added to what is shared, so that it can be taken away without its data.
     """
 
     strategies: tuple[str, ...]
@@ -68,6 +69,7 @@ class TaskInference:
     seed: int = 0
     votes: dict[str, int] | None = None
     looks: Sites | None = None
+    apart: bool = False
 
     def __post_init__(self) -> None:
         check_strategies(self.strategies)
@@ -157,11 +159,13 @@ class TaskInference:
             name = strategy.name
             if first is not known and name in before.calibration:
                 known.calibration[name] = before.calibration[name]
+                known.fitted |= {name: before.fitted[name]} if name in before.fitted else {}
                 continue
             generator = keyed_generator(self.seed, first.name, "features")
             kept_before = {} if first is known else self.shared[name]
             try:
                 own = gathered(strategy, kept_before, sites, training(sites), generator, self.budget)
+                added = strategy.added(kept_before, own) if self.apart else {}
                 calibration = calibrated(strategy, own, sites, columns, held_out(sites))
             except Exception as error:  # whatever a strategy raises on data that its trial did not see
                 self.strategies = without(self.strategies, name, error, several=self.votes is not None)
@@ -169,6 +173,8 @@ class TaskInference:
                 continue
             known.calibration[name] = kept(calibration)
             self.shared[name] = {key: kept(value) for key, value in own.items()}
+            if added:
+                known.fitted[name] = {key: kept(value) for key, value in added.items()}
 
     def elect(self, held_out: Iterable[Readout]) -> None:
         """Puts that strategy first which told the task of the most held-out samples, over all seals so far.
@@ -280,14 +286,8 @@ class TaskInference:
     def stored_floats(self, strategy: str | None = None) -> int:
         """How many numbers a strategy keeps beside the network, of all tasks together."""
         name = self.strategies[0] if strategy is None else strategy
-        if name in self.shared:
-            own = sum(task.calibration[name].numel() for task in self.tasks)
-            return own + sum(value.numel() for value in self.shared[name].values())
-        return sum(
-            sum(value.numel() for value in task.fitted[name].values() if value.is_floating_point())
-            + task.calibration[name].numel()
-            for task in self.tasks
-        )
+        own = sum(task.numbers(name) for task in self.tasks)
+        return own + sum(value.numel() for value in self.shared.get(name, {}).values())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is kept, as tensors and plain containers that ``torch.load(weights_only=True)`` reads."""

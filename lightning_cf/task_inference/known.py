@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lightning_cf.task_inference.sites import Sites
 
+ADDED = ("gram", "totals", "counts")
+"""What a task added to sums, in whole numbers, where that is kept apart."""
+
 
 @dataclass
 class Known:
@@ -28,6 +31,12 @@ class Known:
     sites: Sites
     fitted: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     calibration: dict[str, Tensor] = field(default_factory=dict)
+
+    def numbers(self, strategy: str) -> int:
+        """How many numbers are kept of the task alone for a strategy; places of units are none."""
+        fitted = self.fitted.get(strategy, {})
+        counted = [x for key, x in fitted.items() if x.is_floating_point() or key in ADDED]
+        return sum(value.numel() for value in (*counted, self.calibration[strategy]))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is kept of the task, as tensors and plain containers for a checkpoint."""

@@ -47,6 +47,7 @@ STRATEGIES: dict[str, Strategy] = {
         Sum("neither_mahalanobis", [Neither(), Mahalanobis()]),
         Rotations(),
         Rotations("rotations_once", ensemble=False),
+        Accumulated("lda_units", within=True),
         Accumulated("lda"),
         Accumulated("ridge", form="ridge"),
         InputGaussian(),

@@ -120,7 +120,7 @@ class Sites:
         if ledger.tasks[number].phase == "learn":
             owner = torch.where(owner == FREE, number, owner)
         seen = partial(_is_seen, module) if watched is None else watched.weights.__contains__
-        readers = [(name, use) for name, use in consumers(module, structure) if seen(name)]
+        readers = [(name, use) for name, use in consumers(module, structure, trained=False) if seen(name)]
         hidden = []
         for group in structure.groups:
             for name, use in readers:

@@ -25,6 +25,8 @@ KEPT: tuple[Keep, ...] = ("beside", "within")
 NEEDS = {
     "chain": "a first layer that is linear and reads the input itself",
     "first": "a first layer that is linear, reads the input itself and alone computes its units",
+    "frozen": "hidden units that stay what they are, as under isolation='exact', and that a linear layer or convolution"
+    " reads",
     "hidden": "hidden units that a linear layer or convolution reads",
     "inputs": "a linear layer or convolution that reads the input itself",
     "samples": "(input, label) pairs, the input one tensor of several values a sample, and hidden units that a linear"
@@ -47,8 +49,8 @@ class Strategy(ABC):
         name: what configurations and results call it.
         raw: whether the scores of all tasks share a unit, so that they are compared as they are; else each task's are
             brought to mean 0 and deviation 1 over held-out data of its own.
-        needs: "", or what of the network and the data the strategy cannot do without: "inputs", "hidden", "first",
-            "chain", "samples" or "square" (``NEEDS`` says what each means).
+        needs: "", or what of the network and the data the strategy cannot do without: "inputs", "hidden", "frozen",
+            "first", "chain", "samples" or "square" (``NEEDS`` says what each means).
         beside: whether it looks at the input beside the network.
         variants: names of the changes of the input (``variants.VARIANTS``) that its score looks at, beside the input
             as it stands; each is a further forward pass at test time.

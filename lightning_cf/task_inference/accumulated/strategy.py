@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lightning_cf.errors import check_choice, check_number
+from lightning_cf.errors import ContinualError, check_choice, check_number
 from lightning_cf.task_inference.accumulated.closed_form import Familiarity, Linear, Separation, discriminant, ridge
 from lightning_cf.task_inference.accumulated.sums import Sums, packed, products, rounded, unpacked
 from lightning_cf.task_inference.cumulative import Cumulative, Shared
@@ -43,6 +43,7 @@ class Accumulated(Cumulative):
         form: ``"lda"`` or ``"ridge"``.
         features: what it sees of an input; default what suits the input's kind
             (:func:`~lightning_cf.task_inference.features.by_medium.by_medium`), within the budget.
+        within: whether these are to be made of the first task's units, whatever the input is.
         shrinkage: of the covariance, towards a multiple of the identity, as a share of its mean variance. Default: what
             the features say, else :data:`SHRINKAGE` times features over samples.
     """
@@ -55,19 +56,23 @@ class Accumulated(Cumulative):
         *,
         form: str = "lda",
         features: Features | None = None,
+        within: bool = False,
         shrinkage: float | None = None,
     ) -> None:
         self.name = name  # type: ignore[misc]
         self.form = check_choice(name, "form", form, FORMS)
-        self.features = features
+        self.features, self.within = features, within
         self.shrinkage = None if shrinkage is None else check_number(name, "shrinkage", shrinkage, above=0.0)
         self.familiar = -4.0 if form == "lda" else float("inf")  # in deviations, which have long tails
-        self.beside = features is None or features.beside  # type: ignore[misc]
+        self.beside = not within if features is None else features.beside  # type: ignore[misc]
+        self.needs = "frozen" if self._looks_at_units else ""  # type: ignore[misc]
         self.variants = () if features is None else features.variants
 
     def begin(self, seen: Readout, sites: Sites, generator: torch.Generator, budget: int) -> dict[str, Tensor]:
         """What the features keep, and mean and deviation of each on these data."""
-        kept: dict[str, Tensor] = {} if self.features is not None else {"medium": medium_of(seen, budget)}
+        kept: dict[str, Tensor] = (
+            {} if self.features is not None else {"medium": medium_of(seen, budget, within=self.within)}
+        )
         features = self._features(kept)
         if features.shrinkage is not None:
             kept["shrinkage"] = torch.tensor(features.shrinkage)
@@ -80,7 +85,7 @@ class Accumulated(Cumulative):
 
     def lean(self, seen: Readout) -> Readout:
         """Without what layers read, where no feature is made of it."""
-        maps = seen.x is None if self.features is None else self.features.maps
+        maps = self._looks_at_units or (self.features is None and seen.x is None)
         return replace(seen, read={}, given={}, maps=seen.maps if maps else {})
 
     def add(self, shared: Shared, seen: Readout, sites: Sites, columns: Int64[Tensor, "batch"]) -> Shared:
@@ -97,9 +102,22 @@ class Accumulated(Cumulative):
         found, kept = Sums.of(**inner(shared, "open")), inner(shared, "sums")
         return self._solved(shared, unpacked(kept) + found if kept else found)
 
-    def subtract(self, shared: Shared) -> Shared:
-        """The classifier, solved without the samples that were just added again: the same to the last bit."""
-        return self._solved(shared, unpacked(inner(shared, "sums")) - Sums.of(**inner(shared, "open")))
+    def added(self, before: Shared, after: Shared) -> dict[str, Tensor]:
+        """The sums of the task's samples."""
+        kept, found = inner(before, "sums"), unpacked(inner(after, "sums"))
+        return dict(packed(found - unpacked(kept) if kept else found))
+
+    def subtract(self, shared: Shared, added: Shared) -> Shared:
+        """The classifier, solved without the task's samples: the same to the last bit."""
+        own = unpacked(added)
+        left = unpacked(inner(shared, "sums")) - own
+        if set(left.classes) & set(own.classes):
+            raise ContinualError(
+                f"task_inference={self.name}: these are not the samples that the task added, so they cannot be"
+                " subtracted. Where its training data are changed at random, let TaskInferenceCallback(apart=True) keep"
+                " what each task adds."
+            )
+        return self._solved(shared, left)
 
     def _solved(self, shared: Shared, sums: Sums) -> Shared:
         shared = {name: value for name, value in shared.items() if not name.startswith("open.")}
@@ -132,6 +150,10 @@ class Accumulated(Cumulative):
         """How much better a sample suits its nearest class than all together; its largest output for ridge."""
         kept = inner(shared, "familiar")
         return Familiarity(**kept)(outputs[:, _places(columns, shared["order"])]) if kept else outputs.amax(dim=1)
+
+    @property
+    def _looks_at_units(self) -> bool:
+        return self.within if self.features is None else self.features.maps
 
     def _features(self, shared: Shared) -> Features:
         return by_medium(shared["medium"]) if self.features is None else self.features

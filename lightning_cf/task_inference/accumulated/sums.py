@@ -92,9 +92,9 @@ class Sums:
         return Sums(classes, self.gram + other.gram, totals, counts)
 
     def __sub__(self, other: Sums) -> Sums:
-        """What is left where the other's samples never were; classes without a sample go."""
+        """What is left where the other's samples never were; classes of which nothing is left go."""
         left = self + Sums(other.classes, -other.gram, -other.totals, -other.counts)
-        kept = left.counts.nonzero().flatten()
+        kept = ((left.counts != 0) | (left.totals != 0).any(dim=1)).nonzero().flatten()
         return Sums([left.classes[i] for i in kept.tolist()], left.gram, left.totals[kept], left.counts[kept])
 
 

@@ -9,7 +9,7 @@ from lightning_cf.task_inference.features.by_medium import by_medium
 from lightning_cf.task_inference.features.ngrams import HashedNgrams
 from lightning_cf.task_inference.features.patches import PatchBank
 from lightning_cf.task_inference.features.random_layer import RandomFeatures
-from lightning_cf.task_inference.features.units import FirstUnits
+from lightning_cf.task_inference.features.units import FirstUnits, Pretrained
 
 __all__ = [
     "Custom",
@@ -18,6 +18,7 @@ __all__ = [
     "HashedNgrams",
     "Joined",
     "PatchBank",
+    "Pretrained",
     "RandomFeatures",
     "Values",
     "by_medium",

@@ -46,7 +46,7 @@ UNITS, TOKENS, IMAGES, VALUES = range(4)
 """What an input may be."""
 
 
-def medium_of(seen: Readout, budget: int) -> Int64[Tensor, "5"]:
+def medium_of(seen: Readout, budget: int, *, within: bool = False) -> Int64[Tensor, "5"]:
     """What an input is, from some of the first task's data: kept, so that every later batch is seen in the same way.
 
     Its kind, how many features there are to be, an image's channels and smaller side, and the axis along which the
@@ -55,12 +55,13 @@ def medium_of(seen: Readout, budget: int) -> Int64[Tensor, "5"]:
     Args:
         seen: what the network shows of a few batches.
         budget: how many numbers may be kept.
+        within: whether to look at units alone, whatever the input is.
 
     Raises:
         ContinualError: for values that vary in several sizes.
     """
     classes = seen.outputs.shape[1]
-    if seen.x is None:
+    if within or seen.x is None:
         units = sum(values.shape[-1] * 2 ** (values.ndim - 2) for values in seen.maps.values())
         return torch.tensor([UNITS, width_for(budget, classes, min(units, READ)), 0, 0, 0])
     leaves = leaves_of(seen)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -26,6 +29,7 @@ class FirstUnits(Features):
     """
 
     beside, maps = False, True
+    missing: ClassVar[str] = "the first task owns no hidden unit that a layer reads by itself"
 
     def __init__(self, grid: int = 2, *, mirrored: bool = False) -> None:
         self.grid = check_count("FirstUnits", "grid", grid)
@@ -37,11 +41,42 @@ class FirstUnits(Features):
         return (found + self._all(seen.others[MIRRORED], sites)) / 2 if self.variants else found
 
     def _all(self, seen: Readout, sites: Sites) -> Rows:
-        parts = [_pooled(seen.maps[site.weight], site, self.grid) for site in sites.hidden if site.weight in seen.maps]
+        there = [site for site in self._chosen(seen, sites) if site.weight in seen.maps]
+        parts = [_pooled(seen.maps[site.weight], site, self.grid) for site in there]
         parts = [part for part in parts if part.shape[1]]
         if not parts:
-            raise ContinualError("task_inference: the first task owns no hidden unit that a layer reads by itself.")
+            raise ContinualError(f"task_inference: {self.missing}.")
         return torch.cat(parts, dim=1)
+
+    def _chosen(self, seen: Readout, sites: Sites) -> Iterable[Site]:
+        """The layers whose units are looked at."""
+        return sites.hidden
+
+
+class Pretrained(FirstUnits):
+    """Units of layers that the first task owns whole, at every depth: a pretrained part that is not partitioned.
+
+    ``PartitionCallback(exclude=["backbone"])`` leaves such a part whole to the first task, which may train it on, and
+    from its seal on it stays bitwise what it is (McDonnell et al. 2023, RanPAC, look at the last such layer).
+
+    Args:
+        grid: cells along each axis of positions, such as height and width.
+        mirrored: whether to average over the input and its mirror image, another forward pass.
+    """
+
+    missing: ClassVar[str] = (
+        "the first task owns no layer whole whose units another layer reads by itself, such as a part that is left out"
+        " of the partition: PartitionCallback(exclude=[...])"
+    )
+
+    def __init__(self, grid: int = 1, *, mirrored: bool = False) -> None:
+        super().__init__(grid, mirrored=mirrored)
+
+    def _chosen(self, seen: Readout, sites: Sites) -> Iterable[Site]:
+        for site in sites.hidden:
+            there = site.weight in seen.maps and len(site.columns) == seen.maps[site.weight].shape[-1]
+            if there and bool(site.own.all()):
+                yield site
 
 
 def _pooled(values: Tensor, site: Site, grid: int) -> Rows:
