@@ -118,7 +118,7 @@ class ContinualModule(LightningModule):
                 is kept apart (``TaskInferenceCallback(apart=True)``) or nothing is shared.
 
         Returns:
-            for each group of units, how many of the task's are free again.
+            for each group of units, how many are free now that were not.
 
         Raises:
             ContinualError: for a task that was not fitted, and where it cannot be forgotten; then nothing changed.

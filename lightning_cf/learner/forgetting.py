@@ -31,8 +31,8 @@ from lightning_cf.utilities.randomness import isolated_generators
 def forget_task(module: LightningModule, task: Task | str, *, seed: int = 0) -> dict[str, int]:
     """Takes a task out of a module: what infers tasks, ledger and weights.
 
-    Its units become free and get fresh weights, as do its outputs; units that a later task reads pass to that one, so
-    that the outputs of all other tasks stay bitwise what they are. What all tasks share to be inferred by
+    Its units become free and get fresh weights, as do its outputs; units that a later task reads are kept, so that the
+    outputs of all other tasks stay bitwise what they are. What all tasks share to be inferred by
     (``task_inference.cumulative``) is bitwise what it would be had the task never been there, but for features that
     were found on the first one's data.
 
@@ -42,7 +42,7 @@ def forget_task(module: LightningModule, task: Task | str, *, seed: int = 0) -> 
         seed: what fresh weights depend on, with the task's name.
 
     Returns:
-        for each group of units, how many of the task's are free now.
+        for each group of units, how many are free now that were not.
 
     Raises:
         ContinualError: for a task that the module does not know, and where it cannot be forgotten; nothing changed.
