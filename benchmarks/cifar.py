@@ -89,7 +89,7 @@ def run(options: Namespace, seed: int) -> dict:
     splits = ImageSplits(TensorImages(x[:count], y[:count]), TensorImages(x[last:], y[last:]), TensorImages(*test))
     tasks = split_tasks(splits, batch_size=100)
     torch.manual_seed(seed)
-    module = Augmented(Network(), optimizer=partial(torch.optim.AdamW, lr=0.002, weight_decay=0.001))
+    module = Augmented(Network(), optimizer=partial(torch.optim.AdamW, lr=options.lr, weight_decay=0.001))
     features = PatchBank(200) + FirstUnits(2, mirrored=True)
     runner = cf.SequentialTaskRunner(
         module,
@@ -97,7 +97,7 @@ def run(options: Namespace, seed: int) -> dict:
         trainer=partial(Trainer, **QUIET),
         epochs=options.epochs,
         invariance_epochs=max(1, options.epochs // 3),
-        partition=cf.PartitionCallback(max_claim=0.4, min_claim=0.1),
+        partition=cf.PartitionCallback(min_claim=[0.6, 0.08], max_claim=[0.6, 0.1]),
         task_inference=cf.TaskInferenceCallback(Accumulated("patches_and_units", features=features)),
         method=options.method,
         seed=seed,
@@ -114,7 +114,8 @@ def main() -> None:
     parser = ArgumentParser()
     parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds train.npz and test.npz")
     parser.add_argument("--limit", type=int, help="learn from so many images")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--lr", type=float, default=0.004)
     parser.add_argument("--method", default="partition")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)

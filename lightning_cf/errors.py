@@ -92,7 +92,7 @@ def warn(text: str, category: type[ContinualWarning | DeprecationWarning]) -> No
     warnings.warn_explicit(text, category, frame.f_code.co_filename, frame.f_lineno, module, registry)
 
 
-def check_share(owner: str, name: str, value: float, *, above_zero: bool = False) -> float:
+def check_share(owner: str, name: str, value: Any, *, above_zero: bool = False) -> float:
     """Returns ``value`` if it is a share: in [0, 1], or in (0, 1] with ``above_zero``.
 
     Raises:

@@ -67,6 +67,7 @@ class Claimer:
     earlier: Outcome | None = None
 
     def __post_init__(self) -> None:
+        self.options = self.options.of_task(len(self.ledger.tasks) - 1)
         self._changed: list[KeptEntries] = []
         self._before: tuple[dict[str, Tensor], Phase, list[dict[str, Any]]] | None = None
 

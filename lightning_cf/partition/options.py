@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, TypedDict
 
@@ -38,9 +38,10 @@ class PartitionOptions:
         threshold: the similarity at which units form a cluster, or ``"auto"``: the smallest share of units whose
             cost in the task's metric stays within ``tolerance``.
         tolerance: how much of the metric ``"auto"`` may cost right after the partition, in the metric's unit.
-        min_claim: the smallest share of a layer that ``"auto"`` tries, in (0, 1].
-        max_claim: the largest share of a layer that one task may claim, in (0, 1]; default the free units divided by
-            the tasks still to come, this one counted, or by ``reserve_tasks`` if that is more.
+        min_claim: the smallest share of a layer that ``"auto"`` tries, in (0, 1]; or a list, a share a task, the last
+            for all that follow: a first task whose units all others read may be given more.
+        max_claim: the largest share of a layer that one task may claim, in (0, 1], or a list likewise; default the free
+            units divided by the tasks still to come, this one counted, or by ``reserve_tasks`` if that is more.
         reserve_tasks: for how many tasks, this one counted, room is kept at least, where ``max_claim`` is not given.
         clusters: ``"leader"``: each unit joins the first larger one that is similar enough; ``"components"``: chains
             of similar units are one cluster (single linkage).
@@ -57,8 +58,8 @@ class PartitionOptions:
     measure: Measure = "weight"
     threshold: float | Literal["auto"] = "auto"
     tolerance: float = 0.005
-    min_claim: float = 0.05
-    max_claim: float | None = None
+    min_claim: float | Sequence[float] = 0.05
+    max_claim: float | Sequence[float] | None = None
     reserve_tasks: int = 2
     clusters: Clusters = "leader"
     representative: Representative = "magnitude"
@@ -78,13 +79,7 @@ class PartitionOptions:
             kind = "a finite number" if callable(self.measure) else "a number in [-1, 1]"
             raise ContinualError(f"partition: threshold must be {kind} or 'auto', got {self.threshold!r}.")
         check_number("partition", "tolerance", self.tolerance, least=0.0)
-        check_share("partition", "min_claim", self.min_claim, above_zero=True)
-        if self.max_claim is not None:
-            check_share("partition", "max_claim", self.max_claim, above_zero=True)
-            if self.max_claim < self.min_claim:
-                raise ContinualError(
-                    f"partition: max_claim ({self.max_claim}) must not be below min_claim ({self.min_claim})."
-                )
+        self._check_claims()
         check_count("partition", "reserve_tasks", self.reserve_tasks)
         check_share("partition", "min_trainable", self.min_trainable)
         check_choice("partition", "clusters", self.clusters, CLUSTERS)
@@ -104,6 +99,33 @@ class PartitionOptions:
             object.__setattr__(self, name, names)
         for name in ("fold", "reinitialise"):
             check_flag("partition", name, getattr(self, name))
+
+    def _check_claims(self) -> None:
+        listed = [name for name in ("min_claim", "max_claim") if isinstance(getattr(self, name), (list, tuple))]
+        for name in listed:
+            shares = tuple(getattr(self, name))
+            if not shares:
+                raise ContinualError(
+                    f"partition: {name} must be a share of a layer, or a list of one a task; got none."
+                )
+            object.__setattr__(self, name, shares)
+        if listed:
+            for number in range(max(len(getattr(self, name)) for name in listed)):
+                self.of_task(number)
+            return
+        least = check_share("partition", "min_claim", self.min_claim, above_zero=True)
+        if self.max_claim is not None:
+            most = check_share("partition", "max_claim", self.max_claim, above_zero=True)
+            if most < least:
+                raise ContinualError(
+                    f"partition: max_claim ({self.max_claim}) must not be below min_claim ({self.min_claim})."
+                )
+
+    def of_task(self, number: int) -> PartitionOptions:
+        """With the shares of one task in place of lists of them, by its number."""
+        shares = {"min_claim": self.min_claim, "max_claim": self.max_claim}
+        own = {name: x[min(number, len(x) - 1)] for name, x in shares.items() if isinstance(x, tuple)}
+        return replace(self, **own) if own else self
 
     def as_dict(self) -> dict[str, Any]:
         """Every option as a plain value; a callable measure by its name."""
@@ -158,6 +180,7 @@ class PartitionOptions:
         """
         if self.max_claim is None:
             return max(1, free // max(tasks_left, self.reserve_tasks))
+        assert isinstance(self.max_claim, (int, float)), "those of one task: of_task"
         return max(1, min(math.floor(self.max_claim * size + 1e-9), free - (tasks_left - 1)))
 
 
@@ -180,8 +203,8 @@ class PartitionKeywords(TypedDict, total=False):
     measure: Measure
     threshold: float | Literal["auto"]
     tolerance: float
-    min_claim: float
-    max_claim: float | None
+    min_claim: float | Sequence[float]
+    max_claim: float | Sequence[float] | None
     reserve_tasks: int
     clusters: Clusters
     representative: Representative

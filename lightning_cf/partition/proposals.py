@@ -46,6 +46,7 @@ class Proposals:
             yield self._fixed(budgets, self.options.threshold)
             return
         share, counts = self.options.min_claim, None
+        assert isinstance(share, (int, float)), "that of one task"
         while counts != budgets:
             undo()
             counts = {

@@ -24,8 +24,9 @@ NOISE = 10 / 255**2
 WHITENING = 0.1
 """Added to the variances of patches' principal components, likewise."""
 
-AT_ONCE = 2**26
-"""So many matches are computed at a time: those of a batch of large images would not fit into memory."""
+AT_ONCE = 2**22
+"""So many matches are computed at a time: more would not fit into a processor's cache, or those of large images into
+memory."""
 
 Images = Float[Tensor, "batch channels height width"]
 
@@ -61,12 +62,14 @@ class PatchBank(Features):
         centre, whitening = _whitening(patches)
         chosen = (patches - centre)[: self.filters] @ whitening
         chosen = whitening @ (chosen / chosen.norm(dim=1, keepdim=True).clamp_min(1e-6)).T
-        return {"weight": chosen.T.reshape(-1, images.shape[1], size, size), "bias": -(centre @ chosen)}
+        bias = -(centre @ chosen)
+        chosen = chosen - chosen.mean(dim=0)  # so that a patch need not be centred
+        return {"weight": chosen.T.reshape(-1, images.shape[1], size, size), "bias": bias}
 
     def of(self, fixed: Fixed, seen: Readout, sites: Sites) -> Rows:
         """Both halves of the matches with each filter in each cell."""
         images = images_of(seen)
-        few = max(1, AT_ONCE // max(1, 2 * self.filters * images[0].numel() // images.shape[1])) if len(images) else 1
+        few = max(1, AT_ONCE // max(1, self.filters * images[0].numel() // images.shape[1])) if len(images) else 1
         return torch.cat([self._of(fixed, part) for part in images.split(few)])
 
     def _of(self, fixed: Fixed, images: Images) -> Rows:
@@ -74,9 +77,10 @@ class PatchBank(Features):
         return (found + self._pooled(fixed, images.flip(3))) / 2 if self.mirrored else found
 
     def _pooled(self, fixed: Fixed, images: Images) -> Rows:
-        matches = _matches(images, fixed["weight"], fixed["bias"])
-        both = torch.cat([matches - self.threshold, -self.threshold - matches], dim=1).relu_()
-        return F.adaptive_avg_pool2d(both, self.grid).flatten(1)
+        matches = F.softshrink(_matches(images, fixed["weight"], fixed["bias"]), self.threshold)
+        signed = _means(matches, self.grid)
+        either = _means(matches.abs_(), self.grid)
+        return torch.cat([either + signed, either - signed], dim=1).flatten(1) / 2
 
 
 def _drawn(images: Images, size: int, generator: torch.Generator) -> Float[Tensor, "patches values"]:
@@ -102,10 +106,16 @@ def _whitening(patches: Float[Tensor, "patches values"]) -> tuple[Float[Tensor, 
 def _matches(
     images: Images, weight: Float[Tensor, "filters channels size size"], bias: Float[Tensor, "filters"]
 ) -> Float[Tensor, "batch filters rows columns"]:
-    """Each filter's product with each patch, centred and divided by its deviation."""
+    """Each filter's product with each patch, divided by the patch's deviation; filters are such that sum to nothing."""
     values = weight[0].numel()
     averaging = torch.full_like(weight[:1], 1 / values)
     mean = F.conv2d(images, averaging)
     variance = (F.conv2d(images.square(), averaging) - mean.square()).clamp_min(0) * values / (values - 1)
-    sums = weight.sum(dim=(1, 2, 3))[:, None, None]
-    return (F.conv2d(images, weight) - mean * sums) * (variance + NOISE).rsqrt() + bias[:, None, None]
+    return F.conv2d(images, weight).mul_((variance + NOISE).rsqrt()).add_(bias[:, None, None])
+
+
+def _means(values: Float[Tensor, "batch filters rows columns"], grid: int) -> Float[Tensor, "batch filters _ _"]:
+    """Over the cells of a grid, as ``adaptive_avg_pool2d`` has them, which takes longer."""
+    rows, columns = (F.adaptive_avg_pool1d(torch.eye(size).to(values), grid) for size in values.shape[2:])
+    found: Tensor = rows.T @ (values @ columns)
+    return found
