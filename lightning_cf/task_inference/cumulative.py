@@ -233,9 +233,24 @@ def infer_together(
     familiar = strategy.familiarity(shared, outputs, columns.to(device))
     known = ((familiar - threshold[best]) / spread[best]).sigmoid()[:, None]
     views = [readout.outputs[:, task.sites.outputs.to(device)] for task in tasks]
-    classes = [torch.tensor(task.classes, device=device)[x.argmax(dim=1)] for task, x in zip(tasks, views, strict=True)]
+    within = [pooled(view, outputs[:, own.to(device)]) for view, own in zip(views, places, strict=True)]
+    classes = [
+        torch.tensor(task.classes, device=device)[x.argmax(dim=1)] for task, x in zip(tasks, within, strict=True)
+    ]
     probabilities = torch.cat([known * scores.exp(), 1 - known], dim=1)
-    return Inferred(scores, probabilities, torch.stack(classes, dim=1), tuple(x.softmax(dim=1) for x in views))
+    return Inferred(scores, probabilities, torch.stack(classes, dim=1), tuple(within))
+
+
+def pooled(logits: Float[Tensor, "batch classes"], others: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch _"]:
+    """What two say of the classes within a task, as one distribution: their probabilities' geometric mean.
+
+    The sub-network and what all tasks share err on other samples; a logarithmic pool of both is right more often than
+    either (Genest and Zidek 1986; measured in ``benchmarks/README.md``).
+
+    >>> pooled(torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]])).tolist()
+    [[0.5, 0.5]]
+    """
+    return ((logits.log_softmax(dim=1) + others.log_softmax(dim=1)) / 2).softmax(dim=1)
 
 
 def in_full(seen: Readout) -> torch.autocast:
