@@ -797,11 +797,11 @@ RECORDS = [
     ('trained().predict("x")', "predict: x must be a batch of inputs, as forward takes it, got a str."),
     (
         'trained().predict(X, strategy="best")',
-        "task_inference='best' was not fitted when the tasks were sealed; what was: lda, subspaces",
+        "task_inference='best' was not fitted when the tasks were sealed; what was: lda, lda_units",
     ),
     (
         "trained().predict(X, strategy=3)",
-        "task_inference='3' was not fitted when the tasks were sealed; what was: lda, subspaces",
+        "task_inference='3' was not fitted when the tasks were sealed; what was: lda, lda_units",
     ),
     ("known().add_task(None)", "ContinualModule: task must be a Task(name, data, classes=[...]), got None."),
     ('known().add_task("a")', "ContinualModule: task must be a Task(name, data, classes=[...]), got 'a'."),

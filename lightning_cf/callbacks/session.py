@@ -198,6 +198,13 @@ def _partitions(trainer: Trainer) -> bool:
     return any(getattr(callback, "partitions", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
+def isolate(trainer: Trainer, module: LightningModule, state: ContinualState) -> None:
+    """Sets the isolation that the Trainer's partition wants, whichever callback begins first."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if getattr(callback, "partitions", False):
+            state.set_isolation(module, callback.isolation)
+
+
 def task_of(trainer: Trainer, owner: str) -> Task:
     """The task that a Trainer fits.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_cf.callbacks.divergence import watch_of
 from lightning_cf.callbacks.heads import Heads
-from lightning_cf.callbacks.session import ContinualCallback, task_of
+from lightning_cf.callbacks.session import ContinualCallback, isolate, task_of
 from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_flag, check_number, warn
 from lightning_cf.learner.choosing import choose_strategies, prepare
 from lightning_cf.learner.inferring import finite_samples, inference_of, keep_inference, look, unseen
@@ -86,6 +86,7 @@ class TaskInferenceCallback(ContinualCallback):
         super().on_fit_start(trainer, pl_module)
         state, task = state_of(pl_module), task_of(trainer, type(self).__name__)
         assert state is not None
+        isolate(trainer, pl_module, state)
         prepare(pl_module, state, task, self.strategy, keep=self.keep, options=self._options())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -48,11 +48,11 @@ def test_the_wrapper_alone_knows_every_task_that_was_fitted():
     fit(module, sequence[0], [], 8)
     assert [known.name for known in inference_of(module.ledger).tasks] == ["a"]
     assert right(module, [0, 1]) > 0.9
-    first = inference_of(module.ledger).tasks[0].fitted["subspaces"]
+    first = inference_of(module.ledger).tasks[0].calibration
     fit(module, sequence[1], [], 8)
     assert [known.name for known in inference_of(module.ledger).tasks] == ["a", "b"]
     assert right(module, [7, 3]) > 0.8  # 0.98 with --rounding 0 to 3; 32 units had 0.43 to 0.69
-    again = inference_of(module.ledger).tasks[0].fitted["subspaces"]
+    again = inference_of(module.ledger).tasks[0].calibration
     assert all(torch.equal(again[key], value) for key, value in first.items())
     before = inference_of(module.ledger).tasks[1].fitted
     fit(module, sequence[1], [], 4)  # its INVARIANCE, after which the seal keeps it anew
@@ -268,7 +268,7 @@ def test_auto_takes_no_head_where_batches_have_no_labels_to_train_it_on():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*never trained")
         module = learned(Soft(), [task])
-    assert inference_of(module.ledger).strategies == ("lda", "subspaces")
+    assert inference_of(module.ledger).strategies == ("lda", "lda_units")
 
 
 def test_the_runner_takes_a_strategy_of_one_s_own(tmp_path, monkeypatch):

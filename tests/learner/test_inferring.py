@@ -89,7 +89,7 @@ def test_networks_that_no_head_leads_back_through_have_statistics(make):
     module = ContinualModule(Classifier(make(), optimizer=partial(torch.optim.Adam, lr=0.003)))
     for task in tasks(2):
         fit(module, task, [*three(), TaskInferenceCallback("auto")], 2)
-    assert set(inference_of(module.ledger).strategies) in ({"lda", "subspaces"}, {"lda", "energy"})
+    assert set(inference_of(module.ledger).strategies) in ({"lda", "lda_units"}, {"lda", "energy"})
     assert len(module.predict(torch.rand(5, 1, 8, 8)).classes) == 5
 
 
@@ -179,13 +179,13 @@ def test_statistics_leave_training_as_it_is():
             fit(module, task, [*three(), *callbacks], 4)
         found.append(named_tensors(module))
     assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
-    assert set(inference_of(state_of(module).ledger).strategies) == {"lda", "subspaces"}
+    assert set(inference_of(state_of(module).ledger).strategies) == {"lda", "lda_units"}
 
 
 @pytest.mark.parametrize("network", ["cnn", "resnet"])
 def test_networks_without_a_linear_first_layer_are_inferred_by_statistics(network):
     module, sequence = learned("auto", count=2, network=network)
-    assert set(inference_of(module.ledger).strategies) == {"lda", "subspaces"}
+    assert set(inference_of(module.ledger).strategies) == {"lda", "lda_units"}
     assert module.predict(next(iter(sequence[0].test_dataloader()))[0]).classes.ndim == 1
 
 

@@ -87,7 +87,7 @@ def test_attention_in_one_weight_is_inferred_in_a_runner_with_default_options(ki
     module = NETWORKS[kind]()
     result = run(module, pair(), tmp_path)
     assert [known.name for known in inference_of(module.ledger).tasks] == ["a", "b"]
-    assert result.strategies.keys() == {"lda", "subspaces"}
+    assert result.strategies.keys() == {"lda", "lda_units"}
     x, _ = points([0, 1])
     together, alone = module.predict(x[:3]), [module.predict(x[n : n + 1]) for n in range(3)]
     # As many samples as tokens: only a trial with another number tells which axis is which.

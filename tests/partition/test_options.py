@@ -286,3 +286,27 @@ def test_a_module_stands_for_the_layers_in_it():
     assert [group.name for group in PartitionOptions(layers=["0"]).partitioned(structure)] == ["0.0", "0.2"]
     with pytest.raises(ContinualError, match=r"exclude names '0\.1', but the network has no such layer"):
         PartitionOptions(exclude=["0.1"]).partitioned(structure)
+
+
+def test_shares_may_be_given_a_task():
+    options = PartitionOptions(min_claim=[0.6, 0.1], max_claim=[0.6, 0.2, 0.3])
+    found = [(each.min_claim, each.max_claim) for each in map(options.of_task, range(5))]
+    assert found == [(0.6, 0.6), (0.1, 0.2), (0.1, 0.3), (0.1, 0.3), (0.1, 0.3)]
+    assert PartitionOptions().of_task(3) == PartitionOptions()
+    assert PartitionOptions(max_claim=[0.5]).of_task(7).max_claim == 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"min_claim": []}, "min_claim must be a share of a layer, or a list of one a task; got none"),
+        ({"min_claim": [0.5, 2]}, "min_claim must be a share in (0, 1], got 2"),
+        ({"max_claim": [0.5, "a"]}, "max_claim must be a share in (0, 1], got 'a'"),
+        ({"min_claim": [0.5, 0.2], "max_claim": 0.3}, "max_claim (0.3) must not be below min_claim (0.5)"),
+        ({"max_claim": [0.5, 0.01]}, "max_claim (0.01) must not be below min_claim (0.05)"),
+    ],
+)
+def test_shares_a_task_that_cannot_be_are_refused_at_once(given, message):
+    with pytest.raises(ContinualError) as error:
+        PartitionOptions(**given)
+    assert message in str(error.value)

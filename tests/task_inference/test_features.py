@@ -1,6 +1,7 @@
 """Features that no later task changes: of patches, random layers, runs of tokens, units of the first task."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning_cf.task_inference.features import (
     FirstUnits,
     HashedNgrams,
     PatchBank,
+    Pretrained,
     RandomFeatures,
     Values,
     by_medium,
@@ -127,6 +129,16 @@ def test_units_of_the_first_task_are_averaged_in_cells(shape):
 def test_a_first_task_without_units_is_said():
     with pytest.raises(ContinualError, match="the first task owns no hidden unit"):
         FirstUnits().of({}, seen(torch.zeros(2, 1), maps={"w": torch.zeros(2, 4)}), nowhere(unit_site(4, [False] * 4)))
+
+
+def test_of_a_pretrained_part_the_layers_count_that_are_owned_whole():
+    maps = {"whole": torch.rand(2, 3, 3, 4), "part": torch.rand(2, 4), "mixed": torch.rand(2, 5)}
+    sites = [unit_site(4, [True] * 4), unit_site(4, [True, False, True, True]), unit_site(4, [True] * 4)]
+    sites = [replace(site, weight=name) for site, name in zip(sites, maps, strict=True)]  # "mixed": a fifth is free
+    found = Pretrained().of({}, seen(torch.zeros(2, 1), maps=maps), nowhere(*sites))
+    torch.testing.assert_close(found, maps["whole"].mean(dim=(1, 2)))
+    with pytest.raises(ContinualError, match=r"the first task owns no layer whole .*exclude"):
+        Pretrained().of({}, seen(torch.zeros(2, 1), maps=maps), nowhere(*sites[1:]))
 
 
 def test_features_stand_side_by_side():
