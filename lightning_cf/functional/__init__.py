@@ -20,6 +20,7 @@
 :func:`show`, which masks the others. Begin with :mod:`lightning_cf.functional.phases`.
 """
 
+from lightning_cf.functional.forgetting import forget
 from lightning_cf.functional.holding import Hold, hold
 from lightning_cf.functional.perturbing import perturb
 from lightning_cf.functional.phases import check, claim, new_ledger, trace
@@ -34,6 +35,7 @@ __all__ = [
     "PartitionOptions",
     "check",
     "claim",
+    "forget",
     "hold",
     "new_ledger",
     "perturb",

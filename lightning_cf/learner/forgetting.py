@@ -9,16 +9,13 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.functional.forgetting import check_known, run_forget
 from lightning_cf.learner.accumulating import shown
 from lightning_cf.learner.inferring import inference_of, keep_inference
 from lightning_cf.learner.keeping import keep_ledger, state_for, state_of
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.consumers import input_units
-from lightning_cf.network.forward import named_tensors
-from lightning_cf.ownership.forgetting import take_out
-from lightning_cf.ownership.fresh_start import reinitialise_free
 from lightning_cf.task_inference import STRATEGIES, TaskInference
 from lightning_cf.task_inference.cumulative import cumulative
 from lightning_cf.task_inference.forgetting import Training, forgotten
@@ -49,26 +46,23 @@ def forget_task(module: LightningModule, task: Task | str, *, seed: int = 0) -> 
     """
     name = task if isinstance(task, str) else task.name
     state = state_of(module) if isinstance(task, str) else state_for(module, task)
-    if state is None or not state.ledger.knows(name):
-        known = "none" if state is None else ", ".join(entry.name for entry in state.ledger.tasks) or "none"
-        raise ContinualError(f"No task '{name}' is known that could be forgotten; known: {known}.")
+    check_known(None if state is None else state.ledger, name)
+    assert state is not None
     state.undisturb()
-    ledger, inference, tensors = copy.deepcopy(state.ledger), inference_of(state.ledger), named_tensors(module)
-    outputs, wanted = ledger.outputs_of(name), _looked_at(inference, state)
-    freed = take_out(ledger, state.structure, name, tensors, wanted)
-    if inference is not None and any(known.name == name for known in inference.tasks):
-        training = None if isinstance(task, str) else _training(module, task, inference)
-        with isolated_generators():
-            inference = forgotten(inference, name, training)
+    ledger, inference = copy.deepcopy(state.ledger), inference_of(state.ledger)
+    wanted = _looked_at(inference, state)
     if inference is not None:
+        if any(known.name == name for known in inference.tasks):
+            training = None if isinstance(task, str) else _training(module, task, inference)
+            with isolated_generators():
+                inference = forgotten(inference, name, training)
         inference.left_out = [other for other in inference.left_out if other != name]
         if inference.training_task == name:
             inference.forget_training()
         keep_inference(ledger, inference)
-    reinitialise_free(module, state.structure, ledger, seed, name, outputs=outputs)
+    freed = run_forget(module, state.structure, ledger, name, seed=seed, wanted=wanted)
     state.start = state.outcome = None
     keep_ledger(module, ledger)
-    state.remember(module)
     return freed
 
 

@@ -155,7 +155,7 @@ def test_what_is_kept_apart_is_counted_and_survives_a_checkpoint():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("z", "No task 'z' is known that could be forgotten; known: a, b."),
+        ("z", "forget: no task 'z' is known that could be forgotten; known: a, b."),
         (7, "ContinualModule: task must be the Task that is to be forgotten, or its name, got"),
         (None, "ContinualModule: task must be the Task that is to be forgotten, or its name, got"),
     ],
