@@ -63,7 +63,8 @@ def test_every_group_runs_from_any_folder(tmp_path, arguments, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     small = [x for x in SMALL if not (x.startswith("model.") and any(a.startswith("model=") for a in arguments))]
     small += [] if any(a.startswith("tasks") for a in arguments) else [TWO]
-    status, _, errors = here(monkeypatch, capsys, "run=run", *small, *arguments)
+    drawn = any(a.startswith(("partition.measure", "partition.similarity_matrix")) for a in arguments)
+    status, _, errors = here(monkeypatch, capsys, "run=run", *small, *arguments, drawn=drawn)
     assert status == 0, errors
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert len(result["accuracy_matrix"]) == (1 if "method=joint" in arguments else len(result["tasks"]))
@@ -174,7 +175,9 @@ def test_a_killed_run_goes_on_after_its_last_finished_phase(tmp_path, monkeypatc
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "cut" / "result.json").exists()
-    resumed, _ = run(tmp_path / "cut", *SMALL, TWO)
+    status, _, errors = here(monkeypatch, capsys, f"run={tmp_path / 'cut'}", *SMALL, TWO)
+    assert status == 0, errors
+    resumed = json.loads((tmp_path / "cut" / "result.json").read_text())
     assert resumed["forgetting"] == 0.0
     assert len(resumed["accuracy_matrix"]) == 2
     assert resumed["weights_sha256"] == whole["weights_sha256"]
@@ -185,24 +188,28 @@ def _finished(path):
 
 
 def test_a_sweep_gives_for_each_job_what_the_job_alone_gives(tmp_path, monkeypatch, capsys):
-    done = command("-m", f"run={tmp_path / 'sweep'}", *SMALL, "partition.threshold=0.5,auto", TWO)
-    assert done.returncode == 0, done.stderr
+    small = [*SMALL, "tasks.order=[0,1]", "task_inference=none"]
+    status, told, errors = here(
+        monkeypatch, capsys, "-m", f"run={tmp_path / 'sweep'}", *small, "partition.threshold=0.5,auto"
+    )
+    assert status == 0, errors
     jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert len(jobs) == 2
     for job, threshold in zip(jobs, ("0.5", "auto"), strict=True):
         folder = tmp_path / threshold
-        assert here(monkeypatch, capsys, f"run={folder}", *SMALL, f"partition.threshold={threshold}", TWO)[0] == 0
+        assert here(monkeypatch, capsys, f"run={folder}", *small, f"partition.threshold={threshold}")[0] == 0
         assert job["weights_sha256"] == json.loads((folder / "result.json").read_text())["weights_sha256"]
-        assert f"partition.threshold={threshold}" in done.stdout.split("average accuracy")[-1]
+        assert f"partition.threshold={threshold}" in told.split("average accuracy")[-1]
     assert jobs[0]["weights_sha256"] != jobs[1]["weights_sha256"]
 
 
 @pytest.mark.slow
-def test_a_search_gives_each_job_all_of_its_configuration(tmp_path):
+def test_a_search_gives_each_job_all_of_its_configuration(tmp_path, monkeypatch, capsys):
     one = ["hydra.sweeper.params.invariance=shear", "hydra.sweeper.params.invariance_epochs=1"]
     small = [x for x in SMALL if not x.startswith(("invariance_epochs", "compare"))]
-    done = command("hparams_search=perturbation", f"run={tmp_path}", *small, *one, TWO)
-    assert done.returncode == 0, done.stderr
+    line = ["hparams_search=perturbation", f"run={tmp_path}", *small, *one, "tasks.order=[0,1]", "task_inference=none"]
+    status, _, errors = here(monkeypatch, capsys, *line)
+    assert status == 0, errors
     (job,) = json.loads((tmp_path / "sweep.json").read_text())
     assert job["status"] == 0
     result = json.loads((tmp_path / "0" / "result.json").read_text())
@@ -212,11 +219,12 @@ def test_a_search_gives_each_job_all_of_its_configuration(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_names_a_metric_that_results_do_not_have(tmp_path):
-    done = command("-m", f"run={tmp_path}", *SMALL, "tasks.order=[0,1]", "optimized_metric=tasks", "seed=0")
-    assert done.returncode == 1
-    assert "optimized_metric='tasks' is no number" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_sweep_names_a_metric_that_results_do_not_have(tmp_path, monkeypatch, capsys):
+    line = ["-m", f"run={tmp_path}", *SMALL, "tasks.order=[0,1]", "task_inference=none"]
+    status, _, errors = here(monkeypatch, capsys, *line, "optimized_metric=tasks", "seed=0")
+    assert status == 1
+    assert "optimized_metric='tasks' is no number" in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.slow
