@@ -339,6 +339,15 @@ def test_hooks_are_a_call_that_does_nothing_once_they_travelled():
 # What lives longer than its phase
 
 
+@pytest.fixture
+def anew():
+    """What was alive before the test is not looked through: all that was imported, each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def held(least):
     """Bytes of all tensors of some size that are alive."""
     gc.collect()
@@ -363,6 +372,7 @@ LARGE = 500  # entries: every weight, its averages in an optimiser, and no data 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("anew")
 @pytest.mark.parametrize("method", ["partition", "finetune"])
 def test_a_run_holds_no_more_memory_after_eight_tasks_than_after_two(method, tmp_path):
     module, tasks, after = wide(), [small(number) for number in range(8)], {}
@@ -388,6 +398,7 @@ def test_a_run_holds_no_more_memory_after_eight_tasks_than_after_two(method, tmp
     assert max(list(after.values())[2:]) <= after["t1"]
 
 
+@pytest.mark.usefixtures("anew")
 def test_fits_of_one_s_own_hold_no_more_memory_after_eight_tasks_than_after_two():
     module, tasks, after = ContinualModule(wide()), [small(number) for number in range(8)], []
     for task in tasks:

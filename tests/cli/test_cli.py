@@ -43,8 +43,8 @@ def test_the_default_command_compares_three_methods_and_leaves_results_and_pictu
     [
         ["isolation=perturb"],
         ["partition.threshold=0.7", "partition.measure=weight"],
-        ["tasks=permuted_digits", "tasks.count=2"],
-        pytest.param(["tasks=rotated_digits", "tasks.count=3"], marks=pytest.mark.slow),
+        ["tasks=permuted_digits", "tasks.count=2", "tasks.batch_size=128"],
+        pytest.param(["tasks=rotated_digits", "tasks.count=3", "tasks.batch_size=128"], marks=pytest.mark.slow),
         ["tasks.order=[9,7,5,3,1,8]", "tasks.classes_per_task=3", "method=joint"],
         ["model=cnn", "model.network.channels=[8,12]"],
         ["model.network.hidden=[]"],
