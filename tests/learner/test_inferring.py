@@ -190,7 +190,7 @@ def test_networks_without_a_linear_first_layer_are_inferred_by_statistics(networ
 
 
 def test_domains_have_outputs_of_their_own_and_predictions_name_the_class():
-    module, sequence = learned("auto", sequence=permuted_tasks(images(), count=2), epochs=12)
+    module, sequence = learned("auto", sequence=permuted_tasks(images(), count=2), epochs=6)
     for number, task in enumerate(sequence):
         x, y = next(iter(task.test_dataloader()))
         found = module.predict(x)

@@ -85,7 +85,7 @@ def test_perturbation_alone_keeps_more_than_fine_tuning(tmp_path):
     sequence = partial(permuted_tasks, images(), count=3)
     averages = {}
     for name, options in {"perturb": {"isolation": "perturb"}, "finetune": {"method": "finetune"}}.items():
-        result = runner(tmp_path / name, sequence=sequence(), epochs=6, invariance_epochs=4, **options).run()
+        result = runner(tmp_path / name, sequence=sequence(), epochs=4, invariance_epochs=3, **options).run()
         averages[name] = result.accuracy.forgetting
     assert averages["finetune"] > 0.05
     assert averages["perturb"] < averages["finetune"]
