@@ -1,11 +1,14 @@
 """The command line, run in this process."""
 
+import multiprocessing
+import os
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
 import jaxtyping
+from hydra.core.global_hydra import GlobalHydra
 from matplotlib.figure import Figure
 
 from lightning_cf.cli.main import main
@@ -24,6 +27,26 @@ def here(monkeypatch, capsys, *arguments, drawn=False):
         except SystemExit as error:
             status = error.code
     return status, *capsys.readouterr()
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+def forked(*arguments):
+    """The command in a process of its own, which has begun and need not import anything anew."""
+    process = FORK.Process(target=_command, args=arguments)
+    process.start()
+    return process
+
+
+def _command(*arguments):
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    GlobalHydra.instance().clear()  # a sweep has it as well
+    sys.argv = ["lightning-cf", *arguments]
+    with jaxtyping_disabled(), patch.object(Figure, "savefig", _sketch):
+        main()
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from commands import here
+from commands import forked, here
+
+from lightning_cf.cli import sweep
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
 
 SMALL = ["epochs=2", "invariance_epochs=1", "model.network.hidden=[40]", "compare=false"]
 TWO = "tasks.order=[0,1,2,3]"
@@ -163,17 +166,16 @@ def test_a_folder_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
 def test_a_killed_run_goes_on_after_its_last_finished_phase(tmp_path, monkeypatch, capsys):
     assert here(monkeypatch, capsys, f"run={tmp_path / 'whole'}", *SMALL, TWO)[0] == 0
     whole = json.loads((tmp_path / "whole" / "result.json").read_text())
-    line = [sys.executable, "-m", "lightning_cf", f"run={tmp_path / 'cut'}", *SMALL, TWO]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked(f"run={tmp_path / 'cut'}", *SMALL, TWO)
     for _ in range(6000):
         phases = tmp_path / "cut" / "exact" / "state.pt"
-        if process.poll() is not None:
+        if process.exitcode is not None:
             pytest.fail("the run ended before it could be killed")
         if phases.exists() and _finished(phases) >= 4:
             break
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "cut" / "result.json").exists()
     status, _, errors = here(monkeypatch, capsys, f"run={tmp_path / 'cut'}", *SMALL, TWO)
     assert status == 0, errors
@@ -189,6 +191,14 @@ def _finished(path):
 
 def test_a_sweep_gives_for_each_job_what_the_job_alone_gives(tmp_path, monkeypatch, capsys):
     small = [*SMALL, "tasks.order=[0,1]", "task_inference=none"]
+
+    def job(command, environment):
+        assert command[:3] == [sys.executable, "-m", "lightning_cf"]
+        process = forked(*command[3:])
+        process.join()
+        return process.exitcode
+
+    monkeypatch.setattr(sweep, "_status", job)
     status, told, errors = here(
         monkeypatch, capsys, "-m", f"run={tmp_path / 'sweep'}", *small, "partition.threshold=0.5,auto"
     )
