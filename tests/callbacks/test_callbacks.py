@@ -280,8 +280,14 @@ def test_without_masking_everything_moves():
 # Measures and perturbations
 
 
-@pytest.mark.parametrize("network", ["mlp", "cnn", "resnet"])
-@pytest.mark.parametrize("measure", ["weight", "update", "activation"])
+@pytest.mark.parametrize(
+    ("network", "measure"),
+    [
+        pytest.param(network, measure, marks=[pytest.mark.slow] if network == "resnet" and measure != "weight" else [])
+        for network in ("mlp", "cnn", "resnet")
+        for measure in ("weight", "update", "activation")
+    ],
+)
 def test_every_measure_partitions_every_kind_of_network(network, measure):
     module, (task, *_) = classifier(network), tasks()
     fit(module, task, three(measure=measure), epochs=6)
