@@ -1,17 +1,26 @@
 """The command line, run in this process."""
 
+import multiprocessing
+import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
 
 import jaxtyping
+from hydra.core.global_hydra import GlobalHydra
+from matplotlib.figure import Figure
 
 from lightning_cf.cli.main import main
 
 
-def here(monkeypatch, capsys, *arguments):
-    """The command in this process: exit status and what it printed."""
+def here(monkeypatch, capsys, *arguments, drawn=False):
+    """The command in this process: exit status and what it printed.
+
+    Pictures are made, and drawn only where asked for: that takes as long as all the rest of a small run.
+    """
     monkeypatch.setattr(sys, "argv", ["lightning-cf", *arguments])
-    with jaxtyping_disabled():
+    with jaxtyping_disabled(), nullcontext() if drawn else patch.object(Figure, "savefig", _sketch):
         try:
             main()
             status = 0
@@ -20,8 +29,32 @@ def here(monkeypatch, capsys, *arguments):
     return status, *capsys.readouterr()
 
 
+FORK = multiprocessing.get_context("fork")
+
+
+def forked(*arguments):
+    """The command in a process of its own, which has begun and need not import anything anew."""
+    process = FORK.Process(target=_command, args=arguments)
+    process.start()
+    return process
+
+
+def _command(*arguments):
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    GlobalHydra.instance().clear()  # a sweep has it as well
+    sys.argv = ["lightning-cf", *arguments]
+    with jaxtyping_disabled(), patch.object(Figure, "savefig", _sketch):
+        main()
+
+
 @contextmanager
 def jaxtyping_disabled():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def _sketch(figure, path, **options):
+    Path(path).write_bytes(b"\x89PNG")

@@ -121,9 +121,8 @@ def configs():
 
 REFUSED = {"nf_resnet26", "nfnet_l0", "eca_nfnet_l0", "resnetv2_50x1_bit"}  # weights are standardised
 QUICK = {
-    "resnet18", "res2net50_26w_4s", "skresnet18", "mobilenetv3_small_050", "convnextv2_atto",
-    "densenet121", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224",
-    "xcit_nano_12_p8_224",
+    "resnet18", "mobilenetv3_small_050", "convnextv2_atto", "densenet121",
+    "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224",
 }  # fmt: skip
 
 RESNETS = (

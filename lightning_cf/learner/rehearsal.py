@@ -25,6 +25,7 @@ from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
 from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference, View, read
 from lightning_cf.task_inference.read_variants import input_of, variants_of
+from lightning_cf.task_inference.strategies import ON_TRIAL
 from lightning_cf.task_inference.trained import Trained, trained_heads
 from lightning_cf.task_inference.variants import VARIANTS, differs, strange
 from lightning_cf.tasks.evaluation import forward_context, on_device, predict
@@ -52,6 +53,7 @@ def rehearse(module: LightningModule, state: ContinualState, task: Task, inferen
     Returns:
         what failed; empty where all of it worked.
     """
+    outer = ON_TRIAL.set(True)
     try:
         with torch.no_grad(), isolated_generators(), eval_mode(module), same_state(module), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -60,6 +62,8 @@ def rehearse(module: LightningModule, state: ContinualState, task: Task, inferen
         return str(error)
     except Exception as error:  # whatever a strategy, a network or an evaluate= of a user's own raises
         return f"{type(error).__name__}: {error}"
+    finally:
+        ON_TRIAL.reset(outer)
     return ""
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_cf.task_inference.readout import View
-from lightning_cf.task_inference.strategies import Fitted, Strategy
+from lightning_cf.task_inference.strategies import ON_TRIAL, Fitted, Strategy
 from lightning_cf.utilities.randomness import keyed_generator
 
 BATCH, LR = 128, 0.003
@@ -42,10 +42,11 @@ class InputAutoencoder(Strategy):
         }
         trained = {name: value.to(x.device, x.dtype).requires_grad_() for name, value in values.items()}
         optimizer = torch.optim.Adam(trained.values(), lr=LR)
+        steps = 1 if ON_TRIAL.get() else self.steps
         with torch.enable_grad():
-            for step in range(self.steps):
+            for step in range(steps):
                 chosen = torch.randint(len(x), (min(BATCH, len(x)),), generator=generator).to(x.device)
-                optimizer.param_groups[0]["lr"] = LR * (1 - step / self.steps)
+                optimizer.param_groups[0]["lr"] = LR * (1 - step / steps)
                 optimizer.zero_grad()
                 _residual(trained, x[chosen]).mean().backward()
                 optimizer.step()

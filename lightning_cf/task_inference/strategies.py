@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import ClassVar, Literal
 
 import torch
@@ -38,6 +39,9 @@ NEEDS = {
 
 REJECTED = 0.01
 """Share of a task's own held-out inputs that its threshold takes for none of the known ones."""
+
+ON_TRIAL: ContextVar[bool] = ContextVar("on_trial", default=False)
+"""Whether what is fitted is thrown away again, as in ``learner.rehearsal``: one step of training shows it works."""
 
 TaskScores = Float[Tensor, "batch tasks"]
 

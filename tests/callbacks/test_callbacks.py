@@ -239,7 +239,7 @@ def test_the_order_in_the_list_does_not_matter():
         for task in tasks(2):
             torch.manual_seed(1)
             callbacks = three(isolation="perturb")
-            fit(module, task, [callbacks[i] for i in order], epochs=4)
+            fit(module, task, [callbacks[i] for i in order], epochs=2)
         results.append(weights(module))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], tensor) for name, tensor in other.items())
@@ -280,8 +280,14 @@ def test_without_masking_everything_moves():
 # Measures and perturbations
 
 
-@pytest.mark.parametrize("network", ["mlp", "cnn", "resnet"])
-@pytest.mark.parametrize("measure", ["weight", "update", "activation"])
+@pytest.mark.parametrize(
+    ("network", "measure"),
+    [
+        pytest.param(network, measure, marks=[pytest.mark.slow] if network == "resnet" and measure != "weight" else [])
+        for network in ("mlp", "cnn", "resnet")
+        for measure in ("weight", "update", "activation")
+    ],
+)
 def test_every_measure_partitions_every_kind_of_network(network, measure):
     module, (task, *_) = classifier(network), tasks()
     fit(module, task, three(measure=measure), epochs=6)
@@ -372,7 +378,7 @@ def test_each_callback_works_alone_and_with_any_other_in_any_order(kept):
         for task in (first, second):
             spies.append(Spy())
             before = weights(module)
-            fit(module, task, [*(make[name]() for name in kept), spies[-1]], epochs=4)
+            fit(module, task, [*(make[name]() for name in kept), spies[-1]], epochs=2)
     ledger = state_of(module).ledger
     assert [entry.name for entry in ledger.tasks] == [first.name, second.name]
     unprotected = [w for w in caught if "nothing protects it from task '2-3'" in str(w.message)]

@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import warnings
-from functools import partial
+from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -206,12 +207,19 @@ FIRST, SECOND = ("zero-one", [0, 1]), ("two-three", [2, 3])
 
 
 def learned(kind=Net, *, callbacks=three, **options):
-    """A module that owns its first task."""
-    module = kind(**options)
-    optimizer, module.optimizer = module.optimizer, ADAMW
-    fault, module.fault = module.fault, None
-    fit(module, task(*FIRST), callbacks())
-    module.optimizer, module.fault, module.batches = optimizer, fault, 0
+    """A module that owns its first task: a copy of one that tests share."""
+    fresh, isolation = kind(**options), getattr(callbacks, "keywords", {}).get("isolation", "exact")
+    module = deepcopy(_owning(kind, tuple(sorted((k, v) for k, v in options.items() if k == "network")), isolation))
+    module.optimizer, module.fault, module.at, module.batches = fresh.optimizer, fresh.fault, fresh.at, 0
+    torch.manual_seed(0)
+    return module
+
+
+@cache
+def _owning(kind, options, isolation):
+    module = kind(**dict(options))
+    module.optimizer, module.fault = ADAMW, None
+    fit(module, task(*FIRST), three(isolation=isolation))
     assert state_of(module).ledger.tasks[-1].phase == "sealed"
     return module
 

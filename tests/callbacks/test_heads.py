@@ -172,7 +172,7 @@ def learned(strategy, sequence, module, epochs=6, **options):
     [
         ("neither", {}),
         ("rotations", {}),
-        ("neither", {"precision": "bf16-mixed"}),
+        pytest.param("neither", {"precision": "bf16-mixed"}, marks=pytest.mark.slow),
         ("rotations", {"precision": "bf16-true"}),
     ],
 )

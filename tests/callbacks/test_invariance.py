@@ -291,7 +291,7 @@ def test_perturbations_stay_in_their_sub_space(perturbation):
 
 
 @pytest.mark.parametrize("optimizer", [ADAMW, partial(torch.optim.SGD, lr=0.05, momentum=0.9)], ids=["adamw", "sgd"])
-@pytest.mark.parametrize("network", ["mlp", "cnn", "resnet"])
+@pytest.mark.parametrize("network", ["mlp", "cnn", pytest.param("resnet", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("isolation", ["exact", "perturb"])
 def test_later_tasks_move_free_units_in_the_sub_space_only(network, optimizer, isolation):
     module, (first, second, _) = classifier(network, optimizer), tasks()

@@ -379,12 +379,19 @@ def interrupted(setting, module, callbacks):
     raise AssertionError("the fit went on to its end")
 
 
-@pytest.mark.parametrize("exception", [RuntimeError("mine"), KeyboardInterrupt()], ids=["exception", "Ctrl-C"])
 @pytest.mark.parametrize("isolation", ["exact", pytest.param("perturb", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "hook", ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_validation_batch_start"]
 )
-@pytest.mark.parametrize("phase", ["learn", "invariance"])
+@pytest.mark.parametrize(
+    ("phase", "exception"),
+    [
+        pytest.param("learn", KeyboardInterrupt(), id="learn, Ctrl-C"),
+        pytest.param("invariance", RuntimeError("mine"), id="invariance, exception"),
+        pytest.param("learn", RuntimeError("mine"), id="learn, exception", marks=pytest.mark.slow),
+        pytest.param("invariance", KeyboardInterrupt(), id="invariance, Ctrl-C", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_is_left_of_a_fit_that_was_interrupted(phase, hook, isolation, exception, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     setting, module = SETTINGS[0], Net()

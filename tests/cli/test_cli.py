@@ -1,13 +1,16 @@
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from commands import here
+from commands import forked, here
+
+from lightning_cf.cli import sweep
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
 
 SMALL = ["epochs=2", "invariance_epochs=1", "model.network.hidden=[40]", "compare=false"]
 TWO = "tasks.order=[0,1,2,3]"
@@ -43,8 +46,8 @@ def test_the_default_command_compares_three_methods_and_leaves_results_and_pictu
     [
         ["isolation=perturb"],
         ["partition.threshold=0.7", "partition.measure=weight"],
-        ["tasks=permuted_digits", "tasks.count=2"],
-        pytest.param(["tasks=rotated_digits", "tasks.count=3"], marks=pytest.mark.slow),
+        ["tasks=permuted_digits", "tasks.count=2", "tasks.batch_size=128"],
+        pytest.param(["tasks=rotated_digits", "tasks.count=3", "tasks.batch_size=128"], marks=pytest.mark.slow),
         ["tasks.order=[9,7,5,3,1,8]", "tasks.classes_per_task=3", "method=joint"],
         ["model=cnn", "model.network.channels=[8,12]"],
         ["model.network.hidden=[]"],
@@ -63,7 +66,8 @@ def test_every_group_runs_from_any_folder(tmp_path, arguments, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     small = [x for x in SMALL if not (x.startswith("model.") and any(a.startswith("model=") for a in arguments))]
     small += [] if any(a.startswith("tasks") for a in arguments) else [TWO]
-    status, _, errors = here(monkeypatch, capsys, "run=run", *small, *arguments)
+    drawn = any(a.startswith(("partition.measure", "partition.similarity_matrix")) for a in arguments)
+    status, _, errors = here(monkeypatch, capsys, "run=run", *small, *arguments, drawn=drawn)
     assert status == 0, errors
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert len(result["accuracy_matrix"]) == (1 if "method=joint" in arguments else len(result["tasks"]))
@@ -162,19 +166,20 @@ def test_a_folder_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
 def test_a_killed_run_goes_on_after_its_last_finished_phase(tmp_path, monkeypatch, capsys):
     assert here(monkeypatch, capsys, f"run={tmp_path / 'whole'}", *SMALL, TWO)[0] == 0
     whole = json.loads((tmp_path / "whole" / "result.json").read_text())
-    line = [sys.executable, "-m", "lightning_cf", f"run={tmp_path / 'cut'}", *SMALL, TWO]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked(f"run={tmp_path / 'cut'}", *SMALL, TWO)
     for _ in range(6000):
         phases = tmp_path / "cut" / "exact" / "state.pt"
-        if process.poll() is not None:
+        if process.exitcode is not None:
             pytest.fail("the run ended before it could be killed")
         if phases.exists() and _finished(phases) >= 4:
             break
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "cut" / "result.json").exists()
-    resumed, _ = run(tmp_path / "cut", *SMALL, TWO)
+    status, _, errors = here(monkeypatch, capsys, f"run={tmp_path / 'cut'}", *SMALL, TWO)
+    assert status == 0, errors
+    resumed = json.loads((tmp_path / "cut" / "result.json").read_text())
     assert resumed["forgetting"] == 0.0
     assert len(resumed["accuracy_matrix"]) == 2
     assert resumed["weights_sha256"] == whole["weights_sha256"]
@@ -185,24 +190,36 @@ def _finished(path):
 
 
 def test_a_sweep_gives_for_each_job_what_the_job_alone_gives(tmp_path, monkeypatch, capsys):
-    done = command("-m", f"run={tmp_path / 'sweep'}", *SMALL, "partition.threshold=0.5,auto", TWO)
-    assert done.returncode == 0, done.stderr
+    small = [*SMALL, "tasks.order=[0,1]", "task_inference=none"]
+
+    def job(command, environment):
+        assert command[:3] == [sys.executable, "-m", "lightning_cf"]
+        process = forked(*command[3:])
+        process.join()
+        return process.exitcode
+
+    monkeypatch.setattr(sweep, "_status", job)
+    status, told, errors = here(
+        monkeypatch, capsys, "-m", f"run={tmp_path / 'sweep'}", *small, "partition.threshold=0.5,auto"
+    )
+    assert status == 0, errors
     jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert len(jobs) == 2
     for job, threshold in zip(jobs, ("0.5", "auto"), strict=True):
         folder = tmp_path / threshold
-        assert here(monkeypatch, capsys, f"run={folder}", *SMALL, f"partition.threshold={threshold}", TWO)[0] == 0
+        assert here(monkeypatch, capsys, f"run={folder}", *small, f"partition.threshold={threshold}")[0] == 0
         assert job["weights_sha256"] == json.loads((folder / "result.json").read_text())["weights_sha256"]
-        assert f"partition.threshold={threshold}" in done.stdout.split("average accuracy")[-1]
+        assert f"partition.threshold={threshold}" in told.split("average accuracy")[-1]
     assert jobs[0]["weights_sha256"] != jobs[1]["weights_sha256"]
 
 
 @pytest.mark.slow
-def test_a_search_gives_each_job_all_of_its_configuration(tmp_path):
+def test_a_search_gives_each_job_all_of_its_configuration(tmp_path, monkeypatch, capsys):
     one = ["hydra.sweeper.params.invariance=shear", "hydra.sweeper.params.invariance_epochs=1"]
     small = [x for x in SMALL if not x.startswith(("invariance_epochs", "compare"))]
-    done = command("hparams_search=perturbation", f"run={tmp_path}", *small, *one, TWO)
-    assert done.returncode == 0, done.stderr
+    line = ["hparams_search=perturbation", f"run={tmp_path}", *small, *one, "tasks.order=[0,1]", "task_inference=none"]
+    status, _, errors = here(monkeypatch, capsys, *line)
+    assert status == 0, errors
     (job,) = json.loads((tmp_path / "sweep.json").read_text())
     assert job["status"] == 0
     result = json.loads((tmp_path / "0" / "result.json").read_text())
@@ -212,11 +229,12 @@ def test_a_search_gives_each_job_all_of_its_configuration(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_names_a_metric_that_results_do_not_have(tmp_path):
-    done = command("-m", f"run={tmp_path}", *SMALL, "tasks.order=[0,1]", "optimized_metric=tasks", "seed=0")
-    assert done.returncode == 1
-    assert "optimized_metric='tasks' is no number" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_sweep_names_a_metric_that_results_do_not_have(tmp_path, monkeypatch, capsys):
+    line = ["-m", f"run={tmp_path}", *SMALL, "tasks.order=[0,1]", "task_inference=none"]
+    status, _, errors = here(monkeypatch, capsys, *line, "optimized_metric=tasks", "seed=0")
+    assert status == 1
+    assert "optimized_metric='tasks' is no number" in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.slow

@@ -104,9 +104,9 @@ def whole(tmp_path_factory):
         pytest.param((MaskedGradientCallback, "on_train_batch_end", 15), signal.SIGTERM, id="training"),
         pytest.param((MaskedGradientCallback, "on_before_optimizer_step", 15), signal.SIGINT, id="step", marks=SLOW),
         pytest.param((MaskedGradientCallback, "on_fit_end", 3), signal.SIGTERM, id="end of a fit", marks=SLOW),
-        pytest.param((SequentialTaskRunner, "score", 2), signal.SIGINT, id="scoring"),
+        pytest.param((SequentialTaskRunner, "score", 2), signal.SIGINT, id="scoring", marks=SLOW),
         pytest.param((SequentialTaskRunner, "seal", 2), signal.SIGTERM, id="seal", marks=SLOW),
-        pytest.param((lightning_cf.cli.main, "write_pictures", 1), signal.SIGTERM, id="pictures"),
+        pytest.param((lightning_cf.cli.main, "write_pictures", 1), signal.SIGINT, id="pictures"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

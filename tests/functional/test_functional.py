@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 import warnings
 from functools import partial
 
@@ -27,17 +25,6 @@ from lightning_cf import (
     Task,
 )
 from lightning_cf.learner.keeping import state_of
-
-
-def test_the_core_does_not_load_lightning():
-    code = """
-import sys
-import lightning_cf.functional
-found = [name for name in sys.modules if name.split(".")[0] in ("lightning", "pytorch_lightning", "lightning_fabric")]
-assert not found, found
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
 
 # Digits, in pairs
 

@@ -181,7 +181,7 @@ def run(module, sequence, root, **options):
     return SequentialTaskRunner(module, sequence, trainer=quiet_trainer, root=root, **options).run()
 
 
-@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_tasks_of_numbers_among_tasks_of_classes_do_not_count(tmp_path, width):
     sequence = [clouds("a", [0, 1]), numbers(outputs=range(4, 4 + width), width=width), clouds("b", [7, 3])]
     module = Mixed()

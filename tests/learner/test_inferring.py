@@ -190,7 +190,7 @@ def test_networks_without_a_linear_first_layer_are_inferred_by_statistics(networ
 
 
 def test_domains_have_outputs_of_their_own_and_predictions_name_the_class():
-    module, sequence = learned("auto", sequence=permuted_tasks(images(), count=2, batch_size=32), epochs=12)
+    module, sequence = learned("auto", sequence=permuted_tasks(images(), count=2), epochs=6)
     for number, task in enumerate(sequence):
         x, y = next(iter(task.test_dataloader()))
         found = module.predict(x)
@@ -438,9 +438,8 @@ def test_a_strategy_of_one_s_own_is_fitted_predicts_and_comes_back_from_a_checkp
 
 
 def sequence_runner(root, **options):
-    return SequentialTaskRunner(
-        classifier(), tasks(), trainer=quiet_trainer, epochs=4, invariance_epochs=3, root=root, **options
-    )
+    options = {"trainer": quiet_trainer, "epochs": 4, "invariance_epochs": 3, **options}
+    return SequentialTaskRunner(classifier(), tasks(), root=root, **options)
 
 
 def test_the_runner_scores_every_strategy_after_every_task(tmp_path):
@@ -481,9 +480,11 @@ def test_without_partitions_the_highest_of_all_outputs_decides(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_stopped_between_phases_goes_on_bitwise(tmp_path):
-    whole = sequence_runner(tmp_path / "whole").run()
+    trainer = partial(quiet_trainer, limit_train_batches=3)
+    make = partial(sequence_runner, trainer=trainer, epochs=2, invariance_epochs=1)
+    whole = make(tmp_path / "whole").run()
     for stop in range(2, 12, 3):
-        first = sequence_runner(tmp_path / str(stop))
+        first = make(tmp_path / str(stop))
         phase = first.phase
 
         def until(name, step, phase=phase, first=first, stop=stop):
@@ -494,7 +495,7 @@ def test_a_run_that_stopped_between_phases_goes_on_bitwise(tmp_path):
         first.phase = until
         with pytest.raises(KeyboardInterrupt):
             first.run()
-        again = sequence_runner(tmp_path / str(stop)).run()
+        again = make(tmp_path / str(stop)).run()
         assert again.weights_sha256 == whole.weights_sha256
         assert again.class_incremental == whole.class_incremental
 

@@ -214,7 +214,7 @@ def test_dropout_within_leaves_a_trained_norm_trainable():
     assert norm.weight.grad is not None
 
 
-def test_compiled_code_takes_them_by_owners_too():
+def test_compiled_code_takes_them_and_layers_by_owners_too():
     script = """
 import torch
 from torch import nn
@@ -236,6 +236,9 @@ owners, x = torch.tensor([0, 0, 0, 1, 1, -1, -1, -1]), torch.randn(4, 8)
 for net, owned in ((Norm(), {"": owners[None]}), (Block(), {"": owners[None, None], "norm": owners[None]})):
     make_owner_aware(net, owned)
     torch.testing.assert_close(torch.compile(net, backend="eager")(x), net(x))
+layer = nn.LayerNorm(8)  # one that is no formula
+make_owner_aware(layer, {"": owners})
+assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
 """
     subprocess.run([sys.executable, "-c", script], check=True)  # without the tests' checks of annotations
 

@@ -62,7 +62,7 @@ def test_exact_isolation_forgets_nothing_and_learns_everything(tmp_path):
 
 
 def test_classes_that_return_keep_every_bit_of_their_logits(tmp_path):
-    sequence = permuted_tasks(images(), count=3, batch_size=32)
+    sequence = permuted_tasks(images(), count=3, batch_size=128)
     after = []
 
     class Keep(Callback):
@@ -82,17 +82,17 @@ def test_classes_that_return_keep_every_bit_of_their_logits(tmp_path):
 
 
 def test_perturbation_alone_keeps_more_than_fine_tuning(tmp_path):
-    sequence = partial(permuted_tasks, images(), count=3, batch_size=32)
+    sequence = partial(permuted_tasks, images(), count=3)
     averages = {}
     for name, options in {"perturb": {"isolation": "perturb"}, "finetune": {"method": "finetune"}}.items():
-        result = runner(tmp_path / name, sequence=sequence(), epochs=6, invariance_epochs=4, **options).run()
+        result = runner(tmp_path / name, sequence=sequence(), epochs=4, invariance_epochs=3, **options).run()
         averages[name] = result.accuracy.forgetting
     assert averages["finetune"] > 0.05
     assert averages["perturb"] < averages["finetune"]
 
 
 def test_joint_training_scores_every_task(tmp_path):
-    result = runner(tmp_path, method="joint", sequence=permuted_tasks(images(), count=3, batch_size=32)).run()
+    result = runner(tmp_path, method="joint", sequence=permuted_tasks(images(), count=3)).run()
     assert result.accuracy.matrix.shape == (1, 3)
     assert result.accuracy.average > 0.85
     assert result.accuracy.forgetting == 0.0
@@ -144,7 +144,8 @@ def test_a_run_that_was_interrupted_ends_with_the_weights_of_one_that_was_not(tm
             if trainer.datamodule.name == "2-3" and pl_module.ledger.tasks[-1].phase == "invariance":
                 raise RuntimeError("power cut")
 
-    make = partial(runner, epochs=2, invariance_epochs=2, **options)
+    trainer = partial(quiet_trainer, limit_train_batches=3)
+    make = partial(runner, epochs=2, invariance_epochs=2, trainer=trainer, **options)
     whole = make(tmp_path / "whole").run()
     with pytest.raises(RuntimeError, match="power cut"):
         make(tmp_path / "cut", callbacks=[PowerCut()]).run()

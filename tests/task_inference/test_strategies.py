@@ -21,6 +21,7 @@ from lightning_cf.task_inference.neither import Neither
 from lightning_cf.task_inference.reconstruction import Reconstruction
 from lightning_cf.task_inference.rotations import Rotations
 from lightning_cf.task_inference.statistics import InputSubspaces, LocalSubspaces, Mahalanobis, _local, _residual
+from lightning_cf.task_inference.strategies import ON_TRIAL
 from lightning_cf.task_inference.trained import trained_heads
 from lightning_cf.task_inference.variants import ROTATIONS, VARIANTS
 
@@ -419,6 +420,19 @@ def test_an_autoencoder_gives_its_own_inputs_back_and_draws_nothing_from_the_glo
     torch.testing.assert_close(strategy.score(fitted, seen), -residual)
     assert float(residual.mean()) < 0.2 * float(near.var())
     assert float(strategy.score(fitted, View(far, (), seen.logits)).mean()) < -4 * float(residual.mean())
+
+
+def test_an_autoencoder_on_trial_takes_one_step_and_trains_in_full_afterwards():
+    seen, strategy = View(torch.randn(20, 6), (), torch.zeros(20, 2)), InputAutoencoder(width=4, steps=40)
+    whole = strategy.fit(seen, labels(20), 2, seen)
+    token = ON_TRIAL.set(True)
+    tried, (one,) = strategy.fit(seen, labels(20), 2, seen), [InputAutoencoder(width=4, steps=1)]
+    ON_TRIAL.reset(token)
+    first, again = (each.fit(seen, labels(20), 2, seen) for each in (one, strategy))
+    for name, value in whole.items():
+        assert torch.equal(tried[name], first[name])
+        assert torch.equal(again[name], value)
+        assert name == "mean" or not torch.equal(tried[name], value)
 
 
 @pytest.mark.parametrize("seed", range(3))

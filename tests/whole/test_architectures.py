@@ -36,6 +36,9 @@ SLOW = {
     "ViT, queries and keys normalised in each head", "MobileNet (depthwise separable)",
     "rotary, grouped-query, SwiGLU, RMSNorm (LLaMA)",
     "CNN with InstanceNorm, running statistics", "global response normalisation", "MLP with RMSNorm",
+    "VGG", "Transformer encoder, norm first", "U-Net, transposed convolutions", "MLP with norms written by hand",
+    "LSTM", "maxout", "gated linear units", "deep MLP", "CNN with InstanceNorm", "two heads, their outputs added up",
+    "efficient channel attention (ECA)", "3-D convolutions",
 }  # fmt: skip
 """Left to .ci/run."""
 REFUSED = {a.name: a for a in ARCHITECTURES if a.refused is not None}

@@ -1,4 +1,4 @@
-"""What the README and the notebooks show runs as it stands."""
+"""What the README and the notebooks show runs as it stands; where it trains long, for fewer epochs."""
 
 import inspect
 import pydoc
@@ -35,7 +35,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     assert len(blocks) >= 2
     names = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(sooner(block), "README.md", "exec"), names)
     assert names["result"].accuracy.forgetting == 0.0
     assert names["forgotten"] == 0
 
@@ -71,6 +71,11 @@ def test_the_page_on_the_house_names_files_that_exist():
     folders = {path.parent.name for path in (ROOT / "lightning_cf").glob("*/__init__.py")}
     drawn = set(re.findall(r"[a-z_]+", page[page.index("graph TD") : page.index("```\n\n| folder")]))
     assert folders <= drawn, folders - drawn
+
+
+def sooner(code):
+    """The same code, which trains two epochs wherever it would train more."""
+    return re.sub(r"(?<=epochs=)(\d+)", lambda found: str(min(2, int(found[0]))), code)
 
 
 def run_blocks(page, names):
@@ -214,6 +219,8 @@ def test_the_readmes_pictures_exist():
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_run(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        cell.source = sooner(cell.source)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert any(cell.cell_type == "code" and cell.outputs for cell in notebook.cells)
 

@@ -31,7 +31,7 @@ def test_every_example_has_a_before_and_an_after():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [*PLAIN[::2], pytest.param(PLAIN[1], marks=pytest.mark.slow)])
 def test_in_loops_without_lightnings_trainer_the_first_task_stays_bitwise_what_it_was(name, monkeypatch, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
     runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
@@ -47,7 +47,9 @@ def test_ten_lines_differ_at_most(name):
     assert 0 < len(changed) <= 10, changed
 
 
-@pytest.mark.parametrize("name", ["image", "segmentation", pytest.param("sequence", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["image", *(pytest.param(name, marks=pytest.mark.slow) for name in ("segmentation", "sequence"))]
+)
 def test_afterwards_both_tasks_are_learned_and_nothing_is_forgotten(name, tmp_path, monkeypatch):
     first, second = run(f"{name}_after", tmp_path, monkeypatch)
     begun, later = first.keys()

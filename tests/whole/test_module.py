@@ -115,7 +115,7 @@ def test_a_copy_keeps_the_ledger_of_its_own():
 
 
 def test_classes_that_return_get_columns_of_their_own():
-    module, sequence = ContinualModule(classifier()), permuted_tasks(images(), count=3, batch_size=32)
+    module, sequence = ContinualModule(classifier()), permuted_tasks(images(), count=3)
     logits = []
     for task in sequence:
         fit(module, task, three(max_claim=0.34), epochs=10)
