@@ -148,7 +148,11 @@ def _packnet(job: Job, tasks: list[TensorImages]) -> PackNet:
     if job.options["prune_proportion"] == "equal":
         share = [1 - 1 / (len(tasks) - task) for task in range(len(tasks))]
     after = max(1, round(0.3 * job.epochs))
-    return PackNet(**_common(job, PackNetModel(_mlp(2)), tasks), prune_proportion=share, post_prune_epochs=after)
+    strategy = PackNet(**_common(job, PackNetModel(_mlp(2)), tasks), prune_proportion=share, post_prune_epochs=after)
+    # It nests the list of plugins that it is given, which then are not called: images would not be changed as others'.
+    nested = [plugin if isinstance(plugin, list) else [plugin] for plugin in strategy.plugins]
+    strategy.plugins = [plugin for plugins in nested for plugin in plugins]
+    return strategy
 
 
 def _slda(job: Job, tasks: list[TensorImages], first: Any) -> StreamingLDA:
