@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -49,17 +49,22 @@ def none_in_turn(
     names = {known.name for known in inference.tasks}
     if len(names) < 2 or {task.name for task, _ in tasks} != names:
         return {}
-    found: dict[str, list[float]] = {}
+    left: dict[str, TaskInference] = {}
     with eval_mode(module), isolated_generators():
         for known in inference.tasks:
             task = next(task for task, _ in tasks if task.name == known.name)
+            training = partial(_training, module, task, known, inference.strategies)
             try:
-                left = forgotten(inference, known.name, partial(_training, module, task, known, inference.strategies))
+                left[known.name] = forgotten(inference, known.name, training)
             except ContinualError:  # a strategy of the user's own
                 return {}
-            for name, values in _none(module, inference, left, tasks).items():
-                strange = torch.cat([torch.full_like(x, each == known.name) for each, x in values.items()]).long()
-                found.setdefault(name, []).append(float(binary_auroc(torch.cat(list(values.values())), strange)))
+        values = {task.name: _none(module, inference, left, task, batches) for task, batches in tasks}
+    found: dict[str, list[float]] = {name: [] for name in inference.strategies}
+    for gone in left:
+        for name, areas in found.items():
+            none = {task: by[gone][name] for task, by in values.items()}
+            strange = torch.cat([torch.full_like(x, task == gone) for task, x in none.items()]).long()
+            areas.append(float(binary_auroc(torch.cat(list(none.values())), strange)))
     return found
 
 
@@ -71,20 +76,17 @@ def _training(
 
 
 def _none(
-    module: LightningModule, inference: TaskInference, left: TaskInference, tasks: Sequence[tuple[Task, Batches]]
+    module: LightningModule, inference: TaskInference, left: Mapping[str, TaskInference], task: Task, batches: Batches
 ) -> dict[str, dict[str, Tensor]]:
-    """By strategy and task, the probability of none for each test sample, where the tasks left are known."""
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in inference.strategies}
-    for task, batches in tasks:
-        parts: dict[str, list[Tensor]] = {name: [] for name in inference.strategies}
-        seen = 0
-        for batch in batches:
-            readout = inference.read(module, Kept(partial(predict, module, task)), batch)
-            for name in inference.strategies:
-                parts[name].append(left.infer(readout, name).probabilities[:, -1])
-            seen += len(readout.outputs)
-            if seen >= MOST:
-                break
-        for name, values in parts.items():
-            found[name][task.name] = torch.cat(values)[:MOST]
-    return found
+    """By task that is held out and strategy, the probability of none for each of a task's test samples."""
+    parts: dict[str, dict[str, list[Tensor]]] = {gone: {name: [] for name in inference.strategies} for gone in left}
+    seen = 0
+    for batch in batches:
+        readout = inference.read(module, Kept(partial(predict, module, task)), batch)
+        for gone, others in left.items():
+            for name, values in parts[gone].items():
+                values.append(others.infer(readout, name).probabilities[:, -1])
+        seen += len(readout.outputs)
+        if seen >= MOST:
+            break
+    return {gone: {name: torch.cat(x)[:MOST] for name, x in by.items()} for gone, by in parts.items()}

@@ -70,7 +70,7 @@ class Cumulative(Strategy):
 
         Args:
             before: what was kept without it; nothing for the first one.
-            after: what is kept with it.
+            after: what is kept with it; also before it was closed.
 
         Raises:
             ContinualError: where that cannot be had.

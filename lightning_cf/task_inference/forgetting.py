@@ -58,4 +58,4 @@ def _added(strategy: Cumulative, shared: Shared, sites: Sites, task: Known, trai
     for seen, columns in training(sites):
         with in_full(seen):
             again = strategy.add(moved(strategy, again, seen), seen, sites, columns.to(seen.outputs.device))
-    return strategy.added(shared, strategy.close(again))
+    return strategy.added(shared, again)

@@ -42,6 +42,7 @@ class Readout:
             tensors with one row a sample.
         maps: by weight, what its layer reads as it stands: samples first, units last, positions or tokens between.
         ragged: of several batches, axes along which samples of one are longer than those of another.
+        found: by strategy, what it made of all this and may be asked for again; a part or a copy begins without.
     """
 
     inputs: Float[Tensor, "batch values"] | None
@@ -54,6 +55,7 @@ class Readout:
     x: Any = None
     maps: Mapping[str, Float[Tensor, "batch ..."]] = field(default_factory=dict)
     ragged: tuple[int, ...] = ()
+    found: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def part(self, chosen: Bool[Tensor, "batch"]) -> Readout:
         """What the network shows of some of the samples: input and maps, not its other parts."""

@@ -12,9 +12,11 @@ from sklearn.linear_model import Ridge
 from torchmetrics.functional.classification import binary_auroc
 
 from lightning_cf import ContinualError
+from lightning_cf.task_inference import Readout, Sites
 from lightning_cf.task_inference.accumulated import Accumulated, Sums
 from lightning_cf.task_inference.accumulated.closed_form import Familiarity, Separation, discriminant, ridge
 from lightning_cf.task_inference.accumulated.sums import LARGEST, STEP, packed, products, rounded, unpacked
+from lightning_cf.task_inference.features import Custom
 
 CLASSES = 6
 
@@ -136,3 +138,28 @@ def test_wrong_options_are_refused():
         Accumulated("mine", form="qda")
     with pytest.raises(ContinualError, match="mine: shrinkage must be a finite number above 0"):
         Accumulated("mine", shrinkage=0.0)
+
+
+def test_what_features_find_of_a_batch_is_found_once_and_not_carried_over_to_a_part_of_it():
+    calls = []
+
+    def counted(x):
+        calls.append(len(x))
+        return x
+
+    strategy = Accumulated("counted", features=Custom(counted))
+    x, y = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2
+    looks = Sites(None, (), {}, torch.arange(2))
+    seen = Readout(None, {}, torch.zeros(40, 2), {}, x=x)
+    shared = strategy.begin(seen, looks, torch.Generator(), 10_000)
+    shared = strategy.close(strategy.add(shared, seen, looks, y))
+    before = len(calls)
+    other = strategy.subtract(shared, strategy.added(shared, strategy.add(shared, seen.part(y == 0), looks, y[y == 0])))
+    assert calls[before:] == [20]
+    columns = torch.arange(2)
+    outputs = [strategy.outputs(kept, seen, looks, columns) for kept in (shared, other)]
+    assert len(calls) == before + 1
+    assert bool(outputs[1][:, 0].isneginf().all())
+    moved = {**shared, "centre": shared["centre"] + 1.0}
+    assert not torch.equal(strategy.outputs(moved, seen, looks, columns), outputs[0])
+    assert calls[before + 1 :] == [40]

@@ -104,6 +104,8 @@ class Accumulated(Cumulative):
 
     def added(self, before: Shared, after: Shared) -> dict[str, Tensor]:
         """The sums of the task's samples."""
+        if summed := inner(after, "open"):
+            return dict(packed(Sums.of(**summed)))
         kept, found = inner(before, "sums"), unpacked(inner(after, "sums"))
         return dict(packed(found - unpacked(kept) if kept else found))
 
@@ -159,8 +161,13 @@ class Accumulated(Cumulative):
         return by_medium(shared["medium"]) if self.features is None else self.features
 
     def _rounded(self, shared: Shared, seen: Readout, sites: Sites) -> Float[Tensor, "batch features"]:
-        rows = self._features(shared).of(inner(shared, "features"), seen, sites)
-        return rounded(((rows - shared["centre"]) / shared["scale"]).nan_to_num(0.0))
+        """The features in whole steps; for the same batch found once, whatever is summed over them."""
+        centre, rows = seen.found.get(self.name, (None, None))
+        if centre is None or rows is None or not torch.equal(centre, shared["centre"]):
+            rows = self._features(shared).of(inner(shared, "features"), seen, sites)
+            rows = rounded(((rows - shared["centre"]) / shared["scale"]).nan_to_num(0.0))
+            seen.found[self.name] = shared["centre"], rows
+        return rows
 
 
 def _places(order: Int64[Tensor, "classes"], columns: Int64[Tensor, "_"]) -> Int64[Tensor, "_"]:
