@@ -8,13 +8,22 @@ from argparse import ArgumentParser, Namespace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
-from common import QUIET
+from common import QUIET, markdown, percent, write_section
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+METHODS = {
+    "exact": "partition",
+    "finetune": "finetune",
+    "joint, over all outputs": "joint",
+    "joint, over all outputs, unchanged images": "joint",
+}
+"""What the runner calls them."""
 
 JUDGING = 3000
 """So many of the training images, the last ones, judge partitions and choose options."""
@@ -60,7 +69,7 @@ class Network(nn.Module):
         return self.head(F.relu(self.hidden(x.flatten(1))))
 
 
-def run(options: Namespace, seed: int) -> dict:
+def run(options: Namespace, limit: int | None, method: str, seed: int) -> dict:
     """One sequence; leaves its scores in a file."""
     from lightning.pytorch import Trainer
 
@@ -69,7 +78,7 @@ def run(options: Namespace, seed: int) -> dict:
     from lightning_cf.task_inference.accumulated import Accumulated
     from lightning_cf.task_inference.features import FirstUnits, PatchBank
 
-    folder = options.runs / "cifar" / f"{options.limit}-{options.method}-{seed}"
+    folder = options.runs / "cifar" / f"{limit}-{method.replace(' ', '-')}-{seed}"
     file = folder / "scores.json"
     if file.exists():
         return json.loads(file.read_text())
@@ -78,19 +87,23 @@ def run(options: Namespace, seed: int) -> dict:
         """Trains on changed images; what is read beside training is unchanged."""
 
         def training_step(self, batch, batch_idx):
-            return super().training_step((augmented(batch[0]), batch[1]), batch_idx)
+            x, y = batch
+            return super().training_step((x if method.endswith("unchanged images") else augmented(x), y), batch_idx)
 
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     (x, y), test = images(options.data_dir / "train.npz"), images(options.data_dir / "test.npz")
     last = len(x) - JUDGING
-    count = last if options.limit is None else min(options.limit, last)
+    count = last if limit is None else min(limit, last)
     splits = ImageSplits(TensorImages(x[:count], y[:count]), TensorImages(x[last:], y[last:]), TensorImages(*test))
     tasks = split_tasks(splits, batch_size=100)
     torch.manual_seed(seed)
     module = Augmented(Network(), optimizer=partial(torch.optim.AdamW, lr=options.lr, weight_decay=0.001))
     features = PatchBank(200) + FirstUnits(2, mirrored=True)
+    rest = {"masking": cf.MaskedGradientCallback(mask_outputs=False)} if method.startswith("joint") else {}
+    if METHODS[method] == "partition":
+        rest["task_inference"] = cf.TaskInferenceCallback(Accumulated("patches_and_units", features=features))
     runner = cf.SequentialTaskRunner(
         module,
         tasks,
@@ -98,42 +111,51 @@ def run(options: Namespace, seed: int) -> dict:
         epochs=options.epochs,
         invariance_epochs=max(1, options.epochs // 3),
         partition=cf.PartitionCallback(min_claim=[0.6, 0.08], max_claim=[0.6, 0.1]),
-        task_inference=cf.TaskInferenceCallback(Accumulated("patches_and_units", features=features)),
-        method=options.method,
+        method=METHODS[method],
         seed=seed,
         root=folder / "run",
         score_on=options.score_on,
+        **rest,
     )
     document = runner.run().as_dict(seed=seed, config={})
-    kept = {key: document[key] for key in ("average_accuracy", "forgetting", "task_inference", "seconds")}
+    kept = {key: document[key] for key in ("average_accuracy", "forgetting", "class_incremental", "seconds")}
     file.write_text(json.dumps(kept))
     return kept
+
+
+def row(options: Namespace, limit: int | None, method: str) -> list[str]:
+    """What a method reached after learning from so many images, mean and deviation over seeds."""
+    found = [run(options, limit, method, seed) for seed in options.seeds]
+    told = [f["class_incremental"] for f in found]
+    learns = METHODS[method] == "partition"
+    return [
+        str(limit or "all"),
+        method,
+        percent([f["average_accuracy"] for f in found]),
+        percent([t["average_accuracy"] for t in told]),
+        ", ".join(f"{100 * t['average_accuracy']:.2f}" for t in told),
+        percent([f["forgetting"] for f in found]),
+        f"{mean(t['none_auroc_mean'] for t in told):.3f}" if learns else "",
+        f"{told[0]['stored_floats']}" if learns else "0",
+        f"{mean(f['seconds'] for f in found) / 60:.0f}",
+    ]
 
 
 def main() -> None:
     parser = ArgumentParser()
     parser.add_argument("--data-dir", type=Path, required=True, help="folder that holds train.npz and test.npz")
-    parser.add_argument("--limit", type=int, help="learn from so many images")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--limits", type=int, nargs="+", default=[8000], help="learn from so many images; 0 for all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--epochs", type=int, default=60, help="of LEARN, and a third of it of INVARIANCE")
     parser.add_argument("--lr", type=float, default=0.004)
-    parser.add_argument("--method", default="partition")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--score-on", default="test")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
     options = parser.parse_args()
-    for seed in options.seeds:
-        found = run(options, seed)
-        for name, told in found["task_inference"].items():
-            print(
-                seed,
-                name,
-                found["average_accuracy"],
-                told["average_accuracy"],
-                told["none_auroc"],
-                told["stored_floats"],
-                found["seconds"],
-            )
+    rows = [row(options, limit or None, method) for limit in options.limits for method in options.methods]
+    head = ["images", "method", "task-incremental %", "class-incremental %", "each seed", "forgetting", "AUROC of none"]
+    write_section("cifar", markdown([*head, "numbers kept", "minutes"], rows))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from lightning_cf.errors import ContinualError
 from lightning_cf.functional.forgetting import check_known, run_forget
 from lightning_cf.learner.accumulating import shown
 from lightning_cf.learner.inferring import inference_of, keep_inference
@@ -48,6 +49,8 @@ def forget_task(module: LightningModule, task: Task | str, *, seed: int = 0) -> 
     state = state_of(module) if isinstance(task, str) else state_for(module, task)
     check_known(None if state is None else state.ledger, name)
     assert state is not None
+    if state.safe is not None:
+        raise ContinualError(f"forget: task '{name}' cannot be forgotten within a fit; do it between fits.")
     state.undisturb()
     ledger, inference = copy.deepcopy(state.ledger), inference_of(state.ledger)
     wanted = _looked_at(inference, state)

@@ -153,16 +153,17 @@ class TaskInference:
         """
         tasks = [*(task for task in self.tasks if task.name != known.name), known]
         first, columns = tasks[0], torch.cat([task.sites.outputs for task in tasks])
-        sites = first.sites if first is known or self.looks is None else self.looks
+        anew = first is known and self.looks is None  # else what is shared looks where a task did that was forgotten
+        sites = first.sites if self.looks is None else self.looks
         before = next((task for task in self.tasks if task.name == known.name), known)
         for strategy in cumulative(STRATEGIES[name] for name in self.strategies):
             name = strategy.name
-            if first is not known and name in before.calibration:
+            if not anew and name in before.calibration:
                 known.calibration[name] = before.calibration[name]
                 known.fitted |= {name: before.fitted[name]} if name in before.fitted else {}
                 continue
             generator = keyed_generator(self.seed, first.name, "features")
-            kept_before = {} if first is known else self.shared[name]
+            kept_before = {} if anew else self.shared[name]
             try:
                 own = gathered(strategy, kept_before, sites, training(sites), generator, self.budget)
                 added = strategy.added(kept_before, own) if self.apart else {}

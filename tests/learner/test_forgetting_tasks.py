@@ -4,6 +4,7 @@ import pytest
 import torch
 from clouds import Net, clouds, points
 from learning import fit, three
+from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_cf import ContinualError, ContinualModule, Task, TaskInferenceCallback
@@ -168,3 +169,28 @@ def test_what_cannot_be_forgotten_is_said(given, message):
     assert module.forget("a")  # nothing is shared, so the name will do
     with pytest.raises(ContinualError, match="known: none"):
         ContinualModule(Net(64)).forget("a")
+
+
+def test_within_a_fit_nothing_is_forgotten():
+    module, again = learned(sequence("a", "b"), "subspaces"), clouds("c", CLASSES["c"])
+    module.add_task(again)
+
+    class Forgets(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.forget("a")
+
+    with pytest.raises(ContinualError, match="task 'a' cannot be forgotten within a fit"):
+        fit(module, again, [*three(max_claim=0.3), TaskInferenceCallback("subspaces"), Forgets()], 1)
+
+
+def test_the_next_first_task_goes_on_as_it_is_where_the_first_was_forgotten():
+    """Its seal comes later; what all tasks share still looks at what it looked at."""
+    tasks, x = sequence("a", "b"), points([7, 3], count=200, seed=5)[0]
+    module = learned(tasks)
+    assert module.ledger.phase == "invariance"
+    module.forget(tasks["a"])
+    before, kept = module.predict(x), shared(module)
+    learn(module, tasks["b"])
+    assert module.ledger.tasks[-1].phase == "sealed"
+    assert same(shared(module), kept)
+    assert torch.equal(module.predict(x).scores, before.scores)
