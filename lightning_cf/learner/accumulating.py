@@ -17,6 +17,7 @@ from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.finite import infinite_rows, rows_finite
 from lightning_cf.task_inference import STRATEGIES, Known, Readout, Sites, TaskInference
 from lightning_cf.task_inference.cumulative import Labelled, cumulative
+from lightning_cf.task_inference.gathering import gather
 from lightning_cf.task_inference.read_variants import read_all, variants_of
 from lightning_cf.tasks.evaluation import predict
 from lightning_cf.tasks.task import Task
@@ -44,7 +45,8 @@ def accumulate(
     if not strategies:
         return
     show = partial(shown, module, task, known, variants_of([strategy.name for strategy in strategies]))
-    inference.gather(
+    gather(
+        inference,
         known,
         lambda sites: show(sites, training()),
         lambda sites: (seen for seen, _ in show(sites, held_out())),

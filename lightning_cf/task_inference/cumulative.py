@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.task_inference.batches import joined, numbers_in
 from lightning_cf.task_inference.known import Known
 from lightning_cf.task_inference.prediction import Inferred
 from lightning_cf.task_inference.readout import Readout, View
 from lightning_cf.task_inference.sites import Sites
-from lightning_cf.task_inference.strategies import REJECTED, Fitted, Strategy, TaskScores
+from lightning_cf.task_inference.strategies import Fitted, Strategy, TaskScores
 
 Shared = Mapping[str, Tensor]
 """What a strategy keeps of all tasks together: statistics, never data."""
@@ -136,79 +134,6 @@ def task_scores(outputs: Float[Tensor, "batch classes"], tasks: Sequence[Int64[T
 
 Labelled = tuple[Readout, Int64[Tensor, "batch"]]
 """What the network shows of a batch, and the output column of each sample's class."""
-
-ENOUGH = 2000
-"""So many samples of the first task show what its features are like."""
-
-MOST = 2**26
-"""So many numbers of them are held at most, beside a first batch."""
-
-
-def gathered(
-    strategy: Cumulative,
-    shared: Shared,
-    sites: Sites,
-    training: Iterator[Labelled],
-    generator: torch.Generator,
-    budget: int,
-) -> dict[str, Tensor]:
-    """What a strategy keeps of all tasks, with one more.
-
-    Args:
-        strategy: whose it is.
-        shared: what it keeps before; nothing before the first task.
-        sites: where the first task's scores look.
-        training: the task's data from the start, in batches.
-        generator: for whatever is drawn.
-        budget: how many numbers may be kept.
-    """
-    begun: list[Labelled] = []
-    if not shared:
-        begun = _some(strategy, training)
-        if not begun:
-            raise ContinualError("task_inference: no sample of the first task can be looked at.")
-        with in_full(begun[0][0]):
-            shared = strategy.begin(joined([seen for seen, _ in begun]), sites, generator, budget)
-    for seen, columns in chain(begun, training):
-        with in_full(seen):
-            shared = strategy.add(moved(strategy, shared, seen), seen, sites, columns.to(seen.outputs.device))
-    return dict(strategy.close(shared))
-
-
-def _some(strategy: Cumulative, training: Iterator[Labelled]) -> list[Labelled]:
-    """The first batches: enough of them to show what features are like."""
-    begun: list[Labelled] = []
-    samples = numbers = 0
-    while samples < ENOUGH and numbers < MOST and (batch := next(training, None)) is not None:
-        begun.append((strategy.lean(batch[0]), batch[1]))
-        samples, numbers = samples + len(batch[1]), numbers + numbers_in(begun[-1][0])
-    return begun
-
-
-def calibrated(
-    strategy: Cumulative,
-    shared: Shared,
-    sites: Sites,
-    columns: Int64[Tensor, "classes"],
-    held_out: Iterable[Readout],
-) -> Float[Tensor, "3"]:
-    """Mean, deviation and threshold of how familiar a task's held-out data look.
-
-    Args:
-        strategy: whose it is.
-        shared: what it keeps, with this task.
-        sites: where the first task's scores look.
-        columns: all classes that it knows.
-        held_out: what the network shows of the data.
-    """
-    found = []
-    for seen in held_out:
-        near, here = moved(strategy, shared, seen), columns.to(seen.outputs.device)
-        with in_full(seen):
-            found.append(strategy.familiarity(near, strategy.outputs(near, seen, sites, here), here))
-    values = torch.cat(found)
-    threshold = values.quantile(REJECTED).clamp_max(strategy.familiar)
-    return torch.stack([values.mean(), values.std(correction=0).clamp_min(1e-6), threshold])
 
 
 def infer_together(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,15 +12,8 @@ from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.finite import not_finite
-from lightning_cf.task_inference.cumulative import (
-    Cumulative,
-    Labelled,
-    calibrated,
-    cumulative,
-    gathered,
-    infer_together,
-)
-from lightning_cf.task_inference.electing import elected, without
+from lightning_cf.task_inference.cumulative import Cumulative, infer_together
+from lightning_cf.task_inference.electing import elected
 from lightning_cf.task_inference.known import Known
 from lightning_cf.task_inference.packing import packed, unpacked
 from lightning_cf.task_inference.prediction import Inferred, Prediction
@@ -134,48 +127,6 @@ class TaskInference:
                     f"task_inference={name}: what is kept of task '{known.name}' is not finite ({bad[0]}), found on"
                     f" {len(labels)} samples of it. Give the task more data, or choose another strategy."
                 )
-
-    def gather(
-        self,
-        known: Known,
-        training: Callable[[Sites], Iterator[Labelled]],
-        held_out: Callable[[Sites], Iterable[Readout]],
-    ) -> None:
-        """Adds a task to what strategies keep of all tasks together; to be called before :meth:`learn`.
-
-        A task that was added when it was claimed stays as it is at its seal, unless it is the first: what its units
-        show is then made anew.
-
-        Args:
-            known: the task.
-            training: gives its training data from the start: what the network shows of a batch, and output columns.
-            held_out: what the network shows of held-out data, which calibrates.
-        """
-        tasks = [*(task for task in self.tasks if task.name != known.name), known]
-        first, columns = tasks[0], torch.cat([task.sites.outputs for task in tasks])
-        anew = first is known and self.looks is None  # else what is shared looks where a task did that was forgotten
-        sites = first.sites if self.looks is None else self.looks
-        before = next((task for task in self.tasks if task.name == known.name), known)
-        for strategy in cumulative(STRATEGIES[name] for name in self.strategies):
-            name = strategy.name
-            if not anew and name in before.calibration:
-                known.calibration[name] = before.calibration[name]
-                known.fitted |= {name: before.fitted[name]} if name in before.fitted else {}
-                continue
-            generator = keyed_generator(self.seed, first.name, "features")
-            kept_before = {} if anew else self.shared[name]
-            try:
-                own = gathered(strategy, kept_before, sites, training(sites), generator, self.budget)
-                added = strategy.added(kept_before, own) if self.apart else {}
-                calibration = calibrated(strategy, own, sites, columns, held_out(sites))
-            except Exception as error:  # whatever a strategy raises on data that its trial did not see
-                self.strategies = without(self.strategies, name, error, several=self.votes is not None)
-                self.shared.pop(name, None)
-                continue
-            known.calibration[name] = kept(calibration)
-            self.shared[name] = {key: kept(value) for key, value in own.items()}
-            if added:
-                known.fitted[name] = {key: kept(value) for key, value in added.items()}
 
     def elect(self, held_out: Iterable[Readout]) -> None:
         """Puts that strategy first which told the task of the most held-out samples, over all seals so far.

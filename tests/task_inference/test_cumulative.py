@@ -5,14 +5,15 @@ import torch
 from clouds import Net, clouds, points
 from learning import fit, three
 
-from lightning_cf import ContinualError, ContinualModule, TaskInferenceCallback
+from lightning_cf import ContinualError, ContinualModule, ContinualWarning, TaskInferenceCallback
 from lightning_cf.learner.accumulating import shown
 from lightning_cf.learner.inferring import inference_of
-from lightning_cf.task_inference import Cumulative, Known, Readout, Sites, TaskInference
+from lightning_cf.task_inference import Cumulative, Known, Readout, Sites, TaskInference, register
 from lightning_cf.task_inference.accumulated.sums import unpacked
 from lightning_cf.task_inference.cumulative import task_scores
 from lightning_cf.task_inference.features.base import inner
 from lightning_cf.task_inference.forgetting import forgotten
+from lightning_cf.task_inference.gathering import gather
 from lightning_cf.task_inference.prediction import Inferred
 from lightning_cf.tasks.training_batches import training_batches
 
@@ -162,3 +163,42 @@ def test_what_cannot_be_forgotten_is_said():
     module = learned(sequence("a", "b"), NearestMean())
     with pytest.raises(ContinualError, match="nearest_mean: what a task added cannot be taken away"):
         forgotten(inference_of(module.ledger), "a", lambda sites: [])
+
+
+class Failing(NearestMean):
+    """Fails on the second batch."""
+
+    name = "failing"
+
+    def add(self, shared, seen, sites, columns):
+        if shared:
+            raise RuntimeError("a second batch")
+        return super().add(shared, seen, sites, columns)
+
+    def begin(self, seen, sites, generator, budget):
+        return {"sums": torch.zeros(10, seen.x.shape[1]), "counts": torch.zeros(10)}
+
+
+def test_data_are_read_once_for_all_strategies_and_one_that_fails_stops_no_other():
+    register(Failing())
+    x, y = points([0, 1], count=60)
+    known, read = Known("a", [0, 1], Sites(None, (), {}, torch.arange(2))), []
+    inference = TaskInference(("lda", "failing", "ridge"), votes={})
+
+    def batches(what, labelled):
+        def given(_):
+            read.append(what)
+            for part, label in zip(x.split(20), y.split(20), strict=True):
+                seen = Readout(None, {}, torch.zeros(20, 2), {}, x=part)
+                yield (seen, label) if labelled else seen
+
+        return given
+
+    with pytest.warns(ContinualWarning, match="failing is left out from here on.*a second batch"):
+        gather(inference, known, batches("training", True), batches("held out", False))
+    assert read == ["training", "held out"]
+    assert inference.strategies == ("lda", "ridge")
+    assert inference.shared.keys() == known.calibration.keys() == {"lda", "ridge"}
+    sums = [unpacked(inner(inference.shared[name], "sums")) for name in ("lda", "ridge")]
+    assert torch.equal(sums[0].gram, sums[1].gram)
+    assert sums[0].counts.tolist() == [30, 30]
