@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,8 +15,9 @@ from lightning_cf.learner.accumulating import shown
 from lightning_cf.learner.labels import Kept
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import eval_mode
-from lightning_cf.task_inference import Known, Readout, Sites, TaskInference
-from lightning_cf.task_inference.forgetting import forgotten
+from lightning_cf.task_inference import STRATEGIES, Known, Readout, Sites, TaskInference
+from lightning_cf.task_inference.cumulative import Cumulative, Shared, cumulative
+from lightning_cf.task_inference.forgetting import added_by
 from lightning_cf.task_inference.read_variants import variants_of
 from lightning_cf.tasks.evaluation import predict
 from lightning_cf.tasks.task import Batches, Task
@@ -49,15 +51,11 @@ def none_in_turn(
     names = {known.name for known in inference.tasks}
     if len(names) < 2 or {task.name for task, _ in tasks} != names:
         return {}
-    left: dict[str, TaskInference] = {}
     with eval_mode(module), isolated_generators():
-        for known in inference.tasks:
-            task = next(task for task, _ in tasks if task.name == known.name)
-            training = partial(_training, module, task, known, inference.strategies)
-            try:
-                left[known.name] = forgotten(inference, known.name, training)
-            except ContinualError:  # a strategy of the user's own
-                return {}
+        try:
+            left = _left(module, inference, [task for task, _ in tasks])
+        except ContinualError:  # a strategy of the user's own
+            return {}
         values = {task.name: _none(module, inference, left, task, batches) for task, batches in tasks}
     found: dict[str, list[float]] = {name: [] for name in inference.strategies}
     for gone in left:
@@ -66,6 +64,30 @@ def none_in_turn(
             strange = torch.cat([torch.full_like(x, task == gone) for task, x in none.items()]).long()
             areas.append(float(binary_auroc(torch.cat(list(none.values())), strange)))
     return found
+
+
+def _left(module: LightningModule, inference: TaskInference, tasks: Sequence[Task]) -> dict[str, TaskInference]:
+    """By task, what would be known without it: from the data of all others, which may be changed at random."""
+    sites, strategies = (
+        inference.looks or inference.tasks[0].sites,
+        cumulative(STRATEGIES[name] for name in inference.strategies),
+    )
+    added: dict[str, dict[str, Shared]] = {strategy.name: {} for strategy in strategies}
+    for known in inference.tasks:
+        task = next(task for task in tasks if task.name == known.name)
+        training = partial(_training, module, task, known, inference.strategies)
+        for strategy in strategies:
+            added[strategy.name][known.name] = added_by(strategy, inference.shared[strategy.name], sites, training)
+    left = {}
+    for gone in inference.tasks:
+        shared = {}
+        for strategy in strategies:
+            others = [x for name, x in added[strategy.name].items() if name != gone.name]
+            kept = strategy.only(inference.shared[strategy.name], others)
+            shared[strategy.name] = {k: x for k, x in kept.items() if not k.startswith(Cumulative.at_rest)}
+        tasks_left = [known for known in inference.tasks if known is not gone]
+        left[gone.name] = replace(inference, tasks=tasks_left, shared=shared, looks=sites)
+    return left
 
 
 def _training(

@@ -87,6 +87,18 @@ class Cumulative(Strategy):
         """
         raise NotImplementedError
 
+    def only(self, shared: Shared, added: Sequence[Shared]) -> Shared:
+        """What would be kept had these tasks been there and no other, but for what was found on the first one's data.
+
+        Args:
+            shared: what is kept.
+            added: what each of them added.
+
+        Raises:
+            ContinualError: where that cannot be had.
+        """
+        raise ContinualError(f"task_inference={self.name}: what tasks add cannot be put together again.")
+
     @abstractmethod
     def outputs(
         self, shared: Shared, seen: Readout, sites: Sites, columns: Int64[Tensor, "classes"]

@@ -54,6 +54,18 @@ def _added(strategy: Cumulative, shared: Shared, sites: Sites, task: Known, trai
             " training data that it had, or keep apart what each task adds from the first one on:"
             " TaskInferenceCallback(apart=True)."
         )
+    return added_by(strategy, shared, sites, training)
+
+
+def added_by(strategy: Cumulative, shared: Shared, sites: Sites, training: Training) -> Shared:
+    """What a task's data add to what a strategy keeps, whether they were added before or not.
+
+    Args:
+        strategy: whose it is.
+        shared: what it keeps.
+        sites: where the first task's scores looked.
+        training: gives the data.
+    """
     again = shared
     for seen, columns in training(sites):
         with in_full(seen):

@@ -66,7 +66,7 @@ class Gathering:
             self._begin()
 
     def close(self) -> None:
-        """After the last batch."""
+        """Ends the task, after its last batch: the place where strategies solve for what their scores need."""
         if not self.shared:
             if not self.waiting:
                 raise ContinualError("task_inference: no sample of the first task can be looked at.")

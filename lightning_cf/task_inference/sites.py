@@ -28,6 +28,7 @@ class Site:
         weight: name of that weight.
         columns: the input columns (Linear) or channels (convolution) that hold units of this task or of earlier ones.
         own: which of these are the task's own.
+        units: the unit that each of these columns holds: several hold one where its positions are laid out in a row.
         producer: name of the weight of the only layer that computes these units, where it is linear; else None.
         rows: rows of that layer that hold units of this task or of earlier ones.
     """
@@ -37,6 +38,7 @@ class Site:
     own: Bool[Tensor, "columns"]
     producer: str | None
     rows: Int64[Tensor, "rows"]
+    units: Int64[Tensor, "columns"] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Sites:
                         producer, rows = None, rows[:0]
                     held = owner[rows]
                     rows = ((held >= 0) & (held <= number)).nonzero().flatten()
-                    hidden.append(Site(name, columns, owners[columns] == number, producer, rows))
+                    hidden.append(Site(name, columns, owners[columns] == number, producer, rows, source[columns]))
                     break
         heads = cls.output_layers(structure)
         first, outputs = _first_layer(module, structure, seen), torch.tensor(ledger.reserved[task])
@@ -156,7 +158,17 @@ class Sites:
         """Where scores look, as tensors and plain containers for a checkpoint."""
         return {
             "inputs": self.inputs,
-            "hidden": [(s.weight, kept(s.columns), kept(s.own), s.producer, kept(s.rows)) for s in self.hidden],
+            "hidden": [
+                (
+                    s.weight,
+                    kept(s.columns),
+                    kept(s.own),
+                    s.producer,
+                    kept(s.rows),
+                    None if s.units is None else kept(s.units),
+                )
+                for s in self.hidden
+            ],
             "heads": {path: kept(columns) for path, columns in self.heads.items()},
             "outputs": kept(self.outputs),
             "chain": [(link.weight, kept(link.rows), kept(link.columns)) for link in self.chain],
@@ -167,8 +179,10 @@ class Sites:
     def from_state_dict(cls, state: Mapping[str, Any]) -> Sites:
         """Makes the sites again, on the CPU, that :meth:`state_dict` described."""
         hidden = tuple(
-            Site(weight, columns.cpu(), own.cpu(), producer, rows.cpu())
-            for weight, columns, own, producer, rows in state["hidden"]
+            Site(
+                weight, columns.cpu(), own.cpu(), producer, rows.cpu(), *(None if x is None else x.cpu() for x in units)
+            )
+            for weight, columns, own, producer, rows, *units in state["hidden"]
         )
         heads = {path: columns.cpu() for path, columns in state["heads"].items()}
         chain = tuple(Link(weight, rows.cpu(), columns.cpu()) for weight, rows, columns in state["chain"])

@@ -216,3 +216,20 @@ def test_all_that_is_kept_stays_within_the_budget(budget, x):
     calibration = 3 * 10
     count = calibration + sum(value.numel() for value in kept.values())
     assert budget / 2 < count <= budget
+
+
+@pytest.mark.parametrize(("positions", "cells"), [(4, 4), (9, 4), (6, 2), (1, 1)])
+def test_units_whose_positions_are_laid_out_in_a_row_are_averaged_in_cells_too(positions, cells):
+    maps = torch.rand(3, 2 * positions, generator=generator())
+    site = replace(
+        unit_site(2 * positions, [True] * 2 * positions), units=torch.tensor([4, 7]).repeat_interleave(positions)
+    )
+    found = FirstUnits(2).of({}, seen(torch.zeros(3, 1), maps={"w": maps}), nowhere(site))
+    assert found.shape == (3, 2 * cells)
+    if positions in (4, 9):  # as if they lay between samples and units
+        side = int(positions**0.5)
+        spread = maps.reshape(3, 2, side, side).permute(0, 2, 3, 1)
+        plain = FirstUnits(2).of({}, seen(torch.zeros(3, 1), maps={"w": spread}), nowhere(unit_site(2, [True, True])))
+        torch.testing.assert_close(found, plain)
+    before = FirstUnits(2).of({}, seen(torch.zeros(3, 1), maps={"w": maps}), nowhere(Site.from_state(site.state()[:5])))
+    assert torch.equal(before, maps)  # as older versions kept it

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int64
@@ -120,6 +122,10 @@ class Accumulated(Cumulative):
                 " what each task adds."
             )
         return self._solved(shared, left)
+
+    def only(self, shared: Shared, added: Sequence[Shared]) -> Shared:
+        """The classifier, solved for these tasks' sums alone."""
+        return self._solved(shared, reduce(Sums.__add__, map(unpacked, added)))
 
     def _solved(self, shared: Shared, sums: Sums) -> Shared:
         shared = {name: value for name, value in shared.items() if not name.startswith("open.")}

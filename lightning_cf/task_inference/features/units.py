@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError, check_count, check_flag
@@ -81,12 +83,28 @@ class Pretrained(FirstUnits):
 
 def _pooled(values: Tensor, site: Site, grid: int) -> Rows:
     """The first task's own units of a layer, averaged within cells; positions lie between samples and units."""
-    own = site.columns[site.own].to(values.device)
-    values = values[..., own].float().nan_to_num(0.0, 0.0, 0.0)
-    positions = values.ndim - 2
-    if positions == 0:
-        return values
+    own = site.own.to(values.device)
+    values = values[..., site.columns.to(values.device)[own]].float().nan_to_num(0.0, 0.0, 0.0)
+    if site.units is not None and values.ndim == 2:
+        values = _laid_out(values, site.units.to(values.device)[own])
     values = values.movedim(-1, 1)
     for axis in range(2, values.ndim):
         values = averaged(values, axis, grid)
     return values.flatten(1)
+
+
+def _laid_out(values: Float[Tensor, "batch columns"], units: Int64[Tensor, "columns"]) -> Float[Tensor, "batch ..."]:
+    """Columns that hold one unit at several positions, with the positions between samples and units again.
+
+    As many as a square has are taken for one, row after row; others for a sequence.
+
+    >>> _laid_out(torch.arange(8.0)[None], torch.tensor([3, 3, 3, 3, 5, 5, 5, 5]))[0, :, :, 0].tolist()
+    [[0.0, 1.0], [2.0, 3.0]]
+    """
+    counts = units.unique(return_counts=True)[1]
+    count = int(counts[0]) if len(counts) else 1
+    if count == 1 or bool((counts != count).any()):
+        return values
+    side = math.isqrt(count)
+    shape = (side, side) if side**2 == count else (count,)
+    return values[:, units.argsort(stable=True)].reshape(len(values), len(counts), *shape).movedim(1, -1)
