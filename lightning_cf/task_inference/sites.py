@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,6 +39,15 @@ class Site:
     producer: str | None
     rows: Int64[Tensor, "rows"]
     units: Int64[Tensor, "columns"] | None = None
+
+    def state(self) -> tuple[Any, ...]:
+        """Its fields in their order, as tensors and plain values for a checkpoint."""
+        return tuple(kept(x) if isinstance(x, Tensor) else x for x in vars(self).values())
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any]) -> Site:
+        """The site again, on the CPU, that :meth:`state` described; older versions described one field less."""
+        return cls(*(x.cpu() if isinstance(x, Tensor) else x for x in state))
 
 
 @dataclass(frozen=True)
@@ -158,17 +167,7 @@ class Sites:
         """Where scores look, as tensors and plain containers for a checkpoint."""
         return {
             "inputs": self.inputs,
-            "hidden": [
-                (
-                    s.weight,
-                    kept(s.columns),
-                    kept(s.own),
-                    s.producer,
-                    kept(s.rows),
-                    None if s.units is None else kept(s.units),
-                )
-                for s in self.hidden
-            ],
+            "hidden": [site.state() for site in self.hidden],
             "heads": {path: kept(columns) for path, columns in self.heads.items()},
             "outputs": kept(self.outputs),
             "chain": [(link.weight, kept(link.rows), kept(link.columns)) for link in self.chain],
@@ -178,12 +177,7 @@ class Sites:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Sites:
         """Makes the sites again, on the CPU, that :meth:`state_dict` described."""
-        hidden = tuple(
-            Site(
-                weight, columns.cpu(), own.cpu(), producer, rows.cpu(), *(None if x is None else x.cpu() for x in units)
-            )
-            for weight, columns, own, producer, rows, *units in state["hidden"]
-        )
+        hidden = tuple(map(Site.from_state, state["hidden"]))
         heads = {path: columns.cpu() for path, columns in state["heads"].items()}
         chain = tuple(Link(weight, rows.cpu(), columns.cpu()) for weight, rows, columns in state["chain"])
         second = frozenset(state.get("second", ()))
