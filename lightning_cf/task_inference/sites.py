@@ -47,7 +47,8 @@ class Site:
     @classmethod
     def from_state(cls, state: Sequence[Any]) -> Site:
         """The site again, on the CPU, that :meth:`state` described; older versions described one field less."""
-        return cls(*(x.cpu() if isinstance(x, Tensor) else x for x in state))
+        fields: list[Any] = [x.cpu() if isinstance(x, Tensor) else x for x in state]
+        return cls(*fields)
 
 
 @dataclass(frozen=True)
