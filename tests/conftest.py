@@ -56,6 +56,27 @@ def seed():
     random.seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _strategies_of_a_module():
+    """Strategies of a module's own are known in it alone: ``task_inference="all"`` takes every one that is known."""
+    yield from _strategies_put_back()
+
+
+@pytest.fixture(autouse=True)
+def _strategies():
+    """And those of a test's own in that test alone."""
+    yield from _strategies_put_back()
+
+
+def _strategies_put_back():
+    from lightning_cf.task_inference import STRATEGIES  # where annotations are checked by now
+
+    before = dict(STRATEGIES)
+    yield
+    STRATEGIES.clear()
+    STRATEGIES.update(before)
+
+
 @pytest.fixture(autouse=True)
 def _calls_are_counted_anew():
     typechecking.calls.clear()
