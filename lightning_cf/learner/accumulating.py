@@ -21,6 +21,7 @@ from lightning_cf.task_inference.gathering import gather
 from lightning_cf.task_inference.read_variants import read_all, variants_of
 from lightning_cf.tasks.evaluation import predict
 from lightning_cf.tasks.task import Task
+from lightning_cf.tasks.training_batches import training_batches
 
 
 def accumulate(
@@ -51,6 +52,13 @@ def accumulate(
         lambda sites: show(sites, training()),
         lambda sites: (seen for seen, _ in show(sites, held_out())),
     )
+
+
+def training_of(module: LightningModule, task: Task, inference: TaskInference) -> Callable[[Sites], Iterable[Labelled]]:
+    """What the network shows of a known task's training data, as they were added, once more from the start."""
+    known = next(known for known in inference.tasks if known.name == task.name)
+    variants = variants_of([strategy.name for strategy in cumulative(STRATEGIES[n] for n in inference.strategies)])
+    return lambda sites: shown(module, task, known, variants, sites, training_batches(module, task, ordered=True))
 
 
 @torch.no_grad()

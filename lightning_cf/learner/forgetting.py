@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import torch
 from jaxtyping import Int64
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.functional.forgetting import check_known, run_forget
-from lightning_cf.learner.accumulating import shown
+from lightning_cf.learner.accumulating import training_of
 from lightning_cf.learner.inferring import inference_of, keep_inference
 from lightning_cf.learner.keeping import keep_ledger, state_for, state_of
 from lightning_cf.learner.state import ContinualState
@@ -19,10 +18,8 @@ from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.consumers import input_units
 from lightning_cf.task_inference import STRATEGIES, TaskInference
 from lightning_cf.task_inference.cumulative import cumulative
-from lightning_cf.task_inference.forgetting import Training, forgotten
-from lightning_cf.task_inference.read_variants import variants_of
+from lightning_cf.task_inference.forgetting import forgotten
 from lightning_cf.tasks.task import Task
-from lightning_cf.tasks.training_batches import training_batches
 from lightning_cf.utilities.randomness import isolated_generators
 
 
@@ -56,7 +53,7 @@ def forget_task(module: LightningModule, task: Task | str, *, seed: int = 0) -> 
     wanted = _looked_at(inference, state)
     if inference is not None:
         if any(known.name == name for known in inference.tasks):
-            training = None if isinstance(task, str) else _training(module, task, inference)
+            training = None if isinstance(task, str) else training_of(module, task, inference)
             with isolated_generators():
                 inference = forgotten(inference, name, training)
         inference.left_out = [other for other in inference.left_out if other != name]
@@ -67,14 +64,6 @@ def forget_task(module: LightningModule, task: Task | str, *, seed: int = 0) -> 
     state.start = state.outcome = None
     keep_ledger(module, ledger)
     return freed
-
-
-def _training(module: LightningModule, task: Task, inference: TaskInference) -> Training:
-    """A task's training data as they were added."""
-    known = next(known for known in inference.tasks if known.name == task.name)
-    variants = variants_of([strategy.name for strategy in cumulative(STRATEGIES[n] for n in inference.strategies)])
-    every = partial(training_batches, module, task, ordered=True)
-    return lambda sites: shown(module, task, known, variants, sites, every())
 
 
 def _looked_at(inference: TaskInference | None, state: ContinualState) -> Int64[Tensor, "_"] | None:

@@ -97,7 +97,7 @@ def _needed(
     needed = needed.clone()
     for units in norms:
         units = units[units != NO_UNIT].flatten()
-        last = int(owner[units].masked_fill(loose[units], FREE).max())
+        last = max([FREE, *owner[units][~loose[units]].tolist()])
         needed[units] |= loose[units] & (owner[units] < last)  # a norm's statistics are taken over earlier units, too
     while True:
         before = int(needed.sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,17 +11,15 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.learner.accumulating import shown
+from lightning_cf.learner.accumulating import training_of
 from lightning_cf.learner.labels import Kept
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import eval_mode
-from lightning_cf.task_inference import STRATEGIES, Known, Readout, Sites, TaskInference
+from lightning_cf.task_inference import STRATEGIES, TaskInference
 from lightning_cf.task_inference.cumulative import Cumulative, Shared, cumulative
 from lightning_cf.task_inference.forgetting import added_by
-from lightning_cf.task_inference.read_variants import variants_of
 from lightning_cf.tasks.evaluation import predict
 from lightning_cf.tasks.task import Batches, Task
-from lightning_cf.tasks.training_batches import training_batches
 from lightning_cf.utilities.randomness import isolated_generators
 
 MOST = 2000
@@ -75,7 +73,7 @@ def _left(module: LightningModule, inference: TaskInference, tasks: Sequence[Tas
     added: dict[str, dict[str, Shared]] = {strategy.name: {} for strategy in strategies}
     for known in inference.tasks:
         task = next(task for task in tasks if task.name == known.name)
-        training = partial(_training, module, task, known, inference.strategies)
+        training = training_of(module, task, inference)
         for strategy in strategies:
             added[strategy.name][known.name] = added_by(strategy, inference.shared[strategy.name], sites, training)
     left = {}
@@ -88,13 +86,6 @@ def _left(module: LightningModule, inference: TaskInference, tasks: Sequence[Tas
         tasks_left = [known for known in inference.tasks if known is not gone]
         left[gone.name] = replace(inference, tasks=tasks_left, shared=shared, looks=sites)
     return left
-
-
-def _training(
-    module: LightningModule, task: Task, known: Known, strategies: Sequence[str], sites: Sites
-) -> Iterator[tuple[Readout, Tensor]]:
-    batches = training_batches(module, task, ordered=True)
-    return shown(module, task, known, variants_of(strategies), sites, batches)
 
 
 def _none(

@@ -109,3 +109,13 @@ def test_a_norm_by_owners_keeps_what_it_takes_into_account():
     assert take_out(ledger, structure, "t0", named_tensors(net)) == {name: 0}
     assert all(torch.equal(before[path], owners) for path, owners in ledger.norm_owners().items())
     assert take_out(ledger, structure, "t1", named_tensors(net)) == {name: 5}
+
+
+def test_a_norm_of_the_input_holds_no_unit():
+    net = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+    structure = trace(net, torch.randn(3, 4))
+    ledger = NeuronLedger.for_structure(structure)
+    for number in range(2):
+        ledger.begin(f"t{number}", outputs=[2 * number, 2 * number + 1])
+        ledger.seal()
+    assert sum(take_out(ledger, structure, "t0", named_tensors(net)).values()) == 0
