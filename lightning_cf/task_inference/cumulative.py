@@ -182,7 +182,7 @@ def pooled(logits: Float[Tensor, "batch classes"], others: Float[Tensor, "batch 
     """What two say of the classes within a task, as one distribution: their probabilities' geometric mean.
 
     The sub-network and what all tasks share err on other samples; a logarithmic pool of both is right more often than
-    either (Genest and Zidek 1986; measured in ``benchmarks/README.md``).
+    either (Genest and Zidek 1986).
 
     >>> pooled(torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]])).tolist()
     [[0.5, 0.5]]
