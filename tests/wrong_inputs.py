@@ -301,8 +301,13 @@ CONSTRUCT = [
         "task_inference: strategy must be one of auto, statistics, unchanged, all, plain, joint,",
     ),
     (
-        'TaskInferenceCallback(["auto"])',
-        "task_inference: strategy must be one of auto, statistics, unchanged, all, plain, joint,",
+        'TaskInferenceCallback(["auto", "lda"])',
+        "task_inference: each strategy must be one of plain, joint,",
+    ),
+    ("TaskInferenceCallback([])", "task_inference: strategy must be one or several, each once; got []."),
+    (
+        'TaskInferenceCallback(("lda", "lda"))',
+        "task_inference: strategy must be one or several, each once; got ['lda', 'lda'].",
     ),
     ("TaskInferenceCallback(weight=0)", "task_inference: weight must be a finite number above 0, got 0."),
     ('TaskInferenceCallback(weight="3")', "task_inference: weight must be a finite number above 0, got '3'."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,15 @@ from torch import Tensor
 from lightning_cf.callbacks.divergence import watch_of
 from lightning_cf.callbacks.heads import Heads
 from lightning_cf.callbacks.session import ContinualCallback, isolate, task_of
-from lightning_cf.errors import ContinualWarning, check_choice, check_count, check_flag, check_number, warn
+from lightning_cf.errors import (
+    ContinualError,
+    ContinualWarning,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    warn,
+)
 from lightning_cf.learner.choosing import choose_strategies, prepare
 from lightning_cf.learner.inferring import finite_samples, inference_of, keep_inference, look, unseen
 from lightning_cf.learner.keeping import state_of
@@ -36,10 +45,10 @@ class TaskInferenceCallback(ContinualCallback):
     loop works; it has an optimiser of its own. What is kept goes into checkpoints with the ledger.
 
     Args:
-        strategy: the name of one of ``lightning_cf.task_inference.STRATEGIES``, or one of your own; ``"auto"`` takes
-            the best that the network allows, ``"statistics"`` the best of those that leave training as it is, ``"all"``
-            fits every one, ``"unchanged"`` every one but those that train over changed inputs, beside which all others
-            change too.
+        strategy: the name of one of ``lightning_cf.task_inference.STRATEGIES``, or one of your own, or a list of such,
+            of which the first one predicts and each is scored; ``"auto"`` takes the best that the network allows,
+            ``"statistics"`` the best of those that leave training as it is, ``"all"`` fits every one, ``"unchanged"``
+            every one but those that train over changed inputs, beside which all others change too.
         keep: what such words may choose from: ``"beside"`` for everything, also what looks at the input beside the
             network; ``"within"`` for what looks at the network's own units and outputs alone.
         budget: how many numbers a strategy that keeps state over tasks may keep of all of them together.
@@ -52,7 +61,7 @@ class TaskInferenceCallback(ContinualCallback):
 
     def __init__(
         self,
-        strategy: str | Strategy = "auto",
+        strategy: str | Strategy | Sequence[str | Strategy] = "auto",
         *,
         keep: Keep = "beside",
         budget: int = BUDGET,
@@ -66,9 +75,7 @@ class TaskInferenceCallback(ContinualCallback):
         self.keep: Keep = keep
         self.budget = check_count("task_inference", "budget", budget)
         self.apart = check_flag("task_inference", "apart", apart)
-        strategy = register(strategy).name if isinstance(strategy, Strategy) else strategy
-        self.strategy, self.weight, self.lr, self.seed = strategy, weight, lr, seed
-        check_choice("task_inference", "strategy", strategy, (*CHOICES, *STRATEGIES))
+        self.strategy, self.weight, self.lr, self.seed = _named(strategy), weight, lr, seed
         for name, value in (("weight", weight), ("lr", lr)):
             check_number("task_inference", name, value, above=0.0)
         check_count("task_inference", "seed", seed, least=0)
@@ -156,10 +163,11 @@ class TaskInferenceCallback(ContinualCallback):
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
-        own = {} if self.strategy not in STRATEGIES else {"made_from": describe(STRATEGIES[self.strategy])}
+        names = (self.strategy,) if isinstance(self.strategy, str) else self.strategy
+        made_from = [describe(STRATEGIES[name]) for name in names if name in STRATEGIES]
         return {
             **{name: getattr(self, name) for name in ("strategy", "keep", "budget", "apart", "weight", "lr")},
-            **own,
+            **({"made_from": made_from[0] if len(made_from) == 1 else made_from} if made_from else {}),
         }
 
     def _weigh(self, trainer: Trainer, module: LightningModule, scale: float) -> None:
@@ -230,3 +238,15 @@ class TaskInferenceCallback(ContinualCallback):
             if state is not None:
                 state.collect = None
             self._heads = None
+
+
+def _named(strategy: object) -> str | tuple[str, ...]:
+    """The name of a strategy or the names of several; those of one's own are registered."""
+    if isinstance(strategy, str) or not isinstance(strategy, Sequence):
+        name = register(strategy).name if isinstance(strategy, Strategy) else strategy
+        return check_choice("task_inference", "strategy", name, (*CHOICES, *STRATEGIES))
+    found = [register(each).name if isinstance(each, Strategy) else each for each in strategy]
+    names = tuple(check_choice("task_inference", "each strategy", each, tuple(STRATEGIES)) for each in found)
+    if not names or len(set(names)) < len(names):
+        raise ContinualError(f"task_inference: strategy must be one or several, each once; got {list(names)}.")
+    return names if len(names) > 1 else names[0]

@@ -36,7 +36,7 @@ def choose_strategies(
     module: LightningModule,
     state: ContinualState,
     task: Task,
-    wanted: str,
+    wanted: str | tuple[str, ...],
     keep: Keep = "beside",
     options: TaskInference | None = None,
 ) -> tuple[str, ...]:
@@ -48,35 +48,38 @@ def choose_strategies(
         module: the network.
         state: of it, with the task begun.
         task: the first one.
-        wanted: a strategy's name; ``auto`` for the best that the network allows, ``statistics`` for the best that
-            leaves training as it is, ``all`` for all that the network allows, ``unchanged`` for those of them that do
-            not train over changed inputs.
+        wanted: a strategy's name, or several; ``auto`` for the best that the network allows, ``statistics`` for the
+            best that leaves training as it is, ``all`` for all that the network allows, ``unchanged`` for those of them
+            that do not train over changed inputs.
         keep: whether a strategy may be taken for these words that looks at the input beside the network.
         options: with the budget and what else is said of how they keep; default as nobody says.
 
     Raises:
         ContinualError: for a strategy that there is not, or that the network or the task does not allow.
     """
-    if wanted not in CHOICES:
-        check_strategies([wanted])
+    named = () if wanted in CHOICES else (wanted,) if isinstance(wanted, str) else wanted
+    check_strategies(named)
     tried = partial(_tried, module, state, task, options or TaskInference(()))
     reason, possible = _possible(module, state, task)
-    if wanted in CHOICES:
+    if isinstance(wanted, str) and not named:
         possible = [name for name in possible if keep == "beside" or not STRATEGIES[name].beside]
         return _chosen(wanted, possible, reason, tried, f"{type(module).__name__} with task '{task.name}'")
-    if wanted not in possible:
-        needs = NEEDS.get(STRATEGIES[wanted].needs, "")
-        lacks = f"it needs {needs}, which {type(module).__name__} with task '{task.name}' does not have."
-        raise ContinualError(
-            f"task_inference={wanted}: {reason or lacks} Use task_inference=auto, which takes what the network allows."
-        )
-    failure = tried((wanted,))
+    for name in named:
+        if name not in possible:
+            needs = NEEDS.get(STRATEGIES[name].needs, "")
+            lacks = f"it needs {needs}, which {type(module).__name__} with task '{task.name}' does not have."
+            raise ContinualError(
+                f"task_inference={name}: {reason or lacks} Use task_inference=auto, which takes what the network"
+                " allows."
+            )
+    failure = tried(named)
     if failure:
         raise ContinualError(
-            f"task_inference={wanted}: it does not work for {type(module).__name__} with task '{task.name}': {failure}"
-            " Use task_inference=auto, which takes what works, or leave it out: task_inference=null."
+            f"task_inference={' and '.join(named)}: it does not work for {type(module).__name__} with task"
+            f" '{task.name}': {failure} Use task_inference=auto, which takes what works, or leave it out:"
+            " task_inference=null."
         )
-    return (wanted,)
+    return named
 
 
 def _tried(
@@ -161,7 +164,7 @@ def prepare(
     module: LightningModule,
     state: ContinualState,
     task: Task,
-    wanted: str,
+    wanted: str | tuple[str, ...],
     *,
     keep: Keep = "beside",
     options: TaskInference | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +31,16 @@ class Parts:
         partition: PartitionCallback | None,
         invariance: InvarianceCallback | None,
         masking: MaskedGradientCallback | None,
-        task_inference: TaskInferenceCallback | Strategy | str | None,
+        task_inference: TaskInferenceCallback | Strategy | str | Sequence[Strategy | str] | None,
     ) -> Parts:
         """Copies of what the user gave; a strategy of task inference becomes a callback.
 
         Raises:
             ContinualError: for callbacks that a run cannot take up, or that do not go together.
         """
-        given = TaskInferenceCallback(task_inference) if isinstance(task_inference, (str, Strategy)) else task_inference
+        given = task_inference
+        if given is not None and not isinstance(given, TaskInferenceCallback):
+            given = TaskInferenceCallback(given)
         for ours in (partition, masking):
             if ours is not None and ours.ledger is not None:
                 raise ContinualError(

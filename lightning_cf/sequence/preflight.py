@@ -44,9 +44,10 @@ def check_parts(
     for name, (value, kind_of) in kinds.items():
         if value is not None:
             check_kind("runner", name, value, kind_of, f"a {kind_of.__name__}(...), or None to leave it out")
-    wanted = "the name of a strategy, a Strategy, a TaskInferenceCallback(...), or None to leave it out"
+    wanted = "the name of a strategy, a Strategy, a list of such, a TaskInferenceCallback(...), or None to leave it out"
     if task_inference is not None:
-        check_kind("runner", "task_inference", task_inference, (str, Strategy, TaskInferenceCallback), wanted)
+        kinds_of = (str, Strategy, list, tuple, TaskInferenceCallback)
+        check_kind("runner", "task_inference", task_inference, kinds_of, wanted)
     check_kind("runner", "pretrained", pretrained, (bool, str, Path), "True, False or the path of a checkpoint")
 
 

@@ -82,7 +82,7 @@ class SequentialTaskRunner(StoredRun):
         partition: PartitionCallback | None = PartitionCallback(),
         invariance: InvarianceCallback | None = InvarianceCallback(),
         masking: MaskedGradientCallback | None = MaskedGradientCallback(),
-        task_inference: TaskInferenceCallback | Strategy | str | None = "auto",
+        task_inference: TaskInferenceCallback | Strategy | str | Sequence[Strategy | str] | None = "auto",
         callbacks: Sequence[Callback] = (),
         isolation: Isolation = "exact",
         method: Method = "partition",

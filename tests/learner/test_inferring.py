@@ -467,6 +467,13 @@ def test_the_runner_scores_every_strategy_after_every_task(tmp_path):
     assert document["stored_floats"] > 0
 
 
+def test_several_strategies_are_scored_and_the_first_one_predicts(tmp_path):
+    runner = sequence_runner(tmp_path, task_inference=["subspaces", Margin()], epochs=1, invariance_epochs=1)
+    result = runner.run()
+    assert list(result.strategies) == ["subspaces", "margin"]
+    assert result.class_incremental["strategy"] == "subspaces"
+
+
 def test_without_partitions_the_highest_of_all_outputs_decides(tmp_path):
     runner = sequence_runner(tmp_path, method="finetune")
     document = runner.run().class_incremental

@@ -71,6 +71,14 @@ def test_a_mirrored_bank_takes_an_image_and_its_mirror_image_for_one():
     torch.testing.assert_close(bank.of(fixed, seen(x), nowhere()), bank.of(fixed, seen(x.flip(3)), nowhere()))
 
 
+def test_a_bank_raises_its_averages_to_a_power():
+    plain, raised, x = PatchBank(5), PatchBank(5, power=0.5), images(4)
+    fixed = plain.begin(seen(images(50, seed=1)), nowhere(), generator())
+    expected = plain.of(fixed, seen(x), nowhere()).sqrt()
+    assert float(expected.max()) > 0.1
+    torch.testing.assert_close(raised.of(fixed, seen(x), nowhere()), expected)
+
+
 def test_images_without_contrast_make_a_bank_that_gives_numbers():
     bank = PatchBank(5)
     fixed = bank.begin(seen(torch.zeros(9, 1, 8, 8)), nowhere(), generator())

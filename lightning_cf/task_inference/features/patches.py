@@ -43,16 +43,25 @@ class PatchBank(Features):
         grid: cells along each side of the image.
         threshold: of a match.
         mirrored: whether to average over the image and its mirror image.
+        power: to which the averages are raised; below 1, a few strong matches count for less (Perronnin et al. 2010).
     """
 
     def __init__(
-        self, filters: int = 200, *, size: int = 6, grid: int = 2, threshold: float = 0.25, mirrored: bool = True
+        self,
+        filters: int = 200,
+        *,
+        size: int = 6,
+        grid: int = 2,
+        threshold: float = 0.25,
+        mirrored: bool = True,
+        power: float = 1.0,
     ) -> None:
         self.filters = check_count("PatchBank", "filters", filters)
         self.size = check_count("PatchBank", "size", size)
         self.grid = check_count("PatchBank", "grid", grid)
         self.threshold = check_number("PatchBank", "threshold", threshold, least=0.0)
         self.mirrored = check_flag("PatchBank", "mirrored", mirrored)
+        self.power = check_number("PatchBank", "power", power, above=0.0)
 
     def begin(self, seen: Readout, sites: Sites, generator: torch.Generator) -> dict[str, Tensor]:
         """The filters, as a convolution's weight and bias over patches that are centred and scaled."""
@@ -70,7 +79,8 @@ class PatchBank(Features):
         """Both halves of the matches with each filter in each cell."""
         images = images_of(seen)
         few = max(1, AT_ONCE // max(1, self.filters * images[0].numel() // images.shape[1])) if len(images) else 1
-        return torch.cat([self._of(fixed, part) for part in images.split(few)])
+        found = torch.cat([self._of(fixed, part) for part in images.split(few)])
+        return found if self.power == 1 else found.clamp_min_(0).pow_(self.power)
 
     def _of(self, fixed: Fixed, images: Images) -> Rows:
         found = self._pooled(fixed, images)
