@@ -25,7 +25,7 @@ METHODS = {
 }
 """What the runner calls them."""
 
-BANKS = {"lda": 200, "lda, fewer numbers": 74}
+BANKS = {"200_patches": 200, "74_patches": 74}
 """Classifiers in closed form, and how many patches each looks at, beside the first task's units; the first predicts."""
 
 FIRST = 0.66
