@@ -166,15 +166,15 @@ def infer_together(
     outputs = strategy.outputs(shared, readout, sites, columns.to(device))
     scores = task_scores(outputs, places)
     _, spread, threshold = torch.stack([task.calibration[strategy.name] for task in tasks]).to(device).T
-    best = scores.argmax(dim=1)
     familiar = strategy.familiarity(shared, outputs, columns.to(device))
-    known = ((familiar - threshold[best]) / spread[best]).sigmoid()[:, None]
+    # One for all tasks, of whose held-out data it takes few for strange: a threshold a task would rank them by it.
+    none = ((threshold.min() - familiar) / spread.mean()).sigmoid()[:, None]
     views = [readout.outputs[:, task.sites.outputs.to(device)] for task in tasks]
     within = [pooled(view, outputs[:, own.to(device)]) for view, own in zip(views, places, strict=True)]
     classes = [
         torch.tensor(task.classes, device=device)[x.argmax(dim=1)] for task, x in zip(tasks, within, strict=True)
     ]
-    probabilities = torch.cat([known * scores.exp(), 1 - known], dim=1)
+    probabilities = torch.cat([(1 - none) * scores.exp(), none], dim=1)
     return Inferred(scores, probabilities, torch.stack(classes, dim=1), tuple(within))
 
 

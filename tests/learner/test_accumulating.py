@@ -251,6 +251,25 @@ def test_tasks_of_one_class(strategy):
         assert float((module.predict(points([label], seed=5)[0]).tasks == number).float().mean()) > 0.8
 
 
+def test_how_familiar_an_input_is_decides_alone_whether_it_is_none():
+    """Not which of the tasks it is likest to: what calibrates each of them is their own."""
+    module = learned(Net(), pair(), "lda", epochs=2)
+    inference = inference_of(module.ledger)
+    for known, threshold in zip(inference.tasks, (-4.0, -9.0), strict=True):
+        known.calibration["lda"] = torch.tensor([0.0, 1.0 - threshold / 9, threshold])
+    x = torch.cat([points([0, 1, 7, 3], seed=5)[0], 4 * points([5, 6], seed=6)[0]])
+    readout = inference.read(module, module, x)
+    columns = torch.cat([known.sites.outputs for known in inference.tasks])
+    shared, strategy = inference.shared["lda"], STRATEGIES["lda"]
+    outputs = strategy.outputs(shared, readout, inference.tasks[0].sites, columns)
+    familiar = strategy.familiarity(shared, outputs, columns)
+    none = inference.infer(readout).probabilities[:, -1].double()
+    expected = ((-9 - familiar.double()) / 1.722).sigmoid()  # no task's own data are strange; spreads are averaged
+    torch.testing.assert_close(none, expected, rtol=1e-2, atol=1e-12)
+    assert float(none.min()) < 0.01
+    assert float(none.max()) > 0.99
+
+
 @pytest.mark.parametrize("strategy", ["auto", "lda", "subspaces"])
 def test_no_samples_and_one_are_a_batch(strategy):
     module, (x, _) = learned(Net(), pair(), strategy, epochs=2), points([7, 3])

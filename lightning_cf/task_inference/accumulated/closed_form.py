@@ -96,22 +96,23 @@ def _means(sums: Sums) -> tuple[float, Float[Tensor, "classes features"], Float[
 
 @dataclass(frozen=True)
 class Familiarity:
-    """How much better a sample suits its nearest class than the Gaussian over all classes together.
+    """How well a sample suits its nearest class: by itself, and against the Gaussian over all classes together.
 
-    The relative Mahalanobis distance (Ren et al. 2021) within the directions that part the classes, where it depends on
-    the outputs of :func:`discriminant` alone.
+    The mean of two, each in deviations from what is to be expected of samples of that class: the largest output of
+    :func:`discriminant`; and the relative Mahalanobis distance (Ren et al. 2021) within the directions that part the
+    classes, where it depends on these outputs alone. Either is better where the other is worse.
 
     Attributes:
-        mixing: of these outputs, the classes' share in the overall covariance.
+        mixing: of the outputs, the classes' share in the overall covariance.
         half: what their biases hold of each class's own size.
-        middle: for samples of each class, what is to be expected.
+        middle: for samples of each class, what is to be expected of the two.
         deviation: likewise.
     """
 
     mixing: Float[Tensor, "classes classes"]
     half: Float[Tensor, "classes"]
-    middle: Float[Tensor, "classes"]
-    deviation: Float[Tensor, "classes"]
+    middle: Float[Tensor, "2 classes"]
+    deviation: Float[Tensor, "2 classes"]
 
     @classmethod
     def of(cls, found: Separation) -> Familiarity:
@@ -126,18 +127,20 @@ class Familiarity:
         effective = float(len(within) - found.added * inverse.square().sum())
         own = found.centred @ weight
         half = own.diagonal() / 2
+        largest = own.diagonal() - half - effective / counts
         mixing = torch.linalg.inv(torch.diag(number / counts) + own)
         between = weight.T @ within @ weight / max(1 - effective / number, 0.1) ** 2
-        middle = 2 * (own.diagonal() - half - effective / counts) - ((own @ mixing) * own).sum(dim=1)
         slope = 2 * torch.eye(len(own), dtype=torch.float64) - 2 * own @ mixing
         curved = mixing @ between
-        variance = ((slope @ between) * slope).sum(dim=1) + 2 * (curved @ curved).trace()
-        parts = mixing, half, middle - curved.trace(), variance.clamp_min(1e-12).sqrt()
-        return cls(*(each.float() for each in parts))
+        middle = torch.stack([largest, 2 * largest - ((own @ mixing) * own).sum(dim=1) - curved.trace()])
+        spread = ((slope @ between) * slope).sum(dim=1) + 2 * (curved @ curved).trace()
+        variance = torch.stack([between.diagonal(), spread]).clamp_min(1e-12)
+        return cls(mixing.float(), half.float(), middle.float(), variance.sqrt().float())
 
     def __call__(self, outputs: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch"]:
         """For outputs of the discriminant; in deviations from what is to be expected of the nearest class."""
         largest, best = outputs.max(dim=1)
         along = outputs + self.half
-        found: Tensor = 2 * largest - ((along @ self.mixing) * along).sum(dim=1)
-        return (found - self.middle[best]) / self.deviation[best]
+        found = torch.stack([largest, 2 * largest - ((along @ self.mixing) * along).sum(dim=1)])
+        deviations: Tensor = (found - self.middle[:, best]) / self.deviation[:, best]
+        return deviations.mean(dim=0)

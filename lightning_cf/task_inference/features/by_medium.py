@@ -38,7 +38,7 @@ def width_for(budget: int, classes: int, fixed: int = 0, each: float = 0.0) -> i
         fixed: numbers that the features keep, however many they are.
         each: and for each of them.
     """
-    left, linear = budget - fixed - classes**2 - 5 * classes - 10, 2 * classes + 2.5 + each
+    left, linear = budget - fixed - classes**2 - 7 * classes - 10, 2 * classes + 2.5 + each
     return max(1, int((linear**2 + 2.0 * max(left, 0)) ** 0.5 - linear))
 
 
