@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -243,13 +244,12 @@ class PartitionCallback(ContinualCallback):
         self._partitioned_at = trained(trainer)
         take_averages(trainer, module)
         look_at_outputs(trainer)
-        decide_together(
-            trainer,
-            module,
-            lambda: partition_task(
-                module, task, self.options, tasks_left=self.tasks_left, seed=self.seed, folders=self.folders
-            ),
-        )
+
+        def step(**_: object) -> None:
+            left, seed, folders = self.tasks_left, self.seed, self.folders
+            partition_task(module, task, self.options, tasks_left=left, seed=seed, folders=folders)
+
+        decide_together(trainer, module, task, step)
         restart_averages(trainer, module)
         self._discount(trainer, again=True)
 
@@ -278,20 +278,17 @@ class PartitionCallback(ContinualCallback):
         task = task_of(trainer, type(self).__name__)
         if phase == "invariance" and self._partitioned_at == trained(trainer):
             # The fit was stopped right after the partition: a second fit is its INVARIANCE, if one comes.
-            decide_together(trainer, module, lambda: remember_claim(module, task))
+            decide_together(trainer, module, task, partial(remember_claim, module, task))
             return
         if phase == "invariance":
             take_averages(trainer, module)
             look_at_outputs(trainer)
-            decide_together(
-                trainer,
-                module,
-                lambda: seal_task(module, task, self.options, seed=self.seed, folders=self.folders),
-            )
+            seal = partial(seal_task, module, task, self.options, seed=self.seed, folders=self.folders)
+            decide_together(trainer, module, task, seal)
             restart_averages(trainer, module)
         elif self.schedule.due_at_end(trainer, self._step):
             self.partition_task(trainer, module, task)
-            decide_together(trainer, module, lambda: remember_claim(module, task))
+            decide_together(trainer, module, task, partial(remember_claim, module, task))
         else:
             warn(
                 f"Task '{state.ledger.tasks[-1].name}': the fit ended before its partition was due"

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.learner.labels import Kept, positions_of, why_no_labels
+from lightning_cf.learner.together import Everyone
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.finite import infinite_rows, rows_finite
 from lightning_cf.task_inference import STRATEGIES, Known, Readout, Sites, TaskInference
-from lightning_cf.task_inference.cumulative import Labelled, cumulative
-from lightning_cf.task_inference.gathering import gather
+from lightning_cf.task_inference.cumulative import Labelled, Shared, cumulative
+from lightning_cf.task_inference.gathering import Shares, add_batch, gather, summed
 from lightning_cf.task_inference.read_variants import read_all, variants_of
 from lightning_cf.tasks.evaluation import predict
+from lightning_cf.tasks.sharing import order_of
 from lightning_cf.tasks.task import Task
 from lightning_cf.tasks.training_batches import training_batches
+from lightning_cf.utilities.randomness import isolated_generators
 
 
 def accumulate(
@@ -29,8 +33,10 @@ def accumulate(
     task: Task,
     inference: TaskInference,
     known: Known,
-    training: Callable[[], Iterable[Any]],
-    held_out: Callable[[], Iterable[Any]],
+    training: Callable[[], Iterable[Any]] | None = None,
+    held_out: Callable[[], Iterable[Any]] | None = None,
+    *,
+    everyone: Everyone | None = None,
 ) -> None:
     """Adds a task to what strategies keep of all tasks together, if there are such; before it is learned.
 
@@ -39,19 +45,92 @@ def accumulate(
         task: whose data it is.
         inference: in place.
         known: the task.
-        training: gives its training batches from the start.
-        held_out: gives batches that it was not trained on.
+        training: gives its training batches from the start; default all of them, in order.
+        held_out: gives batches that it was not trained on; default what judges its partition.
+        everyone: all processes, if there are several, each of which then reads some of the training batches.
     """
     strategies = cumulative(STRATEGIES[name] for name in inference.strategies)
     if not strategies:
         return
-    show = partial(shown, module, task, known, variants_of([strategy.name for strategy in strategies]))
+    variants = variants_of([strategy.name for strategy in strategies])
+    show = partial(shown, module, task, known, variants)
+    every = training or partial(training_batches, module, task, ordered=True)
+
+    def of_part(sites: Sites, first: int, step: int) -> Iterator[Labelled]:
+        return show(sites, islice(every(), first, None, step))
+
     gather(
         inference,
         known,
-        lambda sites: show(sites, training()),
-        lambda sites: (seen for seen, _ in show(sites, held_out())),
+        of_part,
+        lambda sites: (seen for seen, _ in show(sites, (held_out or task.judging_batches)())),
+        None if everyone is None or training is not None else AmongAll(everyone, task, known, variants),
     )
+
+
+@dataclass(frozen=True)
+class AmongAll(Shares):
+    """Shares a task's training batches out among all processes.
+
+    Attributes:
+        everyone: the processes.
+        task: whose batches they are.
+        known: the task, as inference knows it.
+        variants: changes of the input that are looked at, too.
+    """
+
+    everyone: Everyone
+    task: Task
+    known: Known
+    variants: tuple[str, ...]
+
+    def possible(self) -> bool:
+        """Whether all processes read the same data in the same order."""
+        orders = self.everyone.do(_order, partial(order_of, self.task))
+        return None not in orders and len(set(orders)) == 1
+
+    def add(
+        self, sites: Sites, shared: Mapping[str, Shared], first: int, own: Callable[[int], None]
+    ) -> list[dict[str, Shared]]:
+        """What each other process has added up of its part, while this one looks at its own."""
+        work = Part(self.known.state_dict(), sites.state_dict(), self.variants, shared, first)
+        return self.everyone.do(work, partial(own, self.everyone.processes))[1:]
+
+
+def _order(module: LightningModule, task: Task) -> str | None:
+    return order_of(task)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process's part of a task's training batches, for strategies that keep state over tasks.
+
+    Attributes:
+        known: the task, as inference knows it.
+        sites: where the first task's scores look.
+        variants: changes of the input that are looked at, too.
+        shared: by strategy what it keeps, with nothing added up.
+        first: batch that is shared out.
+    """
+
+    known: dict[str, Any]
+    sites: dict[str, Any]
+    variants: tuple[str, ...]
+    shared: Mapping[str, Shared]
+    first: int
+
+    def __call__(self, module: LightningModule, task: Task) -> dict[str, Shared]:
+        """What each strategy has added up of this process's batches."""
+        known, sites = Known.from_state_dict(self.known), Sites.from_state_dict(self.sites)
+        found = dict(self.shared)
+        with isolated_generators():
+            every = training_batches(module, task, ordered=True)
+            part = islice(every, self.first + distributed.get_rank(), None, distributed.get_world_size())
+            strategies = cumulative(STRATEGIES[name] for name in self.shared)
+            for seen, columns in shown(module, task, known, self.variants, sites, part):
+                for each in strategies:
+                    found[each.name] = add_batch(each, found[each.name], seen, sites, columns)
+        return {each.name: summed(each, found[each.name]) for each in strategies}
 
 
 def training_of(module: LightningModule, task: Task, inference: TaskInference) -> Callable[[Sites], Iterable[Labelled]]:

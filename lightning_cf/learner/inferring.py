@@ -16,6 +16,7 @@ from lightning_cf.errors import ContinualError, ContinualWarning, DivergenceWarn
 from lightning_cf.learner.accumulating import accumulate, elect
 from lightning_cf.learner.labels import Kept, positions_of
 from lightning_cf.learner.state import ContinualState
+from lightning_cf.learner.together import Everyone
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import call
 from lightning_cf.ownership.ledger import NeuronLedger
@@ -51,8 +52,23 @@ def bare_heads(state: ContinualState) -> list[str]:
     return [layer for layer in state.structure.head.layers if f"{layer}.weight" not in state.structure.entries]
 
 
-def remember_task(module: LightningModule, task: Task, state: ContinualState, *, sealed: bool = True) -> None:
-    """Keeps what the strategies need of a task that was just sealed or claimed; nothing where none was chosen."""
+def remember_task(
+    module: LightningModule,
+    task: Task,
+    state: ContinualState,
+    *,
+    sealed: bool = True,
+    everyone: Everyone | None = None,
+) -> None:
+    """Keeps what the strategies need of a task that was just sealed or claimed; nothing where none was chosen.
+
+    Args:
+        module: the network.
+        task: just sealed or claimed.
+        state: of the network.
+        sealed: whether it was sealed.
+        everyone: all processes, if there are several, to share in what reads all of the task's data.
+    """
     inference = inference_of(state.ledger)
     if inference is None or not inference.strategies or unseen(state, task):
         return
@@ -72,8 +88,7 @@ def remember_task(module: LightningModule, task: Task, state: ContinualState, *,
             known = Known(task.name, list(task.classes), sites)
             training, held_out = finite_samples(training, task), finite_samples(held_out, task)
             with isolated_generators():
-                every = partial(training_batches, module, task, ordered=True)
-                accumulate(module, task, inference, known, every, task.judging_batches)
+                accumulate(module, task, inference, known, everyone=everyone)
     if known is not None and training is not None and held_out is not None:
         _begin_untrained(inference, known, training)
         inference.learn(known, training, held_out[0], sealed=sealed)

@@ -16,6 +16,7 @@ from lightning_cf.functional.phases import run_claim
 from lightning_cf.functional.sealing import run_seal
 from lightning_cf.learner.inferring import remember_task
 from lightning_cf.learner.keeping import keep_ledger, ledger_of, state_for, state_of
+from lightning_cf.learner.together import Everyone, serve
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.network.finite import check_finite
 from lightning_cf.network.forward import eval_mode, named_tensors
@@ -92,6 +93,7 @@ def seal_task(
     *,
     seed: int = 0,
     folders: TaskFolders | None = None,
+    everyone: Everyone | None = None,
 ) -> None:
     """Seals the current task's claim, if it has one; under ``exact`` it then gives the free units a fresh start.
 
@@ -101,6 +103,7 @@ def seal_task(
         options: of its partition, which say whether free units start afresh.
         seed: what the fresh weights depend on, with the task's name.
         folders: where its partition was recorded, if it was.
+        everyone: all processes, to share in what is kept to infer tasks by.
     """
     state = state_for(module, task)
     state.undisturb()
@@ -125,7 +128,7 @@ def seal_task(
         state.ledger,
         seed=seed,
         options=options,
-        keep=lambda: remember_task(module, task, state),
+        keep=lambda: remember_task(module, task, state, everyone=everyone),
     )
     state.start = state.outcome = None
 
@@ -134,13 +137,13 @@ def _lower_is_better(task: Task) -> bool:
     return task.metric is not None and task.metric.higher_is_better is False
 
 
-def remember_claim(module: LightningModule, task: Task) -> None:
+def remember_claim(module: LightningModule, task: Task, everyone: Everyone | None = None) -> None:
     """Keeps what infers a task that has its claim and may train on: its seal, if it comes, keeps it anew."""
     state = state_for(module, task)
     state.undisturb()
     if state.collect is not None:
         state.collect()
-    remember_task(module, task, state, sealed=False)
+    remember_task(module, task, state, sealed=False, everyone=everyone)
 
 
 def ablation_accuracy(module: LightningModule, task: Task) -> float:
@@ -152,35 +155,43 @@ def ablation_accuracy(module: LightningModule, task: Task) -> float:
         return judge(module, task)
 
 
-def decide_together(trainer: Trainer, module: LightningModule, step: Callable[[], None]) -> None:
-    """Runs a step on the first process; the others take over its weights and ledger, or its error."""
+def decide_together(trainer: Trainer, module: LightningModule, task: Task, step: Callable[..., None]) -> None:
+    """Runs a step on the first process; the others take over its weights and ledger, or its error.
+
+    Args:
+        trainer: of the fit, on every process.
+        module: the network.
+        task: that the step is about, on every process.
+        step: is given ``everyone=``, all processes, if there are several, so that they may share some of its work.
+    """
     if trainer.world_size == 1:
-        step()
+        step(everyone=None)
     else:
-        _decide_first(trainer, module, step)
+        _decide_first(trainer, module, task, step)
     state = state_of(module)
     if state is not None:
         state.remember(module)
 
 
-def _decide_first(trainer: Trainer, module: LightningModule, step: Callable[[], None]) -> None:
-    payload: Any = None
-    failure: Exception | None = None
-    if trainer.is_global_zero:
-        try:
-            step()
-            payload = (Snapshot.of(module), _ledger(module).state_dict())
-        except ContinualError as error:
-            payload = failure = error
-        except Exception as error:  # the others would wait for good
-            payload, failure = ContinualError(f"The first process failed: {error!r}"), error
-    payload = trainer.strategy.broadcast(payload)
-    if isinstance(payload, ContinualError):
-        raise failure or payload
+def _decide_first(trainer: Trainer, module: LightningModule, task: Task, step: Callable[..., None]) -> None:
     if not trainer.is_global_zero:
-        snapshot, ledger = payload
+        said = serve(trainer, module, task)
+        if isinstance(said, ContinualError):
+            raise said
+        snapshot, ledger = said
         snapshot.put_back(module)
         keep_ledger(module, NeuronLedger.from_state_dict(ledger))
+        return
+    try:
+        step(everyone=Everyone(trainer, module))
+        payload = (Snapshot.of(module), _ledger(module).state_dict())
+    except ContinualError as error:
+        trainer.strategy.broadcast(error)
+        raise
+    except Exception as error:  # the others would wait for good
+        trainer.strategy.broadcast(ContinualError(f"The first process failed: {error!r}"))
+        raise
+    trainer.strategy.broadcast(payload)
 
 
 def synchronise(trainer: Trainer, module: nn.Module) -> None:

@@ -187,7 +187,7 @@ class SequentialTaskRunner(StoredRun):
         """Ends the task: what it owns never moves again."""
         options = None if self.parts.partition is None else self.parts.partition.options
         seal = partial(seal_task, self.module, task, options, seed=self.seed, folders=self.folders)
-        decide_together(self.host, self.module, seal)
+        decide_together(self.host, self.module, task, seal)
 
     def learn_jointly(self) -> None:
         """Trains all tasks together, each sample scored on its own task's outputs."""

@@ -30,6 +30,9 @@ class Cumulative(Strategy):
     raw = True
     at_rest: tuple[str, ...] = ("sums.",)
     """With what the names begin of what no score needs; it stays on the CPU."""
+    summed: tuple[str, ...] = ()
+    """With what the names begin of sums over a task's samples: where all else is there and these are not, they begin
+    anew. Several processes then share the task's data; without such names the first one reads them all."""
     familiar: float = float("inf")
     """What is as familiar as this is not unknown, whatever held-out data say: some of them may have been trained on."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,30 @@ ENOUGH = 2000
 
 MOST = 2**26
 """So many numbers of them are held at most, beside a first batch."""
+
+
+class Shares(ABC):
+    """Shares a task's training batches out among several processes."""
+
+    @abstractmethod
+    def possible(self) -> bool:
+        """Whether all of them read the same data in the same order."""
+
+    @abstractmethod
+    def add(
+        self, sites: Sites, shared: Mapping[str, Shared], first: int, own: Callable[[int], None]
+    ) -> list[dict[str, Shared]]:
+        """What strategies add up of all batches from one on: here of every so many, and elsewhere of those between.
+
+        Args:
+            sites: where the first task's scores look.
+            shared: by strategy what it keeps, with nothing added up.
+            first: of the batches.
+            own: looks at this process's part, every so many of them.
+
+        Returns:
+            for each other process by strategy what it has added up.
+        """
 
 
 @dataclass
@@ -95,16 +120,15 @@ class Gathering:
         self.waiting = []
 
     def _add(self, seen: Readout, columns: Int64[Tensor, "batch"]) -> None:
-        with in_full(seen):
-            near = moved(self.strategy, self.shared, seen)
-            self.shared = self.strategy.add(near, seen, self.sites, columns.to(seen.outputs.device))
+        self.shared = add_batch(self.strategy, self.shared, seen, self.sites, columns)
 
 
 def gather(
     inference: TaskInference,
     known: Known,
-    training: Callable[[Sites], Iterator[Labelled]],
+    training: Callable[[Sites, int, int], Iterator[Labelled]],
     held_out: Callable[[Sites], Iterable[Readout]],
+    shares: Shares | None = None,
 ) -> None:
     """Adds a task to what strategies keep of all tasks together; to be called before it is learned.
 
@@ -114,8 +138,10 @@ def gather(
     Args:
         inference: in place.
         known: the task.
-        training: gives its training data from the start: what the network shows of a batch, and output columns.
+        training: gives its training data: what the network shows of a batch, and output columns; from a batch on, and
+            every so many of them.
         held_out: what the network shows of held-out data, which calibrates.
+        shares: looks at some batches on other processes, where there are such.
     """
     tasks = [*(task for task in inference.tasks if task.name != known.name), known]
     first, columns = tasks[0], torch.cat([task.sites.outputs for task in tasks])
@@ -133,7 +159,7 @@ def gather(
         shared = {} if anew else inference.shared[name]
         gatherings.append(Gathering(strategy, shared, sites, columns, generator, inference.budget))
     if gatherings:
-        _read(gatherings, training(sites), held_out(sites))
+        _read(gatherings, partial(training, sites), held_out(sites), shares)
     for each in gatherings:
         _keep(inference, known, each, {} if anew else inference.shared[each.strategy.name])
 
@@ -156,17 +182,74 @@ def _keep(inference: TaskInference, known: Known, found: Gathering, before: Shar
         known.fitted[name] = {key: kept(value) for key, value in added.items()}
 
 
-def _read(gatherings: Sequence[Gathering], training: Iterator[Labelled], held_out: Iterable[Readout]) -> None:
+def _read(
+    gatherings: Sequence[Gathering],
+    training: Callable[[int, int], Iterator[Labelled]],
+    held_out: Iterable[Readout],
+    shares: Shares | None,
+) -> None:
     """Reads the data once for all strategies; what fails ends in the ``error`` of whose it is."""
     try:
-        for seen, columns in training:
-            _each(gatherings, partial(Gathering.see, seen=seen, columns=columns))
+        if shares is not None and all(each.strategy.summed for each in gatherings) and shares.possible():
+            _share(gatherings, training, shares)
+        else:
+            _see(gatherings, training(0, 1))
         _each(gatherings, Gathering.close)
         for seen in held_out:
             _each(gatherings, partial(Gathering.weigh, seen=seen))
     except Exception as error:  # whatever the data or the network raise, no strategy has them
         for each in gatherings:
             each.error = each.error or error
+
+
+def _see(gatherings: Sequence[Gathering], training: Iterator[Labelled]) -> None:
+    """Adds all batches to what each strategy keeps."""
+    for seen, columns in training:
+        _each(gatherings, partial(Gathering.see, seen=seen, columns=columns))
+
+
+def _begun(gatherings: Sequence[Gathering], training: Iterator[Labelled]) -> int:
+    """Adds as many batches as it takes until every strategy knows what its features are like; how many those were."""
+    count = 0
+    while not all(each.shared or each.error is not None for each in gatherings):
+        found = next(training, None)
+        if found is None:
+            break
+        _each(gatherings, partial(Gathering.see, seen=found[0], columns=found[1]))
+        count += 1
+    return count
+
+
+def _share(gatherings: Sequence[Gathering], training: Callable[[int, int], Iterator[Labelled]], shares: Shares) -> None:
+    """Adds all batches, of which each process looks at some once it is known what features are like."""
+    first = _begun(gatherings, training(0, 1))
+    here = [each for each in gatherings if each.shared and each.error is None]
+    if not here:
+        return
+    begun = {each.strategy.name: unsummed(each.strategy, each.shared) for each in here}
+    for found in shares.add(here[0].sites, begun, first, lambda step: _see(here, training(first, step))):
+        for each in here:
+            sums = summed(each.strategy, each.shared)
+            added = {name: x + sums[name] if name in sums else x for name, x in found[each.strategy.name].items()}
+            each.shared = {**each.shared, **added}
+
+
+def add_batch(
+    strategy: Cumulative, shared: Shared, seen: Readout, sites: Sites, columns: Int64[Tensor, "batch"]
+) -> Shared:
+    """What a strategy keeps with a batch of training data added, on the batch's device."""
+    with in_full(seen):
+        return strategy.add(moved(strategy, shared, seen), seen, sites, columns.to(seen.outputs.device))
+
+
+def summed(strategy: Cumulative, shared: Shared) -> dict[str, Tensor]:
+    """What a strategy adds up, batch by batch, on the CPU."""
+    return {name: value.cpu() for name, value in shared.items() if name.startswith(strategy.summed)}
+
+
+def unsummed(strategy: Cumulative, shared: Shared) -> dict[str, Tensor]:
+    """What it keeps else, on the CPU."""
+    return {name: value.cpu() for name, value in shared.items() if not name.startswith(strategy.summed)}
 
 
 def _each(gatherings: Sequence[Gathering], step: Callable[[Gathering], None]) -> None:

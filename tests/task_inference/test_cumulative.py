@@ -186,7 +186,7 @@ def test_data_are_read_once_for_all_strategies_and_one_that_fails_stops_no_other
     inference = TaskInference(("lda", "failing", "ridge"), votes={})
 
     def batches(what, labelled):
-        def given(_):
+        def given(*_):
             read.append(what)
             for part, label in zip(x.split(20), y.split(20), strict=True):
                 seen = Readout(None, {}, torch.zeros(20, 2), {}, x=part)

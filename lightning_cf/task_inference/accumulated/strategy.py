@@ -51,6 +51,7 @@ class Accumulated(Cumulative):
     """
 
     at_rest = (*Cumulative.at_rest, "medium")
+    summed = ("open.",)
 
     def __init__(
         self,
