@@ -141,7 +141,7 @@ def test_a_layer_that_reads_no_samples_is_not_looked_at(tmp_path):
     class Table(Net):
         def __init__(self):
             super().__init__()
-            self.register_buffer("table", torch.randn(16, 3))
+            self.register_buffer("table", torch.randn(32, 3))
             self.bias = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 16))
             self.b = nn.Linear(32 + 16, 32)
 
