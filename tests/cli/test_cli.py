@@ -184,15 +184,17 @@ def _finished(path):
     return len(torch.load(path, weights_only=True)["progress"]["finished"])
 
 
+def job(command, environment):
+    """A job of a sweep in a process that need not import anything anew."""
+    assert command[:3] == [sys.executable, "-m", "lightning_cf"]
+    process = forked(*command[3:])
+    process.join()
+    return process.exitcode
+
+
 def test_a_sweep_gives_for_each_job_what_the_job_alone_gives(tmp_path, monkeypatch, capsys):
     small = ["epochs=1", "invariance_epochs=1", "model.network.hidden=[12]", "compare=false"]
     small += ["tasks.order=[0,1]", "task_inference=none"]
-
-    def job(command, environment):
-        assert command[:3] == [sys.executable, "-m", "lightning_cf"]
-        process = forked(*command[3:])
-        process.join()
-        return process.exitcode
 
     monkeypatch.setattr(sweep, "_status", job)
     status, told, errors = here(
@@ -201,10 +203,10 @@ def test_a_sweep_gives_for_each_job_what_the_job_alone_gives(tmp_path, monkeypat
     assert status == 0, errors
     jobs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert len(jobs) == 2
-    for job, threshold in zip(jobs, ("0.5", "auto"), strict=True):
+    for found, threshold in zip(jobs, ("0.5", "auto"), strict=True):
         folder = tmp_path / threshold
         assert here(monkeypatch, capsys, f"run={folder}", *small, f"partition.threshold={threshold}")[0] == 0
-        assert job["weights_sha256"] == json.loads((folder / "result.json").read_text())["weights_sha256"]
+        assert found["weights_sha256"] == json.loads((folder / "result.json").read_text())["weights_sha256"]
         assert f"partition.threshold={threshold}" in told.split("average accuracy")[-1]
     assert jobs[0]["weights_sha256"] != jobs[1]["weights_sha256"]
 
@@ -216,8 +218,8 @@ def test_a_search_gives_each_job_all_of_its_configuration(tmp_path, monkeypatch,
     line = ["hparams_search=perturbation", f"run={tmp_path}", *small, *one, "tasks.order=[0,1]", "task_inference=none"]
     status, _, errors = here(monkeypatch, capsys, *line)
     assert status == 0, errors
-    (job,) = json.loads((tmp_path / "sweep.json").read_text())
-    assert job["status"] == 0
+    (found,) = json.loads((tmp_path / "sweep.json").read_text())
+    assert found["status"] == 0
     result = json.loads((tmp_path / "0" / "result.json").read_text())
     assert result["config"]["isolation"] == "perturb"
     assert result["config"]["invariance"]["perturbation"]["_target_"] == "lightning_cf.Shear"
@@ -226,6 +228,7 @@ def test_a_search_gives_each_job_all_of_its_configuration(tmp_path, monkeypatch,
 
 @pytest.mark.slow
 def test_a_sweep_names_a_metric_that_results_do_not_have(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "_status", job)
     line = ["-m", f"run={tmp_path}", *SMALL, "tasks.order=[0,1]", "task_inference=none"]
     status, _, errors = here(monkeypatch, capsys, *line, "optimized_metric=tasks", "seed=0")
     assert status == 1
