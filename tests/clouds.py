@@ -23,8 +23,9 @@ def points(classes, count=200, seed=0, inputs=INPUTS):
 
 
 def loaders(x, y, **options):
-    loader = DataLoader(TensorDataset(x, y), 16, shuffle=True, **options)
-    return {"train": loader, "val": loader, "test": loader}
+    data = TensorDataset(x, y)
+    judging = DataLoader(data, 50, shuffle=True, **options)
+    return {"train": DataLoader(data, 32, shuffle=True, **options), "val": judging, "test": judging}
 
 
 def clouds(name, classes, **options):
@@ -47,7 +48,7 @@ class Net(LightningModule):
         return F.cross_entropy(self(x), y)
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=0.003)
+        return torch.optim.Adam(self.parameters(), lr=0.006)
 
 
 def learned(module, sequence, strategy="auto", epochs=8, **options):

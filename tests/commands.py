@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import jaxtyping
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.figure import Figure
 
@@ -20,13 +21,24 @@ def here(monkeypatch, capsys, *arguments, drawn=False):
     Pictures are made, and drawn only where asked for: that takes as long as all the rest of a small run.
     """
     monkeypatch.setattr(sys, "argv", ["lightning-cf", *arguments])
-    with jaxtyping_disabled(), nullcontext() if drawn else patch.object(Figure, "savefig", _sketch):
+    quicker = patch.object(Hydra, "get_mode", _mode)
+    with jaxtyping_disabled(), quicker, nullcontext() if drawn else patch.object(Figure, "savefig", _sketch):
         try:
             main()
             status = 0
         except SystemExit as error:
             status = error.code
     return status, *capsys.readouterr()
+
+
+_get_mode = Hydra.get_mode
+
+
+def _mode(hydra, config_name, overrides):
+    """Hydra composes all of a configuration once more only to see whether it sweeps, which few options can lead to."""
+    if any(word in override for override in overrides for word in ("hydra", "hparams_search", "experiment")):
+        return _get_mode(hydra, config_name, overrides)
+    return None
 
 
 FORK = multiprocessing.get_context("fork")
@@ -45,7 +57,7 @@ def _command(*arguments):
     os.dup2(sink, 2)
     GlobalHydra.instance().clear()  # a sweep has it as well
     sys.argv = ["lightning-cf", *arguments]
-    with jaxtyping_disabled(), patch.object(Figure, "savefig", _sketch):
+    with jaxtyping_disabled(), patch.object(Hydra, "get_mode", _mode), patch.object(Figure, "savefig", _sketch):
         main()
 
 

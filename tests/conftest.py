@@ -1,9 +1,11 @@
 """Checks the package's annotations, shapes included, while the tests run."""
 
+import gc
+import importlib.metadata
 import os
 import random
 import signal
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +25,8 @@ SHAPED = [
 """Modules that say shapes, which nothing else checks; mypy checks the others."""
 
 typechecking.install(SHAPED)  # before anything imports the package
+importlib.metadata.entry_points = cache(importlib.metadata.entry_points)  # each Trainer looks through all packages
+os.fsync = lambda descriptor: None  # no test cuts the power, and a disk takes longer than all else that writes a file
 # How long an example takes says something about the machine and what else runs on it, nothing about the code.
 settings.register_profile(
     "tests", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
@@ -158,6 +162,13 @@ def _moved(initialise, machine, tensor, *args, **kwargs):
     noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1000 * tensor.numel() + machine))
     with torch.no_grad():
         return tensor.mul_(1 + 1e-6 * noise.to(tensor))
+
+
+def pytest_collection_finish(session):
+    """What was imported and collected stays to the end: the collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 ROWS: dict[str, dict[str, list[str]]] = {"architecture": {}, "setting": {}}

@@ -32,7 +32,7 @@ def _of_shapes(known):
     return any(str(getattr(each, "__module__", "")).partition(".")[0] == "jaxtyping" for each in made_of)
 
 
-MOST = 10
+MOST = 2
 """How many calls of a function are checked in a test: some are called ten thousand times."""
 
 calls = Counter()

@@ -10,6 +10,7 @@ import operator
 import random
 import types
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -96,15 +97,16 @@ def _is_live(value: Any) -> bool:
 
 def _names(kind: type) -> tuple[set[str], set[str]]:
     """The names that a class' passes read, and the attributes that they set."""
-    used: set[str] = set()
-    stored: set[str] = set()
-    for function in _functions(kind):
-        for step in dis.get_instructions(function.__code__):
-            if step.opname == "STORE_ATTR":
-                stored.add(step.argval)
-            elif isinstance(step.argval, str):
-                used.add(step.argval)
-    return used, stored
+    said = [_said(function.__code__) for function in _functions(kind)]
+    return {name for used, _ in said for name in used}, {name for _, stored in said for name in stored}
+
+
+@lru_cache(maxsize=256)
+def _said(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """The names that code reads, and the attributes that it sets."""
+    steps = list(dis.get_instructions(code))
+    stored = {step.argval for step in steps if step.opname == "STORE_ATTR"}
+    return {s.argval for s in steps if s.opname != "STORE_ATTR" and isinstance(s.argval, str)}, stored
 
 
 def _functions(kind: type) -> list[types.FunctionType]:

@@ -44,7 +44,7 @@ class Steps(Net):
         return F.cross_entropy(self(batch[0]), batch[1])
 
 
-def batches(classes, change, count=12, seed=0):
+def batches(classes, change, count=8, seed=0):
     """Clouds of points in batches, each changed into what a network takes, by its number."""
     x, y = points(classes, count * SIZE, seed=seed)
     parts = zip(x.split(SIZE), y.split(SIZE), strict=True)

@@ -176,7 +176,7 @@ def test_statistics_leave_training_as_it_is():
         module = classifier()
         for task in tasks(2):
             torch.manual_seed(1)
-            fit(module, task, [*three(), *callbacks], 4)
+            fit(module, task, [*three(), *callbacks], 2)
         found.append(named_tensors(module))
     assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
     assert set(inference_of(state_of(module).ledger).strategies) == {"lda", "lda_units"}
@@ -184,7 +184,7 @@ def test_statistics_leave_training_as_it_is():
 
 @pytest.mark.parametrize("network", ["cnn", "resnet"])
 def test_networks_without_a_linear_first_layer_are_inferred_by_statistics(network):
-    module, sequence = learned("auto", count=2, network=network)
+    module, sequence = learned("auto", count=2, network=network, epochs=1)
     assert set(inference_of(module.ledger).strategies) == {"lda", "lda_units"}
     assert module.predict(next(iter(sequence[0].test_dataloader()))[0]).classes.ndim == 1
 
@@ -551,7 +551,7 @@ def test_a_module_of_parametrised_outputs_is_left_alone():
     assert inference_of(state_of(module).ledger).strategies == ()
 
 
-BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf"), "too large": 3e38}
+BAD = {"nan": float("nan"), "inf": float("inf"), "too large": 3e38}
 
 
 @pytest.mark.parametrize("value", BAD)
@@ -559,8 +559,8 @@ def test_rows_that_are_not_finite_are_none_and_the_others_are_bitwise_as_without
     module, sequence, _ = every
     x = torch.cat([next(iter(task.test_dataloader()))[0][:8] for task in sequence[:2]])
     bad = x.clone()
-    for row, pixel in ((2, 5), (9, 0)):
-        bad[row].view(-1)[pixel] = BAD[value]
+    for row, pixel, sign in ((2, 5, 1), (9, 0, -1)):
+        bad[row].view(-1)[pixel] = sign * BAD[value]
     bad[15] = BAD[value]
     rows = torch.zeros(16, dtype=torch.bool)
     rows[[2, 9, 15]] = True
@@ -611,12 +611,16 @@ class Filling(nn.Module):
         return self.net(x.nan_to_num())
 
 
+@pytest.fixture(scope="module", params=[Jointly, Gated, Filling])
+def doing(request):
+    """One of these networks after a task."""
+    return inferred(Classifier(request.param()), tasks(1), "energy", epochs=2)
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("network", [Jointly, Gated, Filling])
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_network_may_do_with_such_rows_what_it_wants(network, value):
-    torch.manual_seed(0)
-    module = inferred(Classifier(network()), tasks(1), "energy", epochs=2)
+def test_a_network_may_do_with_such_rows_what_it_wants(doing, value):
+    module, network = doing, type(doing.network)
     x = next(iter(tasks(1)[0].test_dataloader()))[0][:8].clone()
     clean = x.clone()
     clean[3] = x[0]

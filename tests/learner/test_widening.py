@@ -77,8 +77,7 @@ def widen(module, columns, **how):
     module.network[-1] = wider(module.network[-1], columns, **how)
 
 
-@pytest.mark.parametrize("wrap", [False, True])
-@pytest.mark.parametrize("way", ["new layer", "new parameters"])
+@pytest.mark.parametrize(("way", "wrap"), [("new layer", False), ("new parameters", True)])
 def test_a_head_that_the_user_widened_is_taken_as_it_is(way, wrap):
     module, (first, second, third) = learned(wrap), tasks(3)
     if way == "new layer":
@@ -397,8 +396,7 @@ def foreign(kind, columns, layer=GraphLinear, **options):
     return Classifier(nn.Sequential(nn.Flatten(), layer(64, 40), nn.ReLU(), kind(40, columns, **options)))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize(("wrap", "bias"), [(False, True), (True, False)])
 def test_a_head_is_known_by_its_weight_not_by_its_class(wrap, bias):
     found = []
     for kind in (nn.Linear, GraphLinear):

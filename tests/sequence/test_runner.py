@@ -132,11 +132,10 @@ def test_options_are_chosen_on_validation_data(tmp_path):
     "options",
     [
         {"isolation": "exact", "task_inference": "auto"},
-        {"isolation": "perturb"},
         {"isolation": "perturb", "invariance": InvarianceCallback(subspace=LearnedSubspace(dimensions=4, steps=7))},
         {"partition": PartitionCallback(measure="update", representative="random")},
     ],
-    ids=["exact", "perturb", "learned", "update"],
+    ids=["exact", "learned", "update"],
 )
 def test_a_run_that_was_interrupted_ends_with_the_weights_of_one_that_was_not(tmp_path, options):
     class PowerCut(Callback):

@@ -38,7 +38,8 @@ SLOW = {
     "CNN with InstanceNorm, running statistics", "global response normalisation", "MLP with RMSNorm",
     "VGG", "Transformer encoder, norm first", "U-Net, transposed convolutions", "MLP with norms written by hand",
     "LSTM", "maxout", "gated linear units", "deep MLP", "CNN with InstanceNorm", "two heads, their outputs added up",
-    "efficient channel attention (ECA)", "3-D convolutions",
+    "efficient channel attention (ECA)", "3-D convolutions", "ResNet", "CNN with GroupNorm", "1-D convolutions",
+    "lazy convolutions", "MLP with dropout", "highway", "spectral_norm", "MLP with LayerNorm",
 }  # fmt: skip
 """Left to .ci/run."""
 REFUSED = {a.name: a for a in ARCHITECTURES if a.refused is not None}

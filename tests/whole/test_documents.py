@@ -1,4 +1,4 @@
-"""What the README and the notebooks show runs as it stands; where it trains long, for fewer epochs."""
+"""What the README and the notebooks show runs as it stands; where it trains long, for fewer steps."""
 
 import inspect
 import pydoc
@@ -74,7 +74,8 @@ def test_the_page_on_the_house_names_files_that_exist():
 
 
 def sooner(code):
-    """The same code, which trains two epochs wherever it would train more."""
+    """The same code, which trains two epochs wherever it would train more, in larger batches."""
+    code = code.replace("batch_size=32", "batch_size=128")
     return re.sub(r"(?<=epochs=)(\d+)", lambda found: str(min(2, int(found[0]))), code)
 
 

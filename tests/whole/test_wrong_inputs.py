@@ -1,7 +1,6 @@
 """What a user can get wrong in Python and on the command line is refused by name, before the first step."""
 
 import shlex
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import wrong_inputs
+from commands import here
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelPruning, Timer
@@ -29,7 +29,6 @@ from lightning_cf import (
     SequentialTaskRunner,
     TaskInferenceCallback,
 )
-from lightning_cf.cli.main import main
 from lightning_cf.models import CNN, MLP, ResNet
 from lightning_cf.partition.options import PartitionOptions
 
@@ -154,12 +153,10 @@ def test_the_command_line_refuses_it_in_one_line(line, sentence, monkeypatch, ca
     arguments = shlex.split(line)
     if not any(argument.startswith(("run=", "hydra.run.dir=")) for argument in arguments):
         arguments.append("run=run")
-    monkeypatch.setattr(sys, "argv", ["lightning-cf", *arguments, *([] if "compare" in line else ["compare=false"])])
+    arguments += [] if "compare" in line else ["compare=false"]
     before = sorted(Path().iterdir())
-    with pytest.raises(SystemExit) as ended:
-        main()
-    errors = capsys.readouterr().err
-    assert ended.value.code == 1
+    status, _, errors = here(monkeypatch, capsys, *arguments)
+    assert status == 1
     assert errors.startswith("lightning-cf: error: ") and errors.count("\n") == 1
     assert sentence in errors
     assert not STEPS
