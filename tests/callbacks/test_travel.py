@@ -241,21 +241,21 @@ def test_norms_by_owners_compute_the_same_in_copies():
     assert type(module.net[3]).__name__ == "OwnerAwareLayerNorm"
 
 
-def local():
+def local(evaluate):
     """Tasks with an ``evaluate`` that no pickle can name."""
-    return sequence(evaluate=lambda module, batch: (module(batch[0]), batch[1]))
+    return sequence(evaluate=(lambda module, batch: (module(batch[0]), batch[1])) if evaluate else None)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_modules_are_copied_and_pickled_after_any_fit_with_their_ledger(wrapped):
+@pytest.mark.parametrize(("evaluate", "wrapped"), [(False, False), (True, False), (True, True)])
+def test_modules_are_copied_and_pickled_after_any_fit_with_their_ledger(evaluate, wrapped):
     module = Plain(network())
     module = ContinualModule(module) if wrapped else module
-    first, _ = local()
+    first, _ = local(evaluate)
     if wrapped:
         module.add_task(first)
     fit(module, first, [*three(max_claim=0.3), TaskInferenceCallback()], 2)
     for way in WAYS.values():
-        other, (_, second) = way(module), local()
+        other, (_, second) = way(module), local(evaluate)
         assert torch.equal(plain(other), plain(module))
         ledger, kept = ledger_of(module), ledger_of(other)
         assert kept is not ledger
@@ -276,7 +276,7 @@ def in_a_process(module):
 @pytest.mark.slow
 def test_modules_go_to_other_processes():
     module = Plain(network())
-    fit(module, local()[0], [*three(), TaskInferenceCallback()], 1)
+    fit(module, local(True)[0], [*three(), TaskInferenceCallback()], 1)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         (found,) = pool.map(in_a_process, [module])
     assert torch.equal(found, plain(module))

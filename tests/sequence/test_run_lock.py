@@ -103,8 +103,8 @@ def test_a_run_on_another_machine_counts_as_dead_when_it_gives_no_sign(tmp_path,
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff\x00"])
 def test_a_lock_that_is_none_heals(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(module, "PATIENCE", 3.0 if content else 0.2)
-    monkeypatch.setattr(module, "LEASE", 0.2)
+    monkeypatch.setattr(module, "PATIENCE", 3.0 if content else 1.0)
+    monkeypatch.setattr(module, "LEASE", 1.0)
     (tmp_path / "run.lock").write_bytes(content)
     lock = RunLock(tmp_path)
     if content:
