@@ -170,8 +170,8 @@ def infer_together(
     scores = task_scores(outputs, places)
     _, spread, threshold = torch.stack([task.calibration[strategy.name] for task in tasks]).to(device).T
     familiar = strategy.familiarity(shared, outputs, columns.to(device))
-    # One for all tasks, of whose held-out data it takes few for strange: a threshold a task would rank them by it.
-    none = ((threshold.min() - familiar) / spread.mean()).sigmoid()[:, None]
+    # One threshold for all tasks: what is familiar is so in one unit, and would else be ranked by how each was judged.
+    none = ((threshold.mean() - familiar) / spread.mean()).sigmoid()[:, None]
     views = [readout.outputs[:, task.sites.outputs.to(device)] for task in tasks]
     within = [pooled(view, outputs[:, own.to(device)]) for view, own in zip(views, places, strict=True)]
     classes = [

@@ -98,9 +98,9 @@ def _means(sums: Sums) -> tuple[float, Float[Tensor, "classes features"], Float[
 class Familiarity:
     """How well a sample suits its nearest class: by itself, and against the Gaussian over all classes together.
 
-    The mean of two, each in deviations from what is to be expected of samples of that class: the largest output of
+    The lower of two, each in deviations from what is to be expected of samples of that class: the largest output of
     :func:`discriminant`; and the relative Mahalanobis distance (Ren et al. 2021) within the directions that part the
-    classes, where it depends on these outputs alone. Either is better where the other is worse.
+    classes, where it depends on these outputs alone. Either finds strange what the other does not.
 
     Attributes:
         mixing: of the outputs, the classes' share in the overall covariance.
@@ -143,4 +143,4 @@ class Familiarity:
         along = outputs + self.half
         found = torch.stack([largest, 2 * largest - ((along @ self.mixing) * along).sum(dim=1)])
         deviations: Tensor = (found - self.middle[:, best]) / self.deviation[:, best]
-        return deviations.mean(dim=0)
+        return deviations.amin(dim=0)
