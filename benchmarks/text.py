@@ -91,11 +91,11 @@ def pieces() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 KINDS = {
-    "bytes": (Characters, lambda x: x, 0.002),
-    "features": (perceptron, counts, 0.001),
-    "bytes, counted": (counting, lambda x: x, 0.001),
+    "bytes": (Characters, lambda x: x, 0.002, 6),
+    "features": (perceptron, counts, 0.001, 6),
+    "bytes, counted": (counting, lambda x: x, 0.001, 3),
 }
-"""Network, what it sees of a piece, learning rate."""
+"""Network, what it sees of a piece, learning rate, epochs of LEARN out of twelve."""
 
 
 def run(folder: Path, job: tuple[str, int, str]) -> None:
@@ -108,7 +108,7 @@ def run(folder: Path, job: tuple[str, int, str]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    make, see, lr = KINDS[kind]
+    make, see, lr, epochs = KINDS[kind]
 
     def loader(part: str, classes: tuple[int, int]) -> DataLoader:
         x, y = pieces()[part]
@@ -129,8 +129,8 @@ def run(folder: Path, job: tuple[str, int, str]) -> None:
         cf.Classifier(make(), optimizer=partial(torch.optim.Adam, lr=lr)),
         tasks,
         trainer=partial(Trainer, **QUIET),
-        epochs=6,
-        invariance_epochs=6,
+        epochs=epochs,
+        invariance_epochs=12 - epochs,
         **(rest if variant == "joint" else {"task_inference": chosen}),
         seed=seed,
         root=folder / name,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -41,6 +42,9 @@ class Classifier(LightningModule):
         self.network = network
         self.make_optimizer = optimizer
         self.cosine = check_flag("Classifier", "cosine", cosine)
+        parameters = list(network.parameters())
+        if parameters and not any(map(is_lazy, parameters)):
+            self._optimizer()  # one that cannot be made is refused before anything is begun
 
     def forward(self, x: Tensor) -> Tensor:  # plain types: TorchScript reads them
         """Logits of a batch, one column a class."""
@@ -56,6 +60,14 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser, with a schedule over the fit's steps."""
+        optimizer = self._optimizer()
+        if not self.cosine:
+            return optimizer
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = CosineAnnealingLR(optimizer, T_max=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _optimizer(self) -> Optimizer:
         try:
             optimizer = self.make_optimizer(self.parameters())
         except (TypeError, ValueError) as error:
@@ -64,8 +76,4 @@ class Classifier(LightningModule):
             raise ContinualError(
                 f"Classifier: optimizer must make an optimiser, but made a {type(optimizer).__name__}."
             )
-        if not self.cosine:
-            return optimizer
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        schedule = CosineAnnealingLR(optimizer, T_max=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return optimizer

@@ -122,6 +122,14 @@ def test_bad_input_ends_with_status_1_a_clear_line_and_no_traceback(tmp_path, ar
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_what_cannot_be_made_leaves_the_folder_to_the_command_that_follows(tmp_path, monkeypatch, capsys):
+    line = [f"run={tmp_path / 'run'}", *SMALL, TWO, "task_inference=none"]
+    for wrong in ("model.optimizer.lr=x", "model.optimizer._target_=torch.nn.Linear"):
+        assert here(monkeypatch, capsys, *line, wrong)[0] == 1
+        assert not (tmp_path / "run" / "config.json").exists()
+    assert here(monkeypatch, capsys, *line)[0] == 0
+
+
 def test_callbacks_of_the_configured_trainer_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     timer = "[{_target_:lightning.pytorch.callbacks.LambdaCallback,on_fit_end:{_target_:test_cli.note,_partial_:true}}]"
