@@ -163,11 +163,12 @@ class TaskInferenceCallback(ContinualCallback):
 
     def settings(self) -> dict[str, Any]:
         """Its options as plain values, to tell runs apart."""
-        names = (self.strategy,) if isinstance(self.strategy, str) else self.strategy
+        names = [self.strategy] if isinstance(self.strategy, str) else list(self.strategy)
         made_from = [describe(STRATEGIES[name]) for name in names if name in STRATEGIES]
         return {
-            **{name: getattr(self, name) for name in ("strategy", "keep", "budget", "apart", "weight", "lr")},
-            **({"made_from": made_from[0] if len(made_from) == 1 else made_from} if made_from else {}),
+            **{name: getattr(self, name) for name in ("keep", "budget", "apart", "weight", "lr")},
+            "strategy": names if len(names) > 1 else names[0],
+            **({"made_from": made_from if len(made_from) > 1 else made_from[0]} if made_from else {}),
         }
 
     def _weigh(self, trainer: Trainer, module: LightningModule, scale: float) -> None:

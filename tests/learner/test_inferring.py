@@ -469,7 +469,11 @@ def test_the_runner_scores_every_strategy_after_every_task(tmp_path):
 
 def test_several_strategies_are_scored_and_the_first_one_predicts(tmp_path):
     runner = sequence_runner(tmp_path, task_inference=["subspaces", Margin()], epochs=1, invariance_epochs=1)
-    result = runner.run()
+    runner.start()
+    runner.phase("baseline", runner.score)
+    runner.lock.release()
+    runner = sequence_runner(tmp_path, task_inference=["subspaces", Margin()], epochs=1, invariance_epochs=1)
+    result = runner.run()  # which goes on
     assert list(result.strategies) == ["subspaces", "margin"]
     assert result.class_incremental["strategy"] == "subspaces"
 
