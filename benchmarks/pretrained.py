@@ -50,6 +50,7 @@ def run(options: Namespace, seed: int) -> dict[str, float]:
     from lightning.pytorch import Trainer
 
     import lightning_cf as cf
+    from lightning_cf.learner.accumulating import training_of
     from lightning_cf.learner.inferring import inference_of
     from lightning_cf.task_inference.accumulated import Accumulated
     from lightning_cf.task_inference.cumulative import in_full
@@ -98,9 +99,11 @@ def run(options: Namespace, seed: int) -> dict[str, float]:
         return torch.cat(found)
 
     sums = {name: value for name, value in shared.items() if not name.startswith("sums.")}
-    batches = [part for classes in TASKS for part in torch.isin(y, torch.tensor(classes)).nonzero()[:, 0].split(100)]
+    batches = [each for task in tasks for each in training_of(module, task, inference)(sites)]
     for number in torch.randperm(len(batches)).tolist():  # those of all tasks, in any order
-        sums = strategy.add(sums, read(x[batches[number]]), sites, y[batches[number]])
+        seen, labels = batches[number]
+        with in_full(seen):
+            sums = strategy.add(sums, seen, sites, labels)
     nearest = Accumulated("nearest", features=Pretrained(2), shrinkage=1e6)  # a covariance that is all but the identity
     outputs, others, right = told(shared), told(strategy.close(sums)), test_y[test_y > 4] - 5
     return {
