@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from typing import Any
-
-import numpy as np
-from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.tasks.contexts import seeded
 from lightning_cf.tasks.task import Task
+from lightning_cf.utilities.content import content_sha256
 
 
 def order_of(task: Task) -> str | None:
@@ -27,13 +23,4 @@ def order_of(task: Task) -> str | None:
     drawn = list(plain.sampler)
     with seeded("the first sample"):  # which may be changed at random
         first = plain.collate_fn([plain.dataset[index] for index in drawn[:1]]) if drawn else ()
-    found = hashlib.sha256(repr((len(plain.dataset), plain.batch_size, drawn)).encode())
-    for leaf in tree_leaves(first):
-        found.update(_bytes_of(leaf))
-    return found.hexdigest()
-
-
-def _bytes_of(leaf: Any) -> bytes:
-    if isinstance(leaf, Tensor):
-        leaf = leaf.detach().cpu().double().numpy()
-    return np.ascontiguousarray(leaf).tobytes() if isinstance(leaf, np.ndarray) else repr(leaf).encode()
+    return content_sha256([len(plain.dataset), plain.batch_size, drawn, *tree_leaves(first)])
