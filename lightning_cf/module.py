@@ -132,21 +132,22 @@ class ContinualModule(LightningModule):
         inherited: Any = getattr(super(), "predict", None)
         return self.predict_any(x, *args, **kwargs) if inherited is None else inherited(x, *args, **kwargs)
 
-    def predict_any(self, x: Any, strategy: str | None = None) -> Prediction:
+    def predict_any(self, x: Any, strategy: str | None = None, among: str | Sequence[str] | None = None) -> Prediction:
         """Class, probabilities, inferred task and its score for a batch of inputs; nobody says which task it is.
 
         Args:
             x: as ``forward`` takes it; a tuple for several inputs.
             strategy: one that was fitted (``TaskInferenceCallback``), default the one that was chosen.
+            among: names of the tasks that the inputs can be of, or the one task's, where that is known.
 
         Raises:
-            ContinualError: if no task that can be inferred was learned yet.
+            ContinualError: if no task that can be inferred was learned yet, or a name is not one of these.
         """
         if x is None or isinstance(x, (str, bytes, int, float)):
             raise ContinualError(
                 f"predict: x must be a batch of inputs, as forward takes it, got a {type(x).__name__}."
             )
-        return predict_any(self, x, strategy)
+        return predict_any(self, x, strategy, among)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`predict_any`, for ``Trainer.predict``; of pairs the first is the input. A module's own one stays.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,21 +17,24 @@ from lightning_cf.learner.keeping import ledger_of
 from lightning_cf.lightning_api import LightningModule, is_overridden
 from lightning_cf.network.finite import infinite_rows, rows_finite, rows_of
 from lightning_cf.network.forward import call, in_precision_of
-from lightning_cf.task_inference import Prediction
+from lightning_cf.task_inference import Prediction, TaskInference
 from lightning_cf.tasks.evaluation import forward_context
 
 
 @torch.no_grad()
-def predict_any(module: LightningModule, x: Any, strategy: str | None = None) -> Prediction:
-    """Predicts without a task's name.
+def predict_any(
+    module: LightningModule, x: Any, strategy: str | None = None, among: str | Sequence[str] | None = None
+) -> Prediction:
+    """Predicts without a task's name, or where it is known to be one of some tasks.
 
     Args:
         module: a module whose ledger keeps what tasks are inferred by.
         x: a batch of inputs, as the module's forward pass takes it; a tuple for several.
         strategy: another one of those that were fitted than the first.
+        among: names of the tasks that the inputs can be of, or the one task's; default all that were learned.
 
     Raises:
-        ContinualError: if no task was learned that can be inferred.
+        ContinualError: if no task was learned that can be inferred, or a name is not one of these.
     """
     ledger = ledger_of(module)
     inference = None if ledger is None else inference_of(ledger)
@@ -50,7 +54,7 @@ def predict_any(module: LightningModule, x: Any, strategy: str | None = None) ->
             f"Predictions without a task's name run the forward pass, but {type(module).__name__} has none. Define"
             " forward(self, x): it takes a batch of inputs and computes the outputs of all tasks."
         )
-    x = in_precision_of(module, x)
+    x, chosen = in_precision_of(module, x), _positions(inference, among)
 
     def found_of(x: Any) -> Prediction:
         with forward_context(module):
@@ -61,7 +65,7 @@ def predict_any(module: LightningModule, x: Any, strategy: str | None = None) ->
                 " Let forward compute the outputs of all tasks, side by side."
             )
         strange = infinite_rows(x) if readout.inputs is None else None
-        return inference.predict(readout, ledger.width, strategy, none=strange)
+        return inference.predict(readout, ledger.width, strategy, none=strange, among=chosen)
 
     found, fine = found_of(x), _rows_fine(x)
     if fine is not None and bool(fine.any()) and not bool(fine.all()):
@@ -71,6 +75,23 @@ def predict_any(module: LightningModule, x: Any, strategy: str | None = None) ->
         found = Prediction(*(torch.where(fine.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
     places = torch.tensor([*(ledger.index(task.name) for task in inference.tasks), -1], device=found.tasks.device)
     return found._replace(tasks=places[found.tasks])
+
+
+def _positions(inference: TaskInference, among: str | Sequence[str] | None) -> list[int] | None:
+    """Where tasks stand, by their names.
+
+    Raises:
+        ContinualError: for what is no name of a task that can be inferred.
+    """
+    if among is None:
+        return None
+    names = [task.name for task in inference.tasks]
+    wanted = [among] if isinstance(among, str) or not isinstance(among, Iterable) else list(among)
+    strange = [name for name in wanted if name not in names]
+    if strange or not wanted:
+        got = repr(strange[0]) if strange else "none"
+        raise ContinualError(f"among: must name tasks that can be inferred ({', '.join(names)}), got {got}.")
+    return [names.index(name) for name in wanted]
 
 
 def _rows_fine(x: Any) -> Bool[Tensor, "batch"] | None:

@@ -30,11 +30,14 @@ class Scored:
         task_accuracy: for each learned task the share whose task was told rightly.
         none_auroc: how well the probability of "none of the known" parts test samples of tasks never seen from those
             of learned ones: the area under the ROC curve; None once all tasks are learned.
+        named_accuracy: for each learned task the share whose class was told rightly where the task is named: not by
+            its outputs alone, as in ``accuracy_matrix`` of the result, but with what the strategy says of its classes.
     """
 
     accuracy: list[float]
     task_accuracy: list[float]
     none_auroc: float | None
+    named_accuracy: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -47,11 +50,14 @@ class StrategyScores:
 
     def as_dict(self) -> dict[str, Any]:
         """The scores with their averages after the last task, as ``result.json`` shows them."""
+        named = self.rows[-1].named_accuracy if self.rows else []
         return {
             "accuracy_matrix": [row.accuracy for row in self.rows],
             "average_accuracy": _mean(self.rows[-1].accuracy) if self.rows else None,
             "task_inference_accuracy": _mean(self.rows[-1].task_accuracy) if self.rows else None,
             "task_accuracy_matrix": [row.task_accuracy for row in self.rows],
+            "task_incremental_accuracy": _mean(named) if named else None,
+            "task_incremental_matrix": [row.named_accuracy for row in self.rows],
             "none_auroc": [row.none_auroc for row in self.rows],
             "none_auroc_in_turn": self.none_in_turn,
             "none_auroc_mean": _mean(self.none_in_turn) if self.none_in_turn else None,
@@ -66,6 +72,10 @@ class StrategyScores:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _share(right: Tensor) -> float:
+    return float(right.double().mean())
 
 
 @torch.no_grad()
@@ -101,16 +111,18 @@ def score_strategies(
         return
     for name, outcomes in found.items():
         pairs = list(zip(scored, outcomes, strict=True))
-        accuracy = [float((o.classes == o.target).double().mean()) for o in outcomes]
-        told = [float((o.tasks == names.index(task.name)).double().mean()) for task, o in pairs if task.name in names]
-        known = torch.cat([o.none for task, o in pairs if task.name in names])
+        learned = [(names.index(task.name), outcome) for task, outcome in pairs if task.name in names]
+        accuracy = [_share(o.classes == o.target) for o in outcomes]
+        told = [_share(o.tasks == number) for number, o in learned]
+        named = [_share(o.by_task[:, number] == o.target) for number, o in learned]
+        known = torch.cat([o.none for _, o in learned])
         strange = [o.none for task, o in pairs if task.name not in names]
         auroc = None
         if strange:
             values = torch.cat([known, *strange])
             auroc = float(binary_auroc(values, (torch.arange(len(values), device=values.device) >= len(known)).long()))
         kept = StrategyScores.from_dict(scores[name]) if name in scores else StrategyScores()
-        kept.rows.append(Scored(accuracy, told, auroc))
+        kept.rows.append(Scored(accuracy, told, auroc, named))
         kept.stored_floats = inference.stored_floats(name)
         scores.pop(name, None)
         scores[name] = asdict(kept)  # the one that predicts comes first
@@ -123,6 +135,7 @@ class _Outcome:
     classes: Tensor
     tasks: Tensor
     none: Tensor
+    by_task: Tensor
     target: Tensor
 
 
@@ -140,7 +153,8 @@ def _over(
             inferred = inference.infer(readout, name)
             best = inferred.scores.argmax(dim=1)
             classes = inferred.classes.gather(1, best[:, None])[:, 0]
-            parts[name].append((classes, best, inferred.probabilities[:, -1], forward.found[1]))
+            none = inferred.probabilities[:, -1]
+            parts[name].append((classes, best, none, inferred.classes, forward.found[1]))
     return {
         name: _Outcome(*(torch.cat(column) for column in zip(*found, strict=True))) for name, found in parts.items()
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,6 +187,7 @@ class TaskInference:
         strategy: str | None = None,
         *,
         none: Bool[Tensor, "batch"] | None = None,
+        among: Sequence[int] | None = None,
     ) -> Prediction:
         """Class, distribution, task and score of each sample.
 
@@ -198,10 +199,12 @@ class TaskInference:
             width: how many classes there are, seen or not.
             strategy: another one than the first.
             none: samples that are none of the known, whatever they look like.
+            among: positions of the tasks that it can be, where that is known.
         """
         own = torch.cat([task.sites.outputs for task in self.tasks]).to(readout.outputs.device)
         given = [readout.outputs[:, own], *([] if readout.inputs is None else [readout.inputs])]
-        inferred = self.infer(readout, strategy).without(given, none)
+        inferred = self.infer(readout, strategy)
+        inferred = (inferred if among is None else inferred.among(among)).without(given, none)
         batch, none_of = len(inferred.scores), len(self.tasks)
         best = inferred.probabilities.argmax(dim=1)
         known = best.clamp_max(none_of - 1)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_cf.network.finite import rows_finite
 
@@ -44,6 +45,22 @@ class Inferred:
     probabilities: Float[Tensor, "batch tasks_and_none"]
     classes: Int64[Tensor, "batch tasks"]
     within: tuple[Float[Tensor, "batch _"], ...]
+
+    def among(self, chosen: Sequence[int]) -> Inferred:
+        """The same where it is known to be one of some tasks, or none of the known ones.
+
+        Args:
+            chosen: positions of these tasks.
+        """
+        count = self.scores.shape[1]
+        other = torch.ones(count + 1, dtype=torch.bool, device=self.scores.device)
+        other[[*chosen, count]] = False
+        scores = self.scores.masked_fill(other[:-1], -torch.inf)
+        found = self.probabilities.masked_fill(other, 0)
+        total = found.sum(dim=1, keepdim=True)
+        # Probabilities of tasks that are far from likely may all be rounded to 0; then the likeliest has all of it.
+        likeliest = F.one_hot(scores.argmax(dim=1), count + 1).to(found)
+        return replace(self, scores=scores, probabilities=torch.where(total > 0, found / total, likeliest))
 
     def without(self, given: Sequence[Float[Tensor, "batch _"]], none: Bool[Tensor, "batch"] | None) -> Inferred:
         """The same scores; what is not finite has a probability of one for none, and no other.

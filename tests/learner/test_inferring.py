@@ -448,13 +448,20 @@ def test_the_runner_scores_every_strategy_after_every_task(tmp_path):
     document = result.class_incremental
     assert document["strategy"] == next(iter(result.strategies))
     assert document["network_parameters"] == sum(p.numel() for p in classifier().parameters())
-    for scores in result.strategies.values():
+    for name, scores in result.strategies.items():
         found = scores.as_dict()
         matrix = torch.tensor(found["accuracy_matrix"])
         assert matrix.shape == (3, 3)
         assert float(matrix.triu(1).abs().max()) == 0.0  # classes that were not yet seen are never told
         assert found["average_accuracy"] == pytest.approx(float(matrix[-1].mean()))
         assert found["none_auroc"][-1] is None
+        named = found["task_incremental_matrix"][-1]
+        for right, by_name in zip(matrix[-1].tolist(), named, strict=True):
+            assert right <= by_name + 1e-6  # who names the task takes no right class away
+        assert [len(row) for row in found["task_incremental_matrix"]] == [1, 2, 3]
+        assert found["task_incremental_accuracy"] == pytest.approx(sum(named) / 3)
+        if not isinstance(STRATEGIES[name], Cumulative):  # which say something of a task's classes themselves
+            assert named == pytest.approx(result.accuracy.matrix[-1].tolist())
         assert len(found["none_auroc_in_turn"]) == 3
         assert found["none_auroc_in_turn"][-1] == pytest.approx(found["none_auroc"][-2], abs=1e-3)  # the last one again
         assert found["none_auroc_mean"] == pytest.approx(sum(found["none_auroc_in_turn"]) / 3)
@@ -556,6 +563,33 @@ def test_a_module_of_parametrised_outputs_is_left_alone():
 
 
 BAD = {"nan": float("nan"), "inf": float("inf"), "too large": 3e38}
+
+
+def test_where_it_is_known_to_be_one_of_some_tasks_it_is_none_of_the_others(every):
+    module, sequence, _ = every
+    inference, task = inference_of(module.ledger), sequence[1]
+    x, y = next(iter(task.test_dataloader()))
+    with torch.no_grad():
+        readout = inference.read(module, module, x, alone=True)
+    for strategy in inference.strategies:
+        everyone = module.predict_any(x, strategy)
+        for a, b in zip(everyone, module.predict_any(x, strategy, among=[t.name for t in inference.tasks]), strict=True):
+            torch.testing.assert_close(a, b)
+        named = module.predict(x, strategy, among=task.name)
+        assert set(named.tasks.tolist()) <= {1, -1}
+        own = inference.infer(readout, strategy).classes[:, 1]
+        assert torch.equal(named.classes, torch.where(named.tasks < 0, -1, own)), strategy
+        torch.testing.assert_close(named.probabilities.sum(dim=1), torch.ones(len(x)))
+        others = [c for t in inference.tasks if t.name != task.name for c in t.classes]
+        assert float(named.probabilities[:, others].max()) == 0
+        scores = inference.infer(readout, strategy).scores
+        two = module.predict(x, strategy, among=(task.name, sequence[0].name))
+        torch.testing.assert_close(two.scores, scores[:, :2].amax(dim=1))
+        # What it may be besides none is no less likely than before.
+        assert bool((two.probabilities[:, -1] >= everyone.probabilities[:, -1] - 1e-6).all())
+    for wrong in ("nothing", ["nothing"], [], 3, [task.name, None]):
+        with pytest.raises(ContinualError, match="among: must name tasks that can be inferred"):
+            module.predict(x, among=wrong)
 
 
 @pytest.mark.parametrize("value", BAD)
