@@ -187,14 +187,15 @@ def table(options: Namespace, folder: Path, kind: str) -> str:
                     kind,
                     "joint training over all outputs" if joint else f"`{name}`",
                     percent([f["average_accuracy"] for f in found]),
+                    percent([t["task_incremental_accuracy"] for t in told]),
                     percent([t["average_accuracy"] for t in told]),
                     percent([f["forgetting"] for f in found]),
                     "" if joint else f"{mean(t['none_auroc_mean'] for t in told):.3f}",
                     "0" if joint else f"{mean(t['stored_floats'] for t in told):.0f}",
                 ]
             )
-    head = ["input", "strategy", "task-incremental %", "class-incremental %", "forgetting", "AUROC of none"]
-    return markdown([*head, "floats kept"], rows)
+    head = ["input", "strategy", "task-incremental %", "with the strategy", "class-incremental %", "forgetting"]
+    return markdown([*head, "AUROC of none", "floats kept"], rows)
 
 
 if __name__ == "__main__":
