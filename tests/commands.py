@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import jaxtyping
+import torch
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.figure import Figure
@@ -45,7 +46,8 @@ FORK = multiprocessing.get_context("fork")
 
 
 def forked(*arguments):
-    """The command in a process of its own, which has begun and need not import anything anew."""
+    """The command in a process of its own, which has begun and need not import anything anew; in a test of ``one_thread``."""
+    assert torch.get_num_threads() == 1, "pytest.mark.usefixtures('one_thread')"
     process = FORK.Process(target=_command, args=arguments)
     process.start()
     return process

@@ -123,6 +123,12 @@ SWITCHES = {
 }
 
 
+@pytest.fixture
+def one_thread():
+    """In a child that is forked, several threads of OpenMP would wait for ever for those that the fork left behind."""
+    torch.set_num_threads(1)  # _switches puts it back
+
+
 @pytest.fixture(autouse=True)
 def _signal_handlers():
     """Lightning ignores SIGINT from the first Ctrl+C on: later tests hear it as before."""

@@ -165,6 +165,7 @@ def test_a_folder_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
     assert "seed=0, not 1" in errors
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_goes_on_after_its_last_finished_phase(tmp_path, monkeypatch, capsys):
     line = [*SMALL, TWO, "task_inference=none"]
     assert here(monkeypatch, capsys, f"run={tmp_path / 'whole'}", *line)[0] == 0
@@ -200,6 +201,7 @@ def job(command, environment):
     return process.exitcode
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_sweep_gives_for_each_job_what_the_job_alone_gives(tmp_path, monkeypatch, capsys):
     small = ["epochs=1", "invariance_epochs=1", "model.network.hidden=[12]", "compare=false"]
     small += ["tasks.order=[0,1]", "task_inference=none"]
@@ -235,6 +237,7 @@ def test_a_search_gives_each_job_all_of_its_configuration(tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_a_sweep_names_a_metric_that_results_do_not_have(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "_status", job)
     line = ["-m", f"run={tmp_path}", *SMALL, "tasks.order=[0,1]", "task_inference=none"]

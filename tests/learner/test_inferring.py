@@ -568,12 +568,14 @@ BAD = {"nan": float("nan"), "inf": float("inf"), "too large": 3e38}
 def test_where_it_is_known_to_be_one_of_some_tasks_it_is_none_of_the_others(every):
     module, sequence, _ = every
     inference, task = inference_of(module.ledger), sequence[1]
-    x, y = next(iter(task.test_dataloader()))
+    x, _ = next(iter(task.test_dataloader()))
     with torch.no_grad():
         readout = inference.read(module, module, x, alone=True)
     for strategy in inference.strategies:
         everyone = module.predict_any(x, strategy)
-        for a, b in zip(everyone, module.predict_any(x, strategy, among=[t.name for t in inference.tasks]), strict=True):
+        for a, b in zip(
+            everyone, module.predict_any(x, strategy, among=[t.name for t in inference.tasks]), strict=True
+        ):
             torch.testing.assert_close(a, b)
         named = module.predict(x, strategy, among=task.name)
         assert set(named.tasks.tolist()) <= {1, -1}

@@ -15,6 +15,7 @@ from lightning_cf import SequentialTaskRunner
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings(
         "ignore:.*no claim within the budget", "ignore:You passed in a `val_dataloader`", "ignore:.*fork"
     ),
@@ -22,15 +23,6 @@ pytestmark = [
 
 FORK = multiprocessing.get_context("fork")
 KILLS = 14
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """In a child that is forked, several threads of OpenMP would wait for ever for those that the fork left behind."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Steps(Callback):
