@@ -46,7 +46,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def forked(*arguments):
-    """The command in a process of its own, which has begun and need not import anything anew; in a test of ``one_thread``."""
+    """The command in a process that need not import anything anew, in a test of ``one_thread``."""
     assert torch.get_num_threads() == 1, "pytest.mark.usefixtures('one_thread')"
     process = FORK.Process(target=_command, args=arguments)
     process.start()
