@@ -134,6 +134,14 @@ def test_units_of_the_first_task_are_averaged_in_cells(shape):
     torch.testing.assert_close(found, values.flatten(1))
 
 
+def test_units_are_raised_to_a_power_by_their_size():
+    x, site = torch.tensor([[4.0, -9.0, 7.0], [0.0, 1.0, 7.0]]), unit_site(3, [True, True, False])
+    found = FirstUnits(power=0.5).of({}, seen(torch.zeros(2, 1), maps={"w": x}), nowhere(site))
+    torch.testing.assert_close(found, torch.tensor([[2.0, -3.0], [0.0, 1.0]]))
+    with pytest.raises(ContinualError, match="Pretrained: power must be a finite number above 0, got -1"):
+        Pretrained(power=-1)
+
+
 def test_a_first_task_without_units_is_said():
     with pytest.raises(ContinualError, match="the first task owns no hidden unit"):
         FirstUnits().of({}, seen(torch.zeros(2, 1), maps={"w": torch.zeros(2, 4)}), nowhere(unit_site(4, [False] * 4)))

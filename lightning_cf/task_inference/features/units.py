@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError, check_count, check_flag
+from lightning_cf.errors import ContinualError, check_count, check_flag, check_number
 from lightning_cf.task_inference.features.base import Features, Fixed, Rows, averaged
 from lightning_cf.task_inference.readout import Readout
 from lightning_cf.task_inference.sites import Site, Sites
@@ -28,19 +28,24 @@ class FirstUnits(Features):
     Args:
         grid: cells along each axis of positions, such as height and width; tokens and steps in time are averaged too.
         mirrored: whether to average over the input and its mirror image, another forward pass.
+        power: to which the averages are raised, by their size; below 1, a few that are large count for less (Perronnin
+            et al. 2010).
     """
 
     beside, maps = False, True
     missing: ClassVar[str] = "the first task owns no hidden unit that a layer reads by itself"
 
-    def __init__(self, grid: int = 2, *, mirrored: bool = False) -> None:
-        self.grid = check_count("FirstUnits", "grid", grid)
-        self.variants = (MIRRORED,) if check_flag("FirstUnits", "mirrored", mirrored) else ()
+    def __init__(self, grid: int = 2, *, mirrored: bool = False, power: float = 1.0) -> None:
+        owner = type(self).__name__
+        self.grid = check_count(owner, "grid", grid)
+        self.power = check_number(owner, "power", power, above=0.0)
+        self.variants = (MIRRORED,) if check_flag(owner, "mirrored", mirrored) else ()
 
     def of(self, fixed: Fixed, seen: Readout, sites: Sites) -> Rows:
         """The units' means in each cell, layer after layer."""
         found = self._all(seen, sites)
-        return (found + self._all(seen.others[MIRRORED], sites)) / 2 if self.variants else found
+        found = (found + self._all(seen.others[MIRRORED], sites)) / 2 if self.variants else found
+        return found if self.power == 1 else found.abs().pow(self.power) * found.sign()
 
     def _all(self, seen: Readout, sites: Sites) -> Rows:
         there = [site for site in self._chosen(seen, sites) if site.weight in seen.maps]
@@ -64,6 +69,7 @@ class Pretrained(FirstUnits):
     Args:
         grid: cells along each axis of positions, such as height and width.
         mirrored: whether to average over the input and its mirror image, another forward pass.
+        power: to which the averages are raised, by their size.
     """
 
     missing: ClassVar[str] = (
@@ -71,8 +77,8 @@ class Pretrained(FirstUnits):
         " of the partition: PartitionCallback(exclude=[...])"
     )
 
-    def __init__(self, grid: int = 1, *, mirrored: bool = False) -> None:
-        super().__init__(grid, mirrored=mirrored)
+    def __init__(self, grid: int = 1, *, mirrored: bool = False, power: float = 1.0) -> None:
+        super().__init__(grid, mirrored=mirrored, power=power)
 
     def _chosen(self, seen: Readout, sites: Sites) -> Iterable[Site]:
         for site in sites.hidden:
