@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_cf.cli import doctor
+from lightning_cf.cli.configuration import FOLDER, unread
 from lightning_cf.cli.environment import environment_variable
 from lightning_cf.cli.progress_bar import RunBar
 from lightning_cf.cli.run_log import logged_warnings
@@ -51,11 +52,6 @@ _ANYWHERE = (
     "pretrained",
 )
 """Options that do not change what a method's run finds, or that its runner compares by what they lead to."""
-
-_PACKAGE = Path(__file__).parent.parent
-_PACKAGED = _PACKAGE / "conf"
-_CONF = _PACKAGED if _PACKAGED.is_dir() else _PACKAGE.parent / "conf"
-
 
 VERSION_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
 """How Hydra is asked to behave as 1.3 does: from 1.4 on it knows no other way, and warns where it is asked."""
@@ -92,7 +88,7 @@ def _main(wanted: str | None) -> None:
             # It leaves nothing behind, also where an experiment would sweep.
             sys.argv[2:2] = ["hydra.mode=RUN", "hydra.run.dir=.", "hydra.output_subdir=null"]
 
-    @hydra.main(**VERSION_BASE, **_ANY_CLASS, config_path=str(_CONF), config_name="config")
+    @hydra.main(**VERSION_BASE, **_ANY_CLASS, config_path=str(FOLDER), config_name="config")
     def job(config: DictConfig) -> float | None:
         return _job(config, wanted)
 
@@ -258,6 +254,8 @@ def _checked(config: DictConfig, root: Path) -> dict[str, Any]:
     for name in ("tasks", "model", "trainer"):
         if not isinstance(config[name], DictConfig):
             raise ContinualError(f"lightning-cf: {name} must be one of the choices of its group, got {config[name]!r}.")
+    for name in unread(config):
+        warn(f"Nothing reads {name}=. Options lie in groups, such as model.optimizer.lr: see --help.", RunWarning)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     resolved["run"] = str(root)
     allow = _allowed(config)

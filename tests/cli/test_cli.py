@@ -122,6 +122,14 @@ def test_bad_input_ends_with_status_1_a_clear_line_and_no_traceback(tmp_path, ar
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_an_option_that_nothing_reads_is_named(tmp_path, monkeypatch, capsys):
+    line = [f"run={tmp_path / 'run'}", *SMALL, TWO, "task_inference=none"]
+    status, _, errors = here(monkeypatch, capsys, *line, "+lr=0.1", "+width=12", "model.network.hidden=[${width}]")
+    assert status == 0, errors
+    assert errors.count("warning: Nothing reads") == 1
+    assert "warning: Nothing reads lr=. Options lie in groups" in errors
+
+
 def test_what_cannot_be_made_leaves_the_folder_to_the_command_that_follows(tmp_path, monkeypatch, capsys):
     line = [f"run={tmp_path / 'run'}", *SMALL, TWO, "task_inference=none"]
     for wrong in ("model.optimizer.lr=x", "model.optimizer._target_=torch.nn.Linear"):
