@@ -79,6 +79,8 @@ class MaskedGradientCallback(ContinualCallback):
         super().on_fit_start(trainer, pl_module)
         state = state_for(pl_module, task_of(trainer, type(self).__name__))
         state.set_mask_outputs(self.mask_outputs)
+        how = {"example": state.example, "forward": state.forward}
+        self._hold = hold = Hold(pl_module, state.structure, state.ledger, subspace=self.subspace, **how).keep()
         self._show(pl_module, state, trainer)
         later = len(state.ledger.tasks) > 1
         self._unmet = {
@@ -86,7 +88,6 @@ class MaskedGradientCallback(ContinualCallback):
             for name, parameter in pl_module.named_parameters()
             if later and parameter.requires_grad and name not in state.structure.entries
         }
-        self._hold = hold = Hold(pl_module, state.structure, state.ledger, subspace=self.subspace).keep()
         self._renew(trainer, state, hold)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -125,6 +126,13 @@ class MaskedGradientCallback(ContinualCallback):
         hold = self._holding(pl_module)
         if hold is not None and not pl_module.automatic_optimization:
             hold.restore()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks whether earlier tasks give what they gave, while the network still is where it was trained."""
+        super().on_train_end(trainer, pl_module)
+        hold = self._holding(pl_module)
+        if hold is not None and pl_module.device.type != "cpu":
+            hold.look_back()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets go; what callbacks behind our back did to units of earlier tasks is undone, with a warning."""

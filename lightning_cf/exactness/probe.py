@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from lightning_cf.network.ways import running_way
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE, Levels
 from lightning_cf.utilities.randomness import keyed_generator, seed_torch
+
+FEW = 8
+"""So many samples of an example are run."""
 
 SHAKEN = 2**24
 """How many entries of one tensor are randomised at once, whole rows of it; bounds the memory that a probe takes."""
@@ -74,13 +78,8 @@ def first_leak(
 ) -> Leak | None:
     """The first layer whose owned outputs move when free entries do, None where there is none (see ``probe``)."""
     levels = ledger.levels(structure)
-    example = samples(module, example, 8)
-
-    def run() -> Any:
-        with torch.random.fork_rng():
-            seed_torch(0)  # for networks that draw random numbers in eval mode too
-            return forward(module, example)
-
+    example = samples(module, example, FEW)
+    run = partial(_run, module, example, forward)
     with eval_mode(module), same_state(module):
         before = _owned_outputs(module, structure, levels, run)
         for draw in range(2):
@@ -94,6 +93,33 @@ def first_leak(
                     shaken = _shaken(module, structure, levels, draw, size)
                     return Leak(place[0], first_moved(module, structure, levels, example, forward, shaken))
     return None
+
+
+@torch.no_grad()
+def owned_outputs(
+    module: nn.Module, structure: Structure, levels: Levels, example: Any, forward: Forward = call
+) -> dict[tuple[str, str, int], Tensor]:
+    """What owned units of each layer give for an example, and what the network returns of owned outputs.
+
+    Args:
+        module: the network.
+        structure: its structure, as traced.
+        levels: say which units are owned, in each way through the network.
+        example: an input whose first axis is the batch; its first samples are used.
+        forward: how to run the network on the example.
+
+    Returns:
+        values by layer, group of units and way; in the order of the forward pass, the network's own last.
+    """
+    run = partial(_run, module, samples(module, example, FEW), forward)
+    with eval_mode(module), same_state(module):
+        return _owned_outputs(module, structure, levels, run)
+
+
+def _run(module: nn.Module, example: Any, forward: Forward) -> Any:
+    with torch.random.fork_rng():
+        seed_torch(0)  # for networks that draw random numbers in eval mode too
+        return forward(module, example)
 
 
 @contextmanager

@@ -13,14 +13,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cf.errors import ContinualError, FrozenWarning, warn
+from lightning_cf.exactness.memory import Memory
 from lightning_cf.functional.belonging import check_parts, check_weights
-from lightning_cf.network.forward import named_tensors
-from lightning_cf.network.kept_entries import KeptEntries
+from lightning_cf.network.forward import Forward, call, named_tensors
 from lightning_cf.network.structure import Structure, UnitGroup
 from lightning_cf.ownership.freezing import Freezer
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
+from lightning_cf.ownership.sealed_entries import SealedEntries, cut_again
 from lightning_cf.subspaces.bases import bases_of, current_groups
 from lightning_cf.subspaces.projection import Projection
 from lightning_cf.subspaces.subspace import Subspace
@@ -35,6 +36,8 @@ class Hold:
         ledger: says what may move in the current phase.
         subspace: what holds the weights that later tasks train.
         optimizers: as in :func:`hold`.
+        example: likewise.
+        forward: likewise.
 
     Attributes:
         structure: whoever traces the network anew puts the new one here, and calls :meth:`renew`.
@@ -49,25 +52,27 @@ class Hold:
         *,
         subspace: Subspace | None = None,
         optimizers: Iterable[Optimizer] = (),
+        example: Any = None,
+        forward: Forward = call,
     ) -> None:
+        self.example, self.forward = example, forward
+        self._memory: Memory | None = None
         self.module, self.structure, self.ledger, self.subspace = module, structure, ledger, subspace
         self._optimizers = list(optimizers)
         self.frozen: dict[str, Tensor] = {}
         self._revision = -1
         self._freezer: Freezer | None = None
         self._projection: Projection | None = None
-        self._sealed: dict[str, KeptEntries] = {}
+        self._sealed: SealedEntries | None = None
         self._held: dict[str, Tensor] = {}
         self._handle: RemovableHandle
 
     def keep(self) -> Hold:
         """Remembers what earlier tasks own, which :meth:`put_back` compares with in the end."""
         make_owner_aware(self.module, self.ledger.norm_owners())  # as sealed tasks were; nothing where it is so
-        tensors = {n: t for n, t in named_tensors(self.module).items() if t.is_floating_point()}
-        sealed = self.ledger.sealed(self.structure, tensors)
-        self._sealed = {n: KeptEntries(tensors[n], mask) for n, mask in sealed.items() if bool(mask.any())}
-        for entries in self._sealed.values():
-            entries.save()
+        self._sealed = SealedEntries(self.module, self.structure, self.ledger)
+        if self._sealed.entries and self.example is not None and self.ledger.exact:
+            self._memory = Memory(self.module, self.structure, self.ledger, self.example, self.forward)
         return self
 
     def renew(
@@ -85,7 +90,7 @@ class Hold:
         """
         self.let_go()
         optimizers, tensors = list(optimizers), named_tensors(self.module)
-        self._held = tensors
+        self._held = dict(self.module.named_parameters())
         # Before the freezer, whose hook then runs later and has the last word.
         self._projection = Projection(tensors, self._in_subspace(tensors)).attach(optimizers)
         read = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) or n in self.structure.entries}
@@ -118,11 +123,9 @@ class Hold:
 
     def put_back(self) -> None:
         """Checks that what earlier tasks own is what it was, and what was cut zero; else puts it back, and warns."""
-        moved = [name for name, entries in self._sealed.items() if entries.moved()]
-        for name in moved:
-            self._sealed[name].restore()
-        self._sealed = {}
-        moved += self._cut_again()
+        moved = [] if self._sealed is None else self._sealed.put_back()
+        self._sealed = None
+        moved += cut_again(self.module, self.structure, self.ledger)
         for name, by in self.structure.written.items():
             if name in moved:
                 moved.remove(name)
@@ -138,15 +141,30 @@ class Hold:
                 " WeightAveraging and its kin are known and taken care of).",
                 FrozenWarning,
             )
+        self.look_back()
+
+    def look_back(self) -> None:
+        """Warns where earlier tasks' units give something else for the example than in the beginning."""
+        layer = "" if self._memory is None else self._memory.lost()
+        if layer:
+            self._memory = None  # said once
+            warn(
+                f"Units of earlier tasks in layer '{layer}' give something else than before this task was trained,"
+                f" though their weights are what they were. Something else that {type(self.module).__name__} computes"
+                " with has changed: an attribute that is no parameter and no buffer, a layer that the network does not"
+                " know of or that is new. Register it (register_buffer, nn.ModuleList) before the first task, so that"
+                " it is held.",
+                FrozenWarning,
+            )
 
     def give_up(self) -> None:
         """Lets go after an exception, which may have come in the middle of a step: all is as it was, unchecked."""
         try:
             self.restore()
-            for entries in self._sealed.values():
-                entries.restore()
+            if self._sealed is not None:
+                self._sealed.put_back()
         finally:
-            self._sealed = {}
+            self._sealed = None
             self.let_go()
 
     def let_go(self) -> None:
@@ -177,10 +195,10 @@ class Hold:
             return
         self.let_go()
         self.put_back()
-        self._check_same(named_tensors(self.module))
+        self._check_same(dict(self.module.named_parameters()))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        now = named_tensors(self.module)
+        now = dict(self.module.named_parameters())
         own = {id(parameter) for parameter in now.values()}
         stepped = (parameter for group in optimizer.param_groups for parameter in group["params"])
         if not any(id(parameter) in own for parameter in stepped):
@@ -193,8 +211,12 @@ class Hold:
         self._check_same(now)
 
     def _check_same(self, now: Mapping[str, Tensor]) -> None:
-        """Raises ContinualError where others stand in the place of the tensors that are held."""
-        other = next((name for name in {**self._held, **now} if now.get(name) is not self._held.get(name)), None)
+        """Raises ContinualError where others stand in the place of the parameters that are held."""
+        changed = (name for name in {**self._held, **now} if now.get(name) is not self._held.get(name))
+        parameters = dict(self.module.named_parameters())
+        other = next(
+            (name for name in changed if name in parameters or name not in now or name not in self._held), None
+        )
         if other is not None:
             raise ContinualError(
                 f"'{other}' was replaced while it was held (load_state_dict(assign=True), pruning, a parametrisation):"
@@ -219,25 +241,6 @@ class Hold:
             if group.name in bases
         ]
 
-    def _cut_again(self) -> list[str]:
-        """Sets what was cut for good to zero again; names of the tensors where it was not."""
-        known = {record["task"] for record in self.ledger.records}
-        partitioned = all(task.name in known for task in self.ledger.tasks if task.phase != "learn")
-        if not self.ledger.exact or not partitioned:
-            return []
-        found, parameters = [], dict(self.module.named_parameters())
-        sealed = self.ledger.sealed(self.structure, parameters)
-        for name, parameter in parameters.items():
-            cut = self.ledger.cut(self.structure, self.structure.entries.get(name, ()))
-            if self.structure.ways > 1 and name in sealed:
-                cut = cut & ~sealed[name]  # in no way through the network is anything cut that another one reads
-            if bool(cut.any()):
-                cut = cut.to(parameter.device)
-                if bool(torch.where(cut, parameter.detach(), 0).any()):
-                    parameter.detach().masked_fill_(cut, 0)
-                    found.append(name)
-        return found
-
 
 def hold(
     module: nn.Module,
@@ -246,6 +249,8 @@ def hold(
     *,
     subspace: Subspace | None = None,
     optimizers: Iterable[Optimizer] = (),
+    example: Any = None,
+    forward: Forward = call,
 ) -> Hold:
     """A context in which only what the current task may move moves, whatever loop and optimiser train meanwhile.
 
@@ -274,14 +279,17 @@ def hold(
         ledger: says what may move.
         subspace: what holds the weights that later tasks train (US 12387107, paragraph 24).
         optimizers: those that train, where a subspace is given; other entries are held under any.
+        example: an input; what earlier tasks' units give for it is compared before and after.
+        forward: how to run the network on it.
 
     Raises:
         ContinualError: for a subspace without optimisers.
 
     Warns:
-        FrozenWarning: in the end, if something else than an optimiser's step moved what earlier tasks own.
+        FrozenWarning: in the end, if something else than an optimiser's step moved what earlier tasks own, or what
+            their units give for the example.
     """
     optimizers = list(optimizers)
     if subspace is not None and not optimizers:
         raise ContinualError("hold: a subspace holds the steps of optimisers; give it optimizers=[...] too.")
-    return Hold(module, structure, ledger, subspace=subspace, optimizers=optimizers)
+    return Hold(module, structure, ledger, subspace=subspace, optimizers=optimizers, example=example, forward=forward)

@@ -11,9 +11,9 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from lightning_cf.network.forward import named_tensors
-from lightning_cf.network.structure import Structure, layer_of, lookup
+from lightning_cf.network.structure import NO_UNIT, Structure, layer_of, lookup
 from lightning_cf.ownership.ledger import NeuronLedger
-from lightning_cf.ownership.levels import FREE
+from lightning_cf.ownership.levels import FREE, Levels
 from lightning_cf.utilities.randomness import keyed_generator
 
 SAMPLES = 256
@@ -34,11 +34,11 @@ def keep_fingerprints(
     if _sizes(structure) != _known(ledger):
         return  # read from a checkpoint, and not all of its tasks were met again
     tensors = named_tensors(module)
-    owner = ledger.owner_of_units(structure)
+    levels = ledger.levels(structure)
     for number, task in enumerate(ledger.tasks):
         if task.phase != "learn" and (tasks is None or task.name in tasks):
             way = structure.way_of(task.name)  # what others feed into its units is not its own
-            found = {name: _places(name, tensor, structure, owner, number, way) for name, tensor in tensors.items()}
+            found = {name: _places(name, tensor, structure, levels, number, way) for name, tensor in tensors.items()}
             ledger.fingerprints[task.name] = {
                 name: {
                     "shape": list(tensors[name].shape),
@@ -59,15 +59,19 @@ def _known(ledger: NeuronLedger) -> tuple[dict[str, int], int]:
 
 
 def _places(
-    name: str, tensor: Tensor, structure: Structure, owner: Int64[Tensor, "units"], task: int, way: int
+    name: str, tensor: Tensor, structure: Structure, levels: Levels, task: int, way: int
 ) -> Int64[Tensor, "some"]:
-    """Some entries of a tensor that a task owns, by their place among all; none of what a forward pass writes."""
+    """Some entries of a tensor that a task owns, by their place among all; none of what a forward pass writes.
+
+    What is part of no unit, such as a buffer that shifts the input, belongs to the first task that runs it.
+    """
     nothing = torch.empty(0, dtype=torch.int64)
-    if name not in structure.entries or name in structure.written or not tensor.is_floating_point():
+    if name not in structure.entries or name in structure.written or tensor.is_complex():
         return nothing
     mask = torch.zeros((1,) * tensor.ndim, dtype=torch.bool)
     for use in structure.uses_on(name, way):
-        mask = mask | (lookup(use.target, owner, none=FREE) == task)
+        own = lookup(use.target, levels.owner, none=FREE) == task
+        mask = mask | torch.where(use.target == NO_UNIT, levels.first(use) == task, own)
     if not bool(mask.any()):
         return nothing
     most = ALL if layer_of(name) in structure.head.layers else SAMPLES

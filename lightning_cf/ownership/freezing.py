@@ -41,8 +41,8 @@ class Freezer:
     copies the frozen entries back after each step of an optimiser, since weight decay, momentum and second-order
     methods move entries whose gradient is zero. It is there for optimisers too that nobody told of, if they step what
     is held; others of the process, such as those of a second network, are left alone. Frozen BatchNorm
-    channels are normalised by their running statistics in train mode too, and these do not move. Buffers that a
-    forward pass changes, such as the vectors of spectral_norm, are put back with each step.
+    channels are normalised by their running statistics in train mode too, and these do not move. Buffers that training
+    changes, or puts another tensor in the place of, such as the vectors of spectral_norm, are put back with each step.
 
     >>> layer = nn.Linear(2, 2)
     >>> before = layer.weight.detach().clone()
@@ -72,11 +72,11 @@ class Freezer:
             if (name := f"{path}.running_mean" if path else "running_mean") in masks
         ]
         statistics = {id(buffer) for norm in self.norms for buffer in norm.module.buffers(recurse=False)}
-        self.buffers = [
-            KeptEntries(buffer, masks[name])
+        self.buffers = {
+            KeptEntries(buffer, masks[name]): place_of(module, name)
             for name, buffer in module.named_buffers()
-            if name in masks and id(buffer) not in statistics and buffer.is_floating_point() and bool(masks[name].any())
-        ]
+            if name in masks and id(buffer) not in statistics and bool(masks[name].any())
+        }
         self.optimizers: list[Optimizer] = []
         self.handles: list[RemovableHandle] = []
         self._passing: Passing | None = None
@@ -110,16 +110,26 @@ class Freezer:
         """Puts the frozen entries of parameters and buffers back."""
         if self._passing is not None and not self._passing.lasts:
             self._passing, self._meanwhile = None, {}
+        self._follow_buffers()
         for entries in (*self.entries, *self.buffers):
             entries.restore(self._meanwhile.get(entries))
 
     def detach(self) -> None:
         """Removes every hook; buffers that a forward pass changed since the last step are put back."""
         if self.handles:
+            self._follow_buffers()
             for entries in self.buffers:
                 entries.restore()
         while self.handles:
             self.handles.pop().remove()
+
+    def _follow_buffers(self) -> None:
+        """Holds what stands in a buffer's place now: ``self.mean = ...`` puts another tensor there."""
+        for entries, (holder, name) in self.buffers.items():
+            now = holder._buffers.get(name)
+            if now is not None and now is not entries.parameter and now.shape == entries.parameter.shape:
+                now = holder._buffers[name] = now.detach().clone()  # it may be somebody's data
+                entries.parameter = now
 
     def __enter__(self) -> Freezer:
         return self
@@ -151,6 +161,12 @@ class Freezer:
         if not {id(parameter) for parameter in held}.isdisjoint(map(id, stepped)):
             return True
         return not _storages(held).isdisjoint(_storages(stepped))
+
+
+def place_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The part of a module that has a tensor of that name, and how the part calls it."""
+    path, _, own = name.rpartition(".")
+    return module.get_submodule(path), own
 
 
 def _storages(tensors: Iterable[Tensor]) -> set[tuple[torch.device, int]]:

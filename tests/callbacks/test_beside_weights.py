@@ -1,0 +1,209 @@
+"""What a network computes with beside its weights: buffers, however they are written, and what is neither."""
+
+import warnings
+
+import pytest
+import torch
+from clouds import INPUTS, Net, clouds, points
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_cf import (
+    ContinualError,
+    FrozenWarning,
+    InvarianceCallback,
+    LedgerWarning,
+    MaskedGradientCallback,
+    PartitionCallback,
+)
+
+QUIET = {name: False for name in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")}
+
+
+class Shifted(Net):
+    """Shifts its input, and scales what it gives, by buffers that training writes."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+        self.register_buffer("mean", torch.zeros(INPUTS))
+        self.register_buffer("kept", torch.ones(INPUTS, dtype=torch.bool))
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        return super().forward((x - self.mean) * self.kept) * (1 + self.step / 10)
+
+    def training_step(self, batch, batch_idx):
+        self.write(self, batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+def another_tensor(net, x):
+    net.mean = 0.9 * net.mean + 0.1 * x.mean(dim=0)
+
+
+def in_place(net, x):
+    net.mean.mul_(0.9).add_(x.mean(dim=0), alpha=0.1)
+
+
+def whole_numbers(net, x):
+    net.step += 1
+
+
+def truths(net, x):
+    net.kept.copy_(torch.arange(INPUTS) % 5 != net.trainer.current_epoch)
+
+
+def the_batch_itself(net, x):
+    net.mean = x[0]
+
+
+def fit(module, task, epochs=3):
+    callbacks = [PartitionCallback(after=0.5), InvarianceCallback(), MaskedGradientCallback()]
+    trainer = Trainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, **QUIET)
+    trainer.fit(module.train(), datamodule=task)
+    module.eval()
+
+
+@torch.no_grad()
+def outputs(module):
+    return module(points([0, 1])[0])[:, :2].clone()
+
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*no claim within the budget",
+    "ignore:You passed in a `val_dataloader`",
+    "ignore:`LightningModule.configure_optimizers` returned `None`",
+)
+
+
+@pytest.mark.parametrize("write", [another_tensor, in_place, whole_numbers, truths, the_batch_itself])
+def test_buffers_that_training_writes_stay_as_the_first_task_left_them(write):
+    module, (first, second) = Shifted(write), (clouds("a", [0, 1]), clouds("b", [2, 3]))
+    data = second.train_dataloader().dataset.tensors[0].clone()
+    fit(module, first)
+    before, left = outputs(module), {name: x.clone() for name, x in module.named_buffers()}
+    assert any(bool((x != y).any()) for x, y in zip(left.values(), Shifted(write).buffers(), strict=True))  # it trained
+    fit(module, second)
+    assert torch.equal(outputs(module), before)
+    for name, x in module.named_buffers():
+        assert torch.equal(x, left[name]), name
+    assert torch.equal(second.train_dataloader().dataset.tensors[0], data)
+
+
+@pytest.mark.parametrize("name", ["mean", "kept", "step", "shift"])
+@pytest.mark.parametrize("large", [True, False])
+def test_what_has_no_unit_and_was_changed_between_fits_is_said(name, large):
+    module = Shifted(lambda net, x: None)
+    module.shift = nn.Parameter(torch.zeros(INPUTS))
+    module.forward = lambda x: Shifted.forward(module, x - module.shift)
+    if name == "mean":
+        module.mean.fill_(1.0)
+    fit(module, clouds("a", [0, 1]), epochs=2)
+    with torch.no_grad():
+        if name in ("mean", "shift"):
+            getattr(module, name).mul_(1.02 if not large else 1.0).add_(5.0 if large else 0.0)
+        elif name == "kept":
+            module.kept[: 9 if large else 1] = False
+        else:
+            module.step += 1
+    if large or name == "step":
+        with pytest.raises(ContinualError, match=f"not those that the ledger was made for: '{name}'"):
+            fit(module, clouds("b", [2, 3]), epochs=2)
+    else:
+        with pytest.warns(LedgerWarning, match=f"Since the last fit something changed weights.*'{name}'"):
+            fit(module, clouds("b", [2, 3]), epochs=2)
+
+
+class Centred(Net):
+    """A plain tensor, which nothing registers."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.zeros(INPUTS)
+
+    def forward(self, x):
+        return super().forward(x - self.mean)
+
+    def training_step(self, batch, batch_idx):
+        self.mean = 0.9 * self.mean + 0.1 * batch[0].mean(dim=0)
+        return super().training_step(batch, batch_idx)
+
+
+class Annealed(Net):
+    """A number."""
+
+    temperature = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.temperature
+
+    def on_train_batch_end(self, *args):
+        self.temperature *= 0.97
+
+
+class Listed(Net):
+    """A layer in a list, which the optimiser is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.more = [nn.Linear(INPUTS, INPUTS)]
+
+    def forward(self, x):
+        return super().forward(self.more[0](x))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([*self.parameters(), *self.more[0].parameters()], lr=0.006)
+
+
+class Branching(Net):
+    """A branch that comes with the second task's fit."""
+
+    def forward(self, x):
+        return super().forward(x) + (self.branch(x) if "branch" in self._modules else 0)
+
+    def on_fit_start(self):
+        if self.trainer.datamodule.name == "b":
+            self.branch = nn.Linear(INPUTS, 10)
+
+
+@pytest.mark.parametrize("kind", [Centred, Annealed, Listed, Branching])
+def test_what_nothing_holds_is_said_where_earlier_tasks_give_something_else(kind):
+    module = kind()
+    with warnings.catch_warnings(record=True) as before:
+        warnings.simplefilter("always")
+        fit(module, clouds("a", [0, 1]))
+    assert not [w for w in before if issubclass(w.category, FrozenWarning)]
+    with pytest.warns(FrozenWarning, match="layer .* give something else than before this task was trained") as said:
+        fit(module, clouds("b", [2, 3]))
+    assert len([w for w in said if issubclass(w.category, FrozenWarning)]) == 1
+
+
+class Rebinding(Net):
+    """Puts new parameters in the place of the old ones, as meta-learning writes an update."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        for layer in (self.a, self.b, self.c):
+            gradients = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
+            for (name, p), gradient in zip([*layer.named_parameters()], gradients, strict=True):
+                setattr(layer, name, nn.Parameter((p - 0.05 * gradient).detach()))
+
+    def configure_optimizers(self):
+        return None
+
+
+def test_parameters_in_whose_place_others_were_put_are_put_back():
+    module = Rebinding()
+    with pytest.warns(FrozenWarning, match="zero for good: they were put back"):
+        fit(module, clouds("a", [0, 1]))
+    before = outputs(module)
+    with pytest.warns(FrozenWarning, match="they were put back"):
+        fit(module, clouds("b", [2, 3]))
+    assert torch.equal(outputs(module), before)
