@@ -18,7 +18,7 @@ from lightning_cf import (
     PartitionCallback,
 )
 
-QUIET = {name: False for name in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")}
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
 class Shifted(Net):
