@@ -18,6 +18,13 @@ from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.traces import rows_cut_off
 from lightning_cf.utilities.randomness import isolated_generators
 
+_WAY_OUT = "Weights and ledger belong together: load both from the same checkpoint, the last one of the task before."
+
+_OF_BUFFERS = (
+    "Earlier tasks compute with them, so they stay as the first task left them: let what writes them between fits, such"
+    " as setup() that takes statistics of the data, do so before the first task only."
+)
+
 OTHER = 0.5
 """Values that lie further than this share of their size from what a ledger knows are of other weights."""
 
@@ -141,7 +148,7 @@ def check_weights(module: LightningModule, ledger: NeuronLedger, guard: LoadGuar
         where = f"ckpt_path={str(path)!r} holds weights that are not" if loaded else "The weights are not"
         raise ContinualError(
             f"{where} those that the ledger{source} was made for: {names} differ from what task '{worst.task}' left."
-            " Weights and ledger belong together: load both from the same checkpoint, the last one of the task before."
+            f" {_WAY_OUT if loaded or set(worst.tensors) & {*dict(module.named_parameters())} else _OF_BUFFERS}"
         )
     warn(
         f"Since the last fit something changed weights that task '{worst.task}' owns, by {worst.distance:.1%} of their"

@@ -125,7 +125,7 @@ class Hold:
         """Checks that what earlier tasks own is what it was, and what was cut zero; else puts it back, and warns."""
         moved = [] if self._sealed is None else self._sealed.put_back()
         self._sealed = None
-        moved += cut_again(self.module, self.structure, self.ledger)
+        moved = list(dict.fromkeys([*moved, *cut_again(self.module, self.structure, self.ledger)]))
         for name, by in self.structure.written.items():
             if name in moved:
                 moved.remove(name)

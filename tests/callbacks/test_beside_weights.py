@@ -109,7 +109,8 @@ def test_what_has_no_unit_and_was_changed_between_fits_is_said(name, large):
         else:
             module.step += 1
     if large or name == "step":
-        with pytest.raises(ContinualError, match=f"not those that the ledger was made for: '{name}'"):
+        way_out = "load both from the same checkpoint" if name == "shift" else "before the first task only"
+        with pytest.raises(ContinualError, match=f"not those that the ledger was made for: '{name}'.*{way_out}"):
             fit(module, clouds("b", [2, 3]), epochs=2)
     else:
         with pytest.warns(LedgerWarning, match=f"Since the last fit something changed weights.*'{name}'"):
