@@ -21,7 +21,7 @@ from lightning_cf.ownership.freezing import Freezer
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
-from lightning_cf.ownership.sealed_entries import SealedEntries, cut_again
+from lightning_cf.ownership.sealed_entries import SealedEntries, cut_again, isolated
 from lightning_cf.subspaces.bases import bases_of, current_groups
 from lightning_cf.subspaces.projection import Projection
 from lightning_cf.subspaces.subspace import Subspace
@@ -71,7 +71,7 @@ class Hold:
         """Remembers what earlier tasks own, which :meth:`put_back` compares with in the end."""
         make_owner_aware(self.module, self.ledger.norm_owners())  # as sealed tasks were; nothing where it is so
         self._sealed = SealedEntries(self.module, self.structure, self.ledger)
-        if self._sealed.entries and self.example is not None and self.ledger.exact:
+        if self._sealed.entries and self.example is not None and isolated(self.ledger):
             self._memory = Memory(self.module, self.structure, self.ledger, self.example, self.forward)
         return self
 

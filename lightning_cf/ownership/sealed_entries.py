@@ -46,6 +46,12 @@ class SealedEntries:
         return moved
 
 
+def isolated(ledger: NeuronLedger) -> bool:
+    """Whether what each task owns reads nothing else: isolation is exact, and every task so far was partitioned."""
+    known = {record["task"] for record in ledger.records}
+    return ledger.exact and all(task.name in known for task in ledger.tasks if task.phase != "learn")
+
+
 def cut_again(module: nn.Module, structure: Structure, ledger: NeuronLedger) -> list[str]:
     """Sets what was cut for good to zero again, where isolation is exact.
 
@@ -57,9 +63,7 @@ def cut_again(module: nn.Module, structure: Structure, ledger: NeuronLedger) -> 
     Returns:
         names of the tensors where it was not zero.
     """
-    known = {record["task"] for record in ledger.records}
-    partitioned = all(task.name in known for task in ledger.tasks if task.phase != "learn")
-    if not ledger.exact or not partitioned:
+    if not isolated(ledger):
         return []
     found, parameters = [], dict(module.named_parameters())
     sealed = ledger.sealed(structure, parameters)
