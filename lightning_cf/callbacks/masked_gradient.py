@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,14 @@ class MaskedGradientCallback(ContinualCallback):
         super().on_fit_start(trainer, pl_module)
         state = state_for(pl_module, task_of(trainer, type(self).__name__))
         state.set_mask_outputs(self.mask_outputs)
-        how = {"example": state.example, "forward": state.forward}
-        self._hold = hold = Hold(pl_module, state.structure, state.ledger, subspace=self.subspace, **how).keep()
+        self._hold = hold = Hold(
+            pl_module,
+            state.structure,
+            state.ledger,
+            subspace=self.subspace,
+            example=state.example,
+            forward=partial(state.run_whole, state.forward),
+        ).keep()
         self._show(pl_module, state, trainer)
         later = len(state.ledger.tasks) > 1
         self._unmet = {

@@ -57,7 +57,7 @@ class OutputView:
                 " number. Give the task classes that are numbered like its outputs, or join the heads in one layer."
             )
         self.handles: list[RemovableHandle] = []
-        self._masks = True
+        self._masks = self._shows = True
 
     def __enter__(self) -> OutputView:
         single = len(self.heads) == 1
@@ -79,11 +79,15 @@ class OutputView:
         self, own: Int64[Tensor, "_"], head: nn.Module, args: object, output: Float[Tensor, "..."]
     ) -> Float[Tensor, "..."]:
         """One of several heads keeps its columns and shows those of the task."""
+        if not self._shows:
+            return output
         columns = self._columns(output)[:, own.to(output.device)]
         lowest = self._lowest(output) / len(self.heads)  # the heads' outputs may be added up
         return output.masked_fill(_along(head, columns == NO_COLUMN, output), lowest)
 
     def _hook(self, head: nn.Module, args: object, output: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        if not self._shows:
+            return output
         columns = _along(head, self._columns(output), output)
         shown = torch.take_along_dim(output, columns.clamp_min(0), dim=column_axis(head, output))
         return shown.masked_fill(columns == NO_COLUMN, self._lowest(output))
@@ -99,6 +103,15 @@ class OutputView:
             yield
         finally:
             self._masks = True
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Meanwhile all columns are seen as they stand."""
+        self._shows = False
+        try:
+            yield
+        finally:
+            self._shows = True
 
     def _columns(self, output: Float[Tensor, "..."]) -> Int64[Tensor, "views_or_batch width"]:
         columns = self.columns.to(output.device)
