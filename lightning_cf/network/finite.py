@@ -21,6 +21,19 @@ _MULTIPLIED = {"weight", "scale", "statistic"}
 """What a tensor is where a number that is not finite makes outputs that are none; masks may well hold -inf."""
 
 
+def stored(x: Tensor) -> Tensor:
+    """The numbers that a tensor holds, in a plain one: of sparse and nested tensors those that they store.
+
+    >>> stored(torch.tensor([[0.0, 2.0], [0.0, 0.0]]).to_sparse()).tolist()
+    [2.0]
+    """
+    if x.layout == torch.strided and not x.is_nested:
+        return x
+    if x.layout == torch.sparse_coo:
+        return x.coalesce().values()
+    return x.to_dense() if x.is_mkldnn else x.values()
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of those that hold a number which is not finite, in their order; a device is asked once.
 
@@ -34,7 +47,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
             devices.setdefault(x.device, []).append(name)
     for names in devices.values():
         values = [tensors[name].detach() for name in names]
-        flags = torch.stack([(x.coalesce().values() if x.is_sparse else x).isfinite().all() for x in values])
+        flags = torch.stack([stored(x).isfinite().all() for x in values])
         found |= dict(zip(names, flags.tolist(), strict=True))
     return [name for name in tensors if not found.get(name, True)]
 
@@ -46,7 +59,7 @@ def described(names: Collection[str], tensors: Mapping[str, Tensor]) -> str:
     "layer 'net.0' ('net.0.weight': 1 of 2 numbers are nan)"
     """
     first = next(iter(names))
-    x = tensors[first].detach()
+    x = stored(tensors[first].detach())
     nan, bad = int(x.isnan().sum()), int((~x.isfinite()).sum())
     kind = "inf" if nan == 0 else "nan" if nan == bad else "nan or inf"
     others = f", and {len(names) - 1} tensors behind it" if len(names) > 1 else ""
