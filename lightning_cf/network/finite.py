@@ -98,16 +98,33 @@ def rows_finite(parts: Iterable[Shaped[Tensor, "rows ..."]]) -> Bool[Tensor, "ro
     return fine
 
 
-def rows_of(x: Any) -> list[Tensor]:
-    """The floating-point tensors of an input that hold one row a sample."""
-    given = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim]
-    return [leaf for leaf in given if leaf.is_floating_point() and len(leaf) == len(given[0])]
+def sample_axis(x: Tensor, count: int, *, turned: bool = False) -> int | None:
+    """Along which axis of a part of an input its samples lie; None where it does not hold one part a sample.
+
+    >>> x = torch.ones(4, 2)
+    >>> sample_axis(x, 4), sample_axis(x, 2), sample_axis(x, 2, turned=True), sample_axis(x[0], 2, turned=True)
+    (0, None, 1, 0)
+
+    Args:
+        x: that part.
+        count: how many samples there are.
+        turned: whether they lie along the second axis, behind tokens, where it has two.
+    """
+    if turned and x.ndim > 1 and x.shape[1] == count:
+        return 1
+    return 0 if x.ndim and x.shape[0] == count else None
 
 
-def infinite_rows(x: Any) -> Bool[Tensor, "batch"] | None:
-    """Which rows of an input hold infinite numbers, which gates and the like make finite."""
-    rows = rows_of(x)
-    found = [leaf.isinf().flatten(1).any(dim=1) if leaf.ndim > 1 else leaf.isinf() for leaf in rows]
+def rows_of(x: Any, count: int, *, turned: bool = False) -> list[Shaped[Tensor, "rows ..."]]:
+    """The floating-point tensors of an input that hold one part a sample, the samples first (see ``sample_axis``)."""
+    leaves = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    axes = [sample_axis(leaf, count, turned=turned) for leaf in leaves]
+    return [leaf.to_dense().movedim(axis, 0) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
+
+
+def infinite_rows(rows: Iterable[Shaped[Tensor, "rows ..."]]) -> Bool[Tensor, "rows"] | None:
+    """Which rows hold infinite numbers, which gates and the like make finite; None where there are no tensors."""
+    found = [x.isinf().flatten(1).any(dim=1) if x.ndim > 1 else x.isinf() for x in rows]
     return torch.stack(found).any(dim=0) if found else None
 
 

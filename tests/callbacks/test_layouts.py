@@ -3,7 +3,7 @@
 import pytest
 import torch
 from clouds import Net, points
-from learning import fit, own_logits, three
+from learning import fit, inferred, own_logits, three
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -82,6 +82,19 @@ def test_what_a_task_owns_stays_bitwise(make, change):
     before = own_logits(net, first)
     fit(net, task("b", [2, 3], change), three(), epochs=2)
     assert torch.equal(own_logits(net, first), before)
+
+
+def test_tasks_of_sparse_inputs_are_inferred_by_the_networks_units():
+    module = inferred(
+        Sparse(), [task(name, c, torch.Tensor.to_sparse) for name, c in (("a", [0, 1]), ("b", [2, 3]))], "energy"
+    )
+    x = points([0, 1, 2, 3], 24)[0]
+    expected = module.predict_any(x)
+    assert all(torch.equal(a, b) for a, b in zip(module.predict_any(x.to_sparse()), expected, strict=True))
+    x[2, 5] = torch.nan
+    found, rows = module.predict_any(x.to_sparse()), torch.arange(24) == 2
+    assert found.classes[2] == -1
+    assert torch.equal(found.classes[~rows], expected.classes[~rows])
 
 
 def test_numbers_are_looked_at_in_every_layout():
