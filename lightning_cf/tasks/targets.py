@@ -50,7 +50,7 @@ def labels_of(batch: Any, columns: int | None = None, place: Place | None = None
         columns: how many outputs there are: targets that are one-hot rows of so many numbers are labels too.
         place: where in a batch the targets are; default the second of a pair.
     """
-    target = _at(batch, place)
+    target = part_at(batch, place)
     if not isinstance(target, Tensor):
         return None
     if target.ndim == 2 and target.shape[1] == columns and columns > 1:
@@ -86,8 +86,8 @@ def _parts(batch: Any) -> list[tuple[Any, Any]]:
     return list(enumerate(batch)) if isinstance(batch, (tuple, list)) else []
 
 
-def _at(batch: Any, place: Place | None) -> Any:
-    """What is at a place of a batch, if it has such a place."""
+def part_at(batch: Any, place: Place | None) -> Any:
+    """What is at a place of a batch, if it has such a place; without one the second of a pair."""
     if place is None:
         return batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
     for key in place:
