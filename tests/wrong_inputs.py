@@ -861,7 +861,7 @@ FITS = [
     ),
     (
         "fit(over(X[:0], Y[:0]))",
-        "Task 'a' has no training data: its train_dataloader() yields no batch. Check the data set's",
+        "Task 'a' has no training data: its train_dataloader() yields no batch with samples. Check the",
     ),
     (
         "fit(over(X, Y + 5))",
@@ -886,7 +886,7 @@ FITS = [
     ),
     (
         "start(tasks=[over(X[:0], Y[:0])])",
-        "Task 'a' has no training data: its train_dataloader() yields no batch. Check the data set's",
+        "Task 'a' has no training data: its train_dataloader() yields no batch with samples. Check the",
     ),
     (
         "start(tasks=[task(classes=[0, 9])])",
@@ -914,11 +914,11 @@ FITS = [
     ),
     (
         'start(tasks=[Task("a", {"train": [None]}, classes=[0, 1])])',
-        "Task 'a': its batches are no (input, target) pairs, so there is no example to trace",
+        "Task 'a' has no training data: its train_dataloader() yields no batch with samples. Check the",
     ),
     (
         'start(tasks=[Task("a", {"train": []}, classes=[0, 1])])',
-        "Task 'a' has no training data: its train_dataloader() yields no batch. Check the data set's",
+        "Task 'a' has no training data: its train_dataloader() yields no batch with samples. Check the",
     ),
     (
         "start(tasks=[task(evaluate=lambda module, batch: None)])",

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError, DivergenceError, DivergenceWarning, warn
 from lightning_cf.exactness.overflow import overflow
@@ -17,6 +16,7 @@ from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.network.finite import described, not_finite, watched
 from lightning_cf.network.kept_entries import Snapshot
+from lightning_cf.tasks.targets import finite
 
 LOOK = 25
 """After how many batches a GPU, or other processes, are asked whether a loss was not finite."""
@@ -125,8 +125,7 @@ class Watch:
         if not self.module.automatic_optimization:
             self.see(loss)  # its backward pass may have been hidden from us
         if self.first is not None and self.first.total == total and self.at_once:
-            leaves = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point()]
-            self.first.input = not all(bool(x.isfinite().all()) for x in leaves)
+            self.first.input = not finite(batch)
         due = self.first is not None if self.at_once else (total + 1) % LOOK == 0
         if due or self._stored_now():
             self.look()

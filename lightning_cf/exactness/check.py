@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.errors import StructureError, StructureWarning, warn
 from lightning_cf.exactness.probe import Leak, first_leak
 from lightning_cf.exactness.readings import OPERATIONS, decides_nothing
+from lightning_cf.exactness.repeating import first_unlike
 from lightning_cf.network.forward import Forward, call, samples
 from lightning_cf.network.kept_entries import replaced
 from lightning_cf.network.structure import Mixing, Structure, layer_of
@@ -60,10 +61,11 @@ def check_exact(
             network may depend on its input.
 
     Raises:
-        StructureError: if later tasks can train too little; else names the module and the operation, or the layer, by
-            which free units reach claimed ones.
+        StructureError: if outputs for one input are not always the same, or later tasks can train too little; else
+            names the module and the operation, or the layer, by which free units reach claimed ones.
     """
     said = set() if said is None else said
+    _check_repeats(module, structure, example, forward)
     share = trainable_share(module, structure, ledger)
     messages = list(dict.fromkeys(found.message() for found in structure.mixings if found.unknown or found.collapsed))
     if share < least:
@@ -74,6 +76,42 @@ def check_exact(
     if messages:
         _say(f"Later tasks can train {share:.1%} of the parameters. {_causes(messages)}", said)
     partitioned = {layer for group in structure.groups if group.name not in ledger.whole for layer in group.layers}
+    _check_reads(module, structure, partitioned, example, forward, said)
+    if structure.branches and partitioned:
+        doubt = _check_branches(module, structure, example, forward)
+        if doubt:
+            _say(doubt, said)
+    for draw in range(DRAWS):
+        leak = _leak(module, structure, ledger, example, forward, draw)
+        if leak is not None:
+            hidden = _names([leak.layer] if leak.layer in partitioned else sorted(partitioned))
+            raise StructureError(
+                f"isolation='exact' cannot hold: {_where(module, leak.layer)} change when only free weights change,"
+                f" though the weights from free into claimed units are zero{_why(structure, leak)}. Use"
+                f" isolation='perturb', or exclude=[{hidden}], which leaves the layers there to the first task."
+            )
+
+
+def _check_repeats(module: nn.Module, structure: Structure, example: Any, forward: Forward) -> None:
+    """Raises StructureError for a network that gives other outputs for the same input and the same weights."""
+    place = first_unlike(module, example, forward)
+    if place is None:
+        return
+    why = "it keeps a state between passes, draws from a generator of its own, or runs kernels that add in any order"
+    if structure.written:
+        name, by = next(iter(structure.written.items()))
+        why = f"{by} writes '{name}' in the forward pass, so that outputs depend on what came before"
+    raise StructureError(
+        f"isolation='exact' cannot hold: in eval mode {type(module).__name__} gives other outputs for the same input"
+        f" and the same weights, first in module '{place}': {why}. Let every pass in eval mode begin anew and draw"
+        " nothing, or use isolation='perturb'."
+    )
+
+
+def _check_reads(
+    module: nn.Module, structure: Structure, partitioned: set[str], example: Any, forward: Forward, said: set[str]
+) -> None:
+    """Raises StructureError where values of units are read into Python and may decide something."""
     for found in structure.reads:
         layers = [layer for layer in found.layers if layer in partitioned]
         if layers and found.operation in OPERATIONS and decides_nothing(module, example, forward):
@@ -89,19 +127,6 @@ def check_exact(
                 f" {_names(layers)} into Python ('{found.operation}': .item(), float() or an if), where nothing can"
                 f" tell what they change. Take that out, use isolation='perturb', or exclude={layers}, which leaves"
                 " these layers to the first task."
-            )
-    if structure.branches and partitioned:
-        doubt = _check_branches(module, structure, example, forward)
-        if doubt:
-            _say(doubt, said)
-    for draw in range(DRAWS):
-        leak = _leak(module, structure, ledger, example, forward, draw)
-        if leak is not None:
-            hidden = _names([leak.layer] if leak.layer in partitioned else sorted(partitioned))
-            raise StructureError(
-                f"isolation='exact' cannot hold: {_where(module, leak.layer)} change when only free weights change,"
-                f" though the weights from free into claimed units are zero{_why(structure, leak)}. Use"
-                f" isolation='perturb', or exclude=[{hidden}], which leaves the layers there to the first task."
             )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_cf.network.finite import stored
 from lightning_cf.network.forward import Forward, eval_mode, same_state, samples
 from lightning_cf.network.kept_entries import Snapshot
 from lightning_cf.utilities.randomness import isolated_generators
@@ -53,8 +54,8 @@ def _overflowing(module: nn.Module, example: Any, forward: Forward) -> dict[tupl
     found: dict[tuple[str, str], None] = {}
 
     def note(path: str, output: Any) -> None:
-        for x in tree_leaves(output):
-            if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) and x.numel():
+        for x in [stored(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]:
+            if (x.is_floating_point() or x.is_complex()) and x.numel():
                 largest, end = float(x.abs().max()), torch.finfo(x.dtype).max
                 if largest != largest or largest > end:
                     found[path, "no number"] = None

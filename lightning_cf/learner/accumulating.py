@@ -16,7 +16,7 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.learner.labels import Kept, positions_of, why_no_labels
 from lightning_cf.learner.together import Everyone
 from lightning_cf.lightning_api import LightningModule
-from lightning_cf.network.finite import infinite_rows, rows_finite
+from lightning_cf.network.finite import infinite_rows, rows_finite, rows_of
 from lightning_cf.task_inference import STRATEGIES, Known, Readout, Sites, TaskInference
 from lightning_cf.task_inference.cumulative import Labelled, Shared, cumulative
 from lightning_cf.task_inference.gathering import Shares, add_batch, gather, summed
@@ -175,7 +175,8 @@ def shown(
         if any(_same(leaf, target) for leaf in tree_leaves(readout.x)):
             readout = replace(readout, x=None)  # a forward pass that is given labels too, as for a loss of its own
         fine = rows_finite([readout.outputs, *([] if readout.inputs is None else [readout.inputs])])
-        if readout.inputs is None and (strange := infinite_rows(readout.x)) is not None:
+        rows = rows_of(readout.x, len(fine)) if readout.inputs is None else []
+        if (strange := infinite_rows(rows)) is not None:
             fine = fine & ~strange
         columns = known.sites.outputs.to(own.device)[own]
         yield (readout, columns) if bool(fine.all()) else (readout.part(fine), columns[fine.to(columns.device)])

@@ -15,8 +15,9 @@ from lightning_cf.errors import ContinualError
 from lightning_cf.learner.inferring import inference_of
 from lightning_cf.learner.keeping import ledger_of
 from lightning_cf.lightning_api import LightningModule, is_overridden
-from lightning_cf.network.finite import infinite_rows, rows_finite, rows_of
+from lightning_cf.network.finite import infinite_rows, rows_finite, rows_of, sample_axis
 from lightning_cf.network.forward import call, in_precision_of
+from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.task_inference import Prediction, TaskInference
 from lightning_cf.tasks.evaluation import forward_context
 
@@ -36,6 +37,40 @@ def predict_any(
     Raises:
         ContinualError: if no task was learned that can be inferred, or a name is not one of these.
     """
+    ledger, inference = _known(module)
+    x, chosen = in_precision_of(module, x), _positions(inference, among)
+    turned = any(task.sites.turned for task in inference.tasks)
+
+    def found_of(x: Any) -> Prediction:
+        with forward_context(module):
+            readout = inference.read(module, partial(call, module), x, strategy or inference.strategies[0], alone=True)
+        if readout.missing:
+            raise ContinualError(
+                f"'{readout.missing[0]}' does not run in the forward pass, so its task cannot be compared with others."
+                " Let forward compute the outputs of all tasks, side by side."
+            )
+        rows = [] if readout.inputs is not None else rows_of(x, len(readout.outputs), turned=turned)
+        strange = infinite_rows(rows)
+        return inference.predict(readout, ledger.width, strategy, none=strange, among=chosen)
+
+    found = found_of(x)
+    rows = rows_of(x, len(found.classes), turned=turned)
+    fine = rows_finite(rows) if rows else None
+    if fine is not None and bool(fine.any()) and not bool(fine.all()):
+        # Another pass for the others, as if those rows were like any: a network may compute with the whole batch.
+        others = found_of(_with_other_rows(x, fine, turned=turned))
+        pairs = zip(others, found, strict=True)
+        found = Prediction(*(torch.where(fine.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
+    places = torch.tensor([*(ledger.index(task.name) for task in inference.tasks), -1], device=found.tasks.device)
+    return found._replace(tasks=places[found.tasks])
+
+
+def _known(module: LightningModule) -> tuple[NeuronLedger, TaskInference]:
+    """What a module's ledger keeps to infer tasks by.
+
+    Raises:
+        ContinualError: if there is nothing, or no forward pass to do it in.
+    """
     ledger = ledger_of(module)
     inference = None if ledger is None else inference_of(ledger)
     if inference is not None and not inference.strategies:
@@ -54,27 +89,7 @@ def predict_any(
             f"Predictions without a task's name run the forward pass, but {type(module).__name__} has none. Define"
             " forward(self, x): it takes a batch of inputs and computes the outputs of all tasks."
         )
-    x, chosen = in_precision_of(module, x), _positions(inference, among)
-
-    def found_of(x: Any) -> Prediction:
-        with forward_context(module):
-            readout = inference.read(module, partial(call, module), x, strategy or inference.strategies[0], alone=True)
-        if readout.missing:
-            raise ContinualError(
-                f"'{readout.missing[0]}' does not run in the forward pass, so its task cannot be compared with others."
-                " Let forward compute the outputs of all tasks, side by side."
-            )
-        strange = infinite_rows(x) if readout.inputs is None else None
-        return inference.predict(readout, ledger.width, strategy, none=strange, among=chosen)
-
-    found, fine = found_of(x), _rows_fine(x)
-    if fine is not None and bool(fine.any()) and not bool(fine.all()):
-        # Another pass for the others, as if those rows were like any: a network may compute with the whole batch.
-        others = found_of(_with_other_rows(x, fine))
-        pairs = zip(others, found, strict=True)
-        found = Prediction(*(torch.where(fine.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
-    places = torch.tensor([*(ledger.index(task.name) for task in inference.tasks), -1], device=found.tasks.device)
-    return found._replace(tasks=places[found.tasks])
+    return ledger, inference
 
 
 def _positions(inference: TaskInference, among: str | Sequence[str] | None) -> list[int] | None:
@@ -94,14 +109,12 @@ def _positions(inference: TaskInference, among: str | Sequence[str] | None) -> l
     return [names.index(name) for name in wanted]
 
 
-def _rows_fine(x: Any) -> Bool[Tensor, "batch"] | None:
-    """Which rows of an input are finite; None where it has no numbers that might not be."""
-    rows = rows_of(x)
-    return rows_finite(rows) if rows else None
-
-
-def _with_other_rows(x: Any, fine: Bool[Tensor, "batch"]) -> Any:
-    """An input with a copy of its first finite row in the place of each that is not."""
+def _with_other_rows(x: Any, fine: Bool[Tensor, "batch"], *, turned: bool) -> Any:
+    """An input with a copy of its first finite sample in the place of each that is not."""
     chosen = torch.where(fine, torch.arange(len(fine), device=fine.device), fine.int().argmax())
-    rows = {id(leaf) for leaf in rows_of(x)}
-    return tree_map_only(Tensor, lambda leaf: leaf[chosen.to(leaf.device)] if id(leaf) in rows else leaf, x)
+
+    def copied(leaf: Tensor) -> Tensor:
+        axis = sample_axis(leaf, len(fine), turned=turned) if leaf.is_floating_point() else None
+        return leaf if axis is None else leaf.index_select(axis, chosen.to(leaf.device))
+
+    return tree_map_only(Tensor, copied, x)

@@ -102,7 +102,7 @@ def _finite(batch: Any) -> Any:
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
         return batch
     x, y = batch
-    if not x.ndim or x.shape[:1] != y.shape[:1] or not x.is_floating_point():
+    if not x.ndim or x.shape[:1] != y.shape[:1] or not x.is_floating_point() or x.layout != torch.strided:
         return batch
     fine = rows_finite([x])
     return batch if bool(fine.all()) or not bool(fine.any()) else (x[fine], y[fine.to(y.device)])

@@ -21,6 +21,19 @@ _MULTIPLIED = {"weight", "scale", "statistic"}
 """What a tensor is where a number that is not finite makes outputs that are none; masks may well hold -inf."""
 
 
+def stored(x: Tensor) -> Tensor:
+    """The numbers that a tensor holds, in a plain one: of sparse and nested tensors those that they store.
+
+    >>> stored(torch.tensor([[0.0, 2.0], [0.0, 0.0]]).to_sparse()).tolist()
+    [2.0]
+    """
+    if x.layout == torch.strided and not x.is_nested:
+        return x
+    if x.layout == torch.sparse_coo:
+        return x.coalesce().values()
+    return x.to_dense() if x.is_mkldnn else x.values()
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of those that hold a number which is not finite, in their order; a device is asked once.
 
@@ -34,7 +47,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
             devices.setdefault(x.device, []).append(name)
     for names in devices.values():
         values = [tensors[name].detach() for name in names]
-        flags = torch.stack([(x.coalesce().values() if x.is_sparse else x).isfinite().all() for x in values])
+        flags = torch.stack([stored(x).isfinite().all() for x in values])
         found |= dict(zip(names, flags.tolist(), strict=True))
     return [name for name in tensors if not found.get(name, True)]
 
@@ -46,7 +59,7 @@ def described(names: Collection[str], tensors: Mapping[str, Tensor]) -> str:
     "layer 'net.0' ('net.0.weight': 1 of 2 numbers are nan)"
     """
     first = next(iter(names))
-    x = tensors[first].detach()
+    x = stored(tensors[first].detach())
     nan, bad = int(x.isnan().sum()), int((~x.isfinite()).sum())
     kind = "inf" if nan == 0 else "nan" if nan == bad else "nan or inf"
     others = f", and {len(names) - 1} tensors behind it" if len(names) > 1 else ""
@@ -85,16 +98,33 @@ def rows_finite(parts: Iterable[Shaped[Tensor, "rows ..."]]) -> Bool[Tensor, "ro
     return fine
 
 
-def rows_of(x: Any) -> list[Tensor]:
-    """The floating-point tensors of an input that hold one row a sample."""
-    given = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim]
-    return [leaf for leaf in given if leaf.is_floating_point() and len(leaf) == len(given[0])]
+def sample_axis(x: Tensor, count: int, *, turned: bool = False) -> int | None:
+    """Along which axis of a part of an input its samples lie; None where it does not hold one part a sample.
+
+    >>> x = torch.ones(4, 2)
+    >>> sample_axis(x, 4), sample_axis(x, 2), sample_axis(x, 2, turned=True), sample_axis(x[0], 2, turned=True)
+    (0, None, 1, 0)
+
+    Args:
+        x: that part.
+        count: how many samples there are.
+        turned: whether they lie along the second axis, behind tokens, where it has two.
+    """
+    if turned and x.ndim > 1 and x.shape[1] == count:
+        return 1
+    return 0 if x.ndim and x.shape[0] == count else None
 
 
-def infinite_rows(x: Any) -> Bool[Tensor, "batch"] | None:
-    """Which rows of an input hold infinite numbers, which gates and the like make finite."""
-    rows = rows_of(x)
-    found = [leaf.isinf().flatten(1).any(dim=1) if leaf.ndim > 1 else leaf.isinf() for leaf in rows]
+def rows_of(x: Any, count: int, *, turned: bool = False) -> list[Shaped[Tensor, "rows ..."]]:
+    """The floating-point tensors of an input that hold one part a sample, the samples first (see ``sample_axis``)."""
+    leaves = [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    axes = [sample_axis(leaf, count, turned=turned) for leaf in leaves]
+    return [leaf.to_dense().movedim(axis, 0) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None]
+
+
+def infinite_rows(rows: Iterable[Shaped[Tensor, "rows ..."]]) -> Bool[Tensor, "rows"] | None:
+    """Which rows hold infinite numbers, which gates and the like make finite; None where there are no tensors."""
+    found = [x.isinf().flatten(1).any(dim=1) if x.ndim > 1 else x.isinf() for x in rows]
     return torch.stack(found).any(dim=0) if found else None
 
 

@@ -144,6 +144,9 @@ def samples(module: nn.Module, example: Any, count: int, start: int = 0) -> Any:
     batch = next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim), None)
 
     def cut(x: Tensor) -> Tensor:
-        return (x[start : start + count] if x.ndim and len(x) == batch else x).detach().to(device)
+        if x.ndim and len(x) == batch:
+            some = torch.arange(start, min(start + count, len(x)), device=x.device)
+            x = x.index_select(0, some) if x.is_sparse else x[start : start + count]
+        return x.detach().to(device)
 
     return tree_map_only(Tensor, cut, example)

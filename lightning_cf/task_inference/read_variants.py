@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -54,8 +55,13 @@ def _read(module: nn.Module, tasks: Sequence[Sites], run: Callable[[Any], Any], 
     device, count = found.outputs.device, len(found.outputs)
     x = _given(module, *calls[-1]) if calls else batch if alone else input_of(batch)
     x = tree_map_only(Tensor, lambda leaf: leaf.detach().to(device), x)
-    whole = all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == count for leaf in tree_leaves(x))
+    whole = not any(sites.turned for sites in tasks) and all(_by_rows(leaf, count) for leaf in tree_leaves(x))
     return replace(found, x=x if whole else None)
+
+
+def _by_rows(leaf: Any, count: int) -> bool:
+    """Whether a part of an input is a plain tensor with one row a sample."""
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.ndim > 0 and len(leaf) == count
 
 
 def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -75,18 +75,21 @@ class Watched:
         second: those of them whose input has the samples along its second axis, behind tokens.
         hooked: those whose input their module's hooks see too.
         whole: whether every output layer ran.
+        turned: whether the network's input has the samples along its second axis, behind tokens.
     """
 
     weights: frozenset[str]
     second: frozenset[str] = frozenset()
     hooked: frozenset[str] = frozenset()
     whole: bool = True
+    turned: bool = False
 
     def both(self, other: Watched) -> Watched:
         """What held in this trial and in another one: only that is taken for a property of the network."""
         apart = self.second ^ other.second
         weights = (self.weights & other.weights) - apart
-        return Watched(weights, self.second & weights, self.hooked & other.hooked, self.whole)
+        turned = self.turned or other.turned
+        return Watched(weights, self.second & weights, self.hooked & other.hooked, self.whole, turned)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Sites:
         outputs: the task's own output columns, one a class.
         chain: linear layers from the input on, each of which reads the units of the one before and nothing else.
         second: the weights among these whose layers read the samples along their input's second axis, behind tokens.
+        turned: whether the network's input has them there too.
     """
 
     inputs: str | None
@@ -109,6 +113,7 @@ class Sites:
     outputs: Int64[Tensor, "classes"]
     chain: tuple[Link, ...] = ()
     second: frozenset[str] = frozenset()
+    turned: bool = False
 
     @classmethod
     def of(
@@ -153,7 +158,8 @@ class Sites:
         chain = _chain(module, structure, owner, number, first)
         used = {first, *(site.weight for site in hidden)}
         second = frozenset() if watched is None else watched.second & used
-        return cls(first, tuple(hidden), heads, outputs, chain, second)
+        turned = watched is not None and watched.turned
+        return cls(first, tuple(hidden), heads, outputs, chain, second, turned)
 
     @staticmethod
     def output_layers(structure: Structure) -> dict[str, Int64[Tensor, "_"]]:
@@ -173,6 +179,7 @@ class Sites:
             "outputs": kept(self.outputs),
             "chain": [(link.weight, kept(link.rows), kept(link.columns)) for link in self.chain],
             "second": sorted(self.second),
+            "turned": self.turned,
         }
 
     @classmethod
@@ -181,8 +188,8 @@ class Sites:
         hidden = tuple(map(Site.from_state, state["hidden"]))
         heads = {path: columns.cpu() for path, columns in state["heads"].items()}
         chain = tuple(Link(weight, rows.cpu(), columns.cpu()) for weight, rows, columns in state["chain"])
-        second = frozenset(state.get("second", ()))
-        return cls(state["inputs"], hidden, heads, state["outputs"].cpu(), chain, second)
+        second, turned = frozenset(state.get("second", ())), bool(state.get("turned", False))
+        return cls(state["inputs"], hidden, heads, state["outputs"].cpu(), chain, second, turned)
 
 
 def kept(value: Tensor) -> Tensor:

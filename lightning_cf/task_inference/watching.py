@@ -11,6 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lightning_cf.network.finite import sample_axis
 from lightning_cf.network.forward import eval_mode, same_state
 from lightning_cf.network.structure import layer_of
 from lightning_cf.task_inference.readout import Recorder
@@ -32,7 +33,7 @@ def watch(
         weights: names of parameters whose layers to look at.
         heads: path of each output layer, with the output columns that it computes.
         run: runs the network on a batch.
-        batch: whose tensors have one row a sample.
+        batch: whose tensors have the samples along their first axis, or along the second, behind tokens.
     """
     names = list(weights)
     with eval_mode(module), same_state(module):
@@ -41,13 +42,18 @@ def watch(
             return Watched(frozenset(), whole=False)
         count = _count(found)
         other = count - 1 if count > 2 else count + 1
-        again = found
-        with suppress(Exception):  # whatever a user's forward pass raises for a batch of another size
-            again = _trial(module, names, heads, run, _resized(batch, count, other))[0]
+        again, turned = found, False
+        for axis in (0, 1):
+            with suppress(Exception):  # whatever a user's forward pass raises for a batch of another size
+                tried = _trial(module, names, heads, run, _resized(batch, count, other, axis))[0]
+                follows = bool(tried.columns) and _count(tried) == other
+                again, turned = (tried, axis == 1) if follows or axis == 0 else (again, turned)
+                if follows:
+                    break
     axes = {name: _axis(found, again, name) for name in found.found}
     seen = frozenset(name for name, axis in axes.items() if axis is not None)
     second = frozenset(name for name in seen if axes[name] == 1)
-    return Watched(seen, second, hooked & seen, whole=found.columns.keys() >= set(heads))
+    return Watched(seen, second, hooked & seen, whole=found.columns.keys() >= set(heads), turned=turned)
 
 
 def _trial(
@@ -82,12 +88,13 @@ def _count(recorder: Recorder) -> int:
     return len(next(iter(recorder.columns.values())))
 
 
-def _resized(batch: Any, count: int, other: int) -> Any:
-    """A batch of another size, made of its samples."""
+def _resized(batch: Any, count: int, other: int, axis: int) -> Any:
+    """A batch of another size, made of its samples, which lie along an axis."""
     rows = torch.arange(other) % count
 
     def cut(x: Tensor) -> Tensor:
-        return x[rows.to(x.device)] if x.ndim and len(x) == count else x
+        along = sample_axis(x, count, turned=axis == 1)
+        return x if along is None else x.index_select(along, rows.to(x.device))
 
     return tree_map_only(Tensor, cut, batch)
 

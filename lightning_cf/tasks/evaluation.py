@@ -103,6 +103,7 @@ class Scorer:
         # A metric or an evaluate= of the user's own may make labels into anything.
         self._known = task.metric is None or type(task.metric).__module__.startswith("torchmetrics.")
         self.one_hot = False
+        self.apart = False
         self.counted = False
 
     def add(self, batch: Any, number: int) -> None:
@@ -113,6 +114,7 @@ class Scorer:
         if task.metric is None:
             check_for_accuracy(task, predictions, target)
         self.one_hot = isinstance(batch, (tuple, list)) and len(batch) == 2 and predictions.shape == _shape(batch[1])
+        self.apart = self._targets_apart(batch, target)
         check_finite(task, batch, predictions, target, where)
         if self._known and not target.is_floating_point():
             self._check_labels(batch, predictions, target, where)
@@ -120,6 +122,16 @@ class Scorer:
         self.shapes = f" of predictions {list(predictions.shape)} and targets {list(target.shape)}"
         self.metric = self.metric or metric_for(task, predictions)
         self.metric.update(predictions, target)
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Says whose evaluate or metric it was, whatever that raises meanwhile."""
+        try:
+            yield
+        except ContinualError:
+            raise
+        except Exception as error:
+            raise self._cannot(error) from error
 
     def score(self) -> float:
         """What the metric says.
@@ -149,6 +161,27 @@ class Scorer:
             f"Task '{task.name}': its metric {type(self.metric).__name__} gives {found}, but a partition is judged by"
             " one number. Use a metric that averages, such as average='macro', or one of those in a collection."
         )
+
+    def _cannot(self, error: Exception) -> ContinualError:
+        told, said = f"Task '{self.task.name}' cannot be scored:", str(error)
+        if isinstance(error, KeyError):
+            said = f"KeyError {said}."
+        if self.shapes:
+            return ContinualError(
+                f"{told} {said} That is what its metric says{self.shapes}. Give the task"
+                " evaluate=lambda module, batch: (predictions, target) and metric=... that fit each other."
+            )
+        advice = "Give the task evaluate=lambda module, batch: (predictions, target)."
+        if self.task.evaluate is not supervised:
+            advice = "It must give predictions and target of a batch, whose shapes are those of its loaders."
+        return ContinualError(f"{told} its evaluate says: {said} {advice}")
+
+    def _targets_apart(self, batch: Any, target: Tensor) -> bool:
+        """Whether a batch has its labels, one a sample, elsewhere than where they are known to be."""
+        if self.task.evaluate is supervised or target.is_floating_point() or target.numel() > samples_in(batch):
+            return False
+        labels = self.task.task_loaders.labels_of(batch)
+        return labels is None or not torch.equal(labels.cpu(), target.flatten().cpu())
 
     def _check_labels(self, batch: Any, predictions: Tensor, target: Tensor, where: str) -> None:
         """Labels of samples are the task's classes; of pixels and tokens some may be void, which is said."""
@@ -206,10 +239,10 @@ def evaluate(module: LightningModule, task: Task, batches: Batches) -> float:
             a metric of several numbers.
     """
     scorer = Scorer(module, task, "the data that it is scored on")
-    with eval_mode(module):
+    with eval_mode(module), scorer.naming():
         for number, batch in enumerate(batches):
             scorer.add(batch, number)
-    return scorer.score()
+        return scorer.score()
 
 
 def judge(module: LightningModule, task: Task) -> float:

@@ -124,8 +124,9 @@ class Reading:
                 for number, batch in enumerate(batches if math.isinf(count) else islice(batches, int(count)), 1):
                     if self.began is not None:
                         self.began(place)
-                    yield from [batch] if self.parts is None else self.parts(batch)
-                    seen += samples_in(batch)
+                    given = [batch] if self.parts is None else self.parts(batch)
+                    yield from (part for part in given if not empty(part))
+                    seen += max(1, samples_in(batch))
                     if seen >= WITHOUT_LENGTH and (math.isinf(count) or number >= trained):
                         if math.isinf(count):
                             self._stopped(seen)
@@ -147,6 +148,16 @@ class Reading:
 def samples_in(batch: Any) -> int:
     """How many samples a batch has: the length of its longest tensor."""
     return max((len(x) for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim), default=1)
+
+
+def empty(batch: Any) -> bool:
+    """Whether a batch holds no sample, as where a ``collate_fn`` leaves out what it cannot read: it counts nothing.
+
+    >>> empty((torch.zeros(0, 3), torch.zeros(0))), empty((torch.zeros(2, 3), torch.zeros(2))), empty(None)
+    (True, False, True)
+    """
+    tensors = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
+    return batch is None or (bool(tensors) and not any(x.numel() for x in tensors))
 
 
 def several(loader: Any) -> bool:

@@ -8,6 +8,7 @@ from contextlib import closing, suppress
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.lightning_api import LightningModule
@@ -15,7 +16,7 @@ from lightning_cf.network.forward import eval_mode, same_state
 from lightning_cf.network.kept_entries import values_kept
 from lightning_cf.tasks.evaluation import Scorer, judge, predict
 from lightning_cf.tasks.reading import samples_in
-from lightning_cf.tasks.targets import finite, strange
+from lightning_cf.tasks.targets import finite, part_at, strange
 from lightning_cf.tasks.task import Task, supervised
 from lightning_cf.tasks.training_batches import first_batch, settle
 from lightning_cf.utilities.randomness import isolated_generators
@@ -55,19 +56,21 @@ def check_scoring(module: LightningModule, task: Task) -> None:
     _find_targets(module, task)
     _check_depends(module, task)
     scorer, seen, classes = Scorer(module, task, "its judging data"), 0, set[int]()
-    with eval_mode(module), isolated_generators():
+    with eval_mode(module), isolated_generators(), scorer.naming():
         rows = False
         for number, batch in enumerate(task.judging_batches()):
             if number == 0 or rows or _to_be_looked_at(task, batch):
-                _tried(scorer, batch, number)
+                scorer.add(batch, number)
             seen += samples_in(batch)
             labels = task.task_loaders.labels_of(batch)
             classes.update([] if labels is None else labels.tolist())
             if number == 0:
-                rows = scorer.one_hot  # those of a later batch may be none
+                rows = scorer.one_hot or scorer.apart  # those of a later batch may be none
                 _try_score(scorer)
             if seen >= SCANNED:
                 return
+        if scorer.metric is None:
+            scorer.score()  # says that no batch came
     _tell_one_class(task, classes & {*(task.classes or [])}, seen)
 
 
@@ -170,38 +173,13 @@ def _try_score(scorer: Scorer) -> None:
         raise
     except Exception:  # a metric that needs more than a batch, or one that cannot be
         pass
-    try:
-        judge(scorer.module, scorer.task)
-    except ContinualError:
-        raise
-    except Exception as error:
-        raise _cannot(scorer, error) from error
-
-
-def _tried(scorer: Scorer, batch: Any, number: int) -> None:
-    try:
-        scorer.add(batch, number)
-    except ContinualError:
-        raise
-    except Exception as error:  # whatever a user's evaluate or metric raises
-        raise _cannot(scorer, error) from error
-
-
-def _cannot(scorer: Scorer, error: Exception) -> ContinualError:
-    name, shapes = scorer.task.name, scorer.shapes
-    if shapes:
-        return ContinualError(
-            f"Task '{name}' cannot be scored: {error} That is what its metric says{shapes}. Give the task"
-            " evaluate=lambda module, batch: (predictions, target) and metric=... that fit each other."
-        )
-    advice = "Give the task evaluate=lambda module, batch: (predictions, target)."
-    if scorer.task.evaluate is not supervised:
-        advice = "It must give predictions and target of a batch, whose shapes are those of its loaders."
-    return ContinualError(f"Task '{name}' cannot be scored: its evaluate says: {error} {advice}")
+    judge(scorer.module, scorer.task)
 
 
 def _to_be_looked_at(task: Task, batch: Any) -> bool:
-    """Whether a batch holds labels of other tasks, or numbers that are not finite."""
+    """Whether a batch holds labels of other tasks, or no targets where others have theirs, or is not finite."""
+    if not isinstance(part_at(batch, task.task_loaders.place_of_targets), Tensor):
+        return True
     labels = task.task_loaders.labels_of(batch)
     other = task.classes is not None and labels is not None and strange(labels, task.classes, [])
     return bool(other) or not finite(batch)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.network.finite import stored
 from lightning_cf.tasks.declared import Declared
 
 IGNORED = -100
@@ -49,7 +50,7 @@ def labels_of(batch: Any, columns: int | None = None, place: Place | None = None
         columns: how many outputs there are: targets that are one-hot rows of so many numbers are labels too.
         place: where in a batch the targets are; default the second of a pair.
     """
-    target = _at(batch, place)
+    target = part_at(batch, place)
     if not isinstance(target, Tensor):
         return None
     if target.ndim == 2 and target.shape[1] == columns and columns > 1:
@@ -85,8 +86,8 @@ def _parts(batch: Any) -> list[tuple[Any, Any]]:
     return list(enumerate(batch)) if isinstance(batch, (tuple, list)) else []
 
 
-def _at(batch: Any, place: Place | None) -> Any:
-    """What is at a place of a batch, if it has such a place."""
+def part_at(batch: Any, place: Place | None) -> Any:
+    """What is at a place of a batch, if it has such a place; without one the second of a pair."""
     if place is None:
         return batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
     for key in place:
@@ -137,7 +138,7 @@ def strange(labels: Int64[Tensor, "_"], classes: Collection[int], besides: Colle
 def finite(batch: Any) -> bool:
     """Whether all numbers of a batch are finite."""
     numbers = (x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point())
-    return all(bool(x.isfinite().all()) for x in numbers)
+    return all(bool(stored(x).isfinite().all()) for x in numbers)
 
 
 def checked_pair(task: Declared, found: Any) -> tuple[Tensor, Tensor]:
@@ -211,10 +212,7 @@ def check_finite(task: Declared, batch: Any, predictions: Tensor, target: Tensor
     elif predictions.is_floating_point():
         bad = bad | predictions.isinf()
     if bool((bad & counted).any()):
-        inputs = any(
-            isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all()) for x in tree_leaves(batch)
-        )
-        cause = " The batch itself holds NaN or infinity: clean the data." if inputs else ""
+        cause = "" if finite(batch) else " The batch itself holds NaN or infinity: clean the data."
         raise ContinualError(
             f"Task '{task.name}': predictions for {where} are NaN or infinite, so that no score of them means"
             f" anything.{cause}"

@@ -160,8 +160,8 @@ class Task(LightningDataModule):
             self._check_labels(batch)
             return batch
         raise ContinualError(
-            f"Task '{self.name}' has no training data: its train_dataloader() yields no batch. Check the data set's"
-            " length, its filter of classes, and drop_last with the batch size."
+            f"Task '{self.name}' has no training data: its train_dataloader() yields no batch with samples. Check the"
+            " data set's length, its filter of classes, and drop_last with the batch size."
         )
 
     def _check_labels(self, batch: Any) -> None:

@@ -12,6 +12,7 @@ from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import eval_mode
 from lightning_cf.tasks.evaluation import predict
 from lightning_cf.tasks.loaders import pairs_in
+from lightning_cf.tasks.reading import empty
 from lightning_cf.tasks.task import Task, supervised
 from lightning_cf.utilities.randomness import isolated_generators
 
@@ -31,7 +32,7 @@ def training_batches(module: LightningModule, task: Task, *, ordered: bool = Fal
         return
     settle(module, task)
     for batch in loaders.judging() if loaders.batches == "val" else loaders.training():
-        yield from pairs_in(batch) if loaders.batches == "pairs" else [batch]
+        yield from (pair for pair in pairs_in(batch) if not empty(pair)) if loaders.batches == "pairs" else [batch]
 
 
 def first_batch(module: LightningModule, task: Task) -> Any:

@@ -1,4 +1,5 @@
 import warnings
+from contextlib import nullcontext
 
 import networks
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from learning import fit, tasks, three
 from networks import NETWORKS, Wired, build
 from torch import nn
+from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 
 from lightning_cf import Classifier
 from lightning_cf.errors import StructureError, StructureWarning
@@ -405,6 +407,67 @@ def test_state_that_the_forward_pass_writes_is_refused_by_operation_and_put_back
     with pytest.raises(StructureError, match=rf"'{operation}' in module 'forward' writes 'mean'.*isolation='perturb'"):
         check(network, torch.randn(16, 6))
     assert network.mean is mean and not mean.any()
+
+
+class Keeps(nn.Module):
+    """Carries its state over to the next batch of the same size."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head, self.state = nn.GRUCell(6, 5), nn.Linear(5, 3), None
+
+    def forward(self, x):
+        self.state = self.cell(x, self.state if self.state is not None and len(self.state) == len(x) else None).detach()
+        return self.head(self.state)
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head, self.generator = nn.Linear(6, 5), nn.Linear(5, 3), torch.Generator()
+
+    def forward(self, x):
+        return self.head(self.first(x + 0.01 * torch.randn(x.shape, generator=self.generator)))
+
+
+def quantised():
+    return FakeQuantize(MovingAverageMinMaxObserver, quant_min=0, quant_max=255, dtype=torch.quint8)
+
+
+@pytest.mark.parametrize(
+    ("make", "place"),
+    [
+        (Keeps, r"module 'forward': it keeps a state"),
+        (Noisy, r"module 'forward': it keeps a state between passes, draws from a generator of its own"),
+        (lambda: nn.Sequential(Noisy(), nn.ReLU(), nn.Linear(3, 3)), r"module '0': it keeps"),
+        # Which takes its first batch as it is, so that a second pass over that alone would show nothing.
+        (
+            lambda: nn.Sequential(quantised(), nn.Linear(6, 3)),
+            r"module '0': 'aten\.copy_' in module '0\..*' writes '0\.",
+        ),
+        (lambda: nn.Sequential(nn.Linear(6, 5), quantised(), nn.Linear(5, 3)), r"module '1': 'aten\.copy_'"),
+    ],
+    ids=["state", "generator", "generator within", "quantised", "quantised units"],
+)
+def test_other_outputs_for_the_same_input_are_refused_with_that_reason(make, place):
+    network = make()
+    before = {name: tensor.clone() for name, tensor in named_tensors(network).items()}
+    message = rf"in eval mode \w+ gives other outputs for the same input and the same weights, first in {place}"
+    with pytest.raises(StructureError, match=message + r".*isolation='perturb'\.$"):
+        check(network, torch.randn(16, 6))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(network).items())
+
+
+@pytest.mark.filterwarnings("ignore:.*no claim within the budget")
+@pytest.mark.parametrize("isolation", ["exact", "perturb"])
+def test_quantisation_aware_training_is_refused_before_the_first_step_and_may_be_perturbed(isolation):
+    layers = nn.Linear(64, 16), nn.ReLU(), quantised(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10)
+    module = Classifier(nn.Sequential(nn.Flatten(), quantised(), *layers))
+    before = [p.clone() for p in module.parameters()]
+    refused = pytest.raises(StructureError, match="gives other outputs") if isolation == "exact" else nullcontext()
+    with refused:
+        fit(module, tasks()[0], three(isolation=isolation), epochs=1)
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True)) is (isolation == "exact")
 
 
 def test_a_counter_in_the_forward_pass_is_no_leak():

@@ -9,7 +9,7 @@ from learning import quiet_trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from torchmetrics import MeanMetric, MeanSquaredError, Metric
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAccuracy
 from toys import Net, fit, loader, numbers
@@ -18,7 +18,7 @@ from lightning_cf import ContinualModule, SequentialTaskRunner, Task, TaskInfere
 from lightning_cf.callbacks.label_watch import LabelWatch
 from lightning_cf.errors import ContinualError, DataWarning
 from lightning_cf.learner.keeping import state_of
-from lightning_cf.tasks.evaluation import constant_predictor, evaluate
+from lightning_cf.tasks.evaluation import constant_predictor, evaluate, judge
 from lightning_cf.tasks.scoring_check import check_scoring
 from lightning_cf.tasks.targets import one_hot_labels
 
@@ -247,6 +247,46 @@ def test_labels_of_other_tasks_are_named_in_batches_that_are_no_pairs_too(train,
     with pytest.raises(ContinualError, match=message):
         fit(net, Task("a", {"train": train, "val": val}, classes=[0, 1], evaluate=score))
     assert net.steps == 2 * ("batch 2 of its training" in message)
+
+
+def either(module, batch):
+    """Takes pairs and mappings."""
+    return score_rows(module, batch) if isinstance(batch, dict) else (module(batch[0]), batch[1])
+
+
+def turned(module, batch):
+    """Takes pairs, and what has the labels elsewhere than these."""
+    return module(batch[0]), batch[-1]
+
+
+def triples(labels):
+    x = numbers(64)[0]
+    return DataLoader(TensorDataset(x, torch.zeros_like(labels), labels), 16)
+
+
+@pytest.mark.parametrize(
+    ("val", "score"),
+    [(rows(other), either), (triples(other(numbers(64)[1])), turned)],
+    ids=["mappings", "triples"],
+)
+def test_labels_of_other_tasks_are_named_where_validation_batches_are_not_like_training_batches(val, score):
+    net = Net()
+    net.validation_step = None
+    with pytest.raises(ContinualError, match="batch 2 of its judging data holds label 3, for which its predictions"):
+        fit(net, Task("a", {"train": loader(), "val": val}, classes=[0, 1], evaluate=score))
+    assert net.steps == 0
+
+
+@pytest.mark.parametrize("at", [2, 150])
+def test_batches_that_evaluate_does_not_take_are_said(at, tmp_path):
+    """Before training, where they are among those that are looked at."""
+    batches = [{"x": x, "labels": y} for x, y in loader(16 * 160)]
+    del batches[at]["labels"]
+    net, message = Net(), "Task 'a' cannot be scored: its evaluate says: KeyError 'labels'"
+    net.validation_step = None
+    with pytest.raises(ContinualError, match=message):
+        fit(net, Task("a", {"train": loader(), "val": batches}, classes=[0, 1], evaluate=either))
+    assert (net.steps == 0) is (at == 2)
 
 
 def test_of_several_validation_loaders_of_mappings_that_of_the_task_judges():
@@ -530,4 +570,62 @@ def test_predictions_that_fit_no_targets_are_refused_before_training(predictions
     task = Task("a", {"train": loader(), "val": loader()}, classes=[0, 1], evaluate=own)
     with pytest.raises(ContinualError, match="Task 'a'"):
         fit(net, task)
+    assert net.steps == 0
+
+
+# Batches that hold no samples
+
+
+def without(left_out, nothing):
+    """A loader whose collate_fn leaves samples out that it cannot read, of which a batch may be made."""
+
+    def collate(samples):
+        kept = [(x, y) for at, x, y in samples if int(at) not in left_out]
+        return tuple(map(torch.stack, zip(*kept, strict=True))) if kept else nothing
+
+    return DataLoader(TensorDataset(torch.arange(64), *numbers(64)), 16, collate_fn=collate)
+
+
+class Lenient(Net):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if len(batch[0]) else None
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.fixture(params=[None, (torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))], ids=["None", "empty"])
+def nothing(request):
+    return request.param
+
+
+@pytest.mark.parametrize("at", [0, 16, 48])
+def test_a_batch_without_samples_counts_nothing(at, nothing):
+    given = without(range(at, at + 16), nothing)
+    held = DataLoader(Subset(TensorDataset(*numbers(64)), [i for i in range(64) if not at <= i < at + 16]), 16)
+    found = []
+    for data in (given, held):
+        task, net = Task("a", {"train": loader(), "val": data, "test": data}, classes=[0, 1]), Lenient()
+        fit(net, task)
+        with state_of(net).showing(net, [task]):
+            found.append((judge(net, task), evaluate(net, task, task.task_loaders.testing()), net(numbers()[0])))
+    assert found[0][:2] == found[1][:2]
+    assert torch.equal(found[0][2], found[1][2])
+
+
+@pytest.mark.parametrize("at", [0, 16, 48])
+def test_a_training_batch_without_samples_is_passed_over(at, nothing, tmp_path):
+    task = Task("a", {"train": without(range(at, at + 16), nothing), "val": loader(), "test": loader()}, classes=[0, 1])
+    net = Lenient()
+    SequentialTaskRunner(net, [task], trainer=quiet_trainer, epochs=1, invariance_epochs=1, root=tmp_path).run()
+    assert net.steps == 6
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"), [("val", "no batch came of its judging data"), ("train", "has no training data")]
+)
+def test_data_of_empty_batches_alone_are_refused(stage, message, nothing):
+    net = Lenient()
+    with pytest.raises(ContinualError, match=message):
+        fit(net, Task("a", {"train": loader(), "val": loader(), stage: without(range(64), nothing)}, classes=[0, 1]))
     assert net.steps == 0
