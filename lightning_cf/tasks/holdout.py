@@ -7,16 +7,20 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
+    StackDataset,
     Subset,
     TensorDataset,
 )
@@ -24,6 +28,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_cf.lightning_api import _is_dataloader_shuffled
 from lightning_cf.tasks.reading import resample
+from lightning_cf.tasks.targets import labels_of
 from lightning_cf.utilities.randomness import derive_seed, keyed_generator
 
 MOST = 10_000
@@ -132,9 +137,11 @@ def split(loader: Any, share: float, *, name: str, processes: int = 1, classes: 
             loader, loader, f"{size} samples in batches of {loader.batch_size}{rest} cannot spare {share:.0%} of them"
         )
     order = _order(size, count, name)
-    held = _held(order, count, _labels(loader.dataset))
+    found = _labels(loader.dataset)
+    spare = [labels for labels in found if len(_held(order, count, [labels])) == count]
+    held = _held(order, count, spare or found)  # beside labels, numbers that mostly occur once are none
     if len(held) < count and not classes:
-        held = _held(order, count, None)
+        held = _held(order, count, [])
     if len(held) < count:
         return Split(loader, loader, f"most of its classes have one sample each, so {size} samples cannot spare any")
     kept = _Rest(size, held)
@@ -205,31 +212,57 @@ def _order(size: int, count: int, name: str) -> list[int]:
     return list(dict.fromkeys(torch.randint(size, (2 * count,), generator=generator).tolist()))
 
 
-def _held(order: list[int], count: int, labels: list[int] | None) -> list[int]:
+def _held(order: list[int], count: int, found: list[list[int]]) -> list[int]:
     """The first samples of an order, sorted; of each class that is known one stays behind to be learned from."""
-    if labels is None:
-        return sorted(order[:count])
-    left, held = Counter(labels), list[int]()
+    left, held = [Counter(labels) for labels in found], list[int]()
     for index in order:
-        if len(held) < count and left[labels[index]] > 1:
+        if len(held) == count:
+            break
+        if all(rest[labels[index]] > 1 for rest, labels in zip(left, found, strict=True)):
             held.append(index)
-            left[labels[index]] -= 1
+            for rest, labels in zip(left, found, strict=True):
+                rest[labels[index]] -= 1
     return sorted(held)
 
 
-def _labels(data: Any) -> list[int] | None:
-    """The label of each sample, where a data set has them at hand; None where samples would have to be read for it."""
+def _labels(data: Any) -> list[list[int]]:
+    """What may be the label of each sample, where a data set has such at hand: no sample is read for it."""
     if isinstance(data, Subset):
-        of_all = _labels(data.dataset)
-        return None if of_all is None else [of_all[int(index)] for index in data.indices]
+        return [[labels[int(index)] for index in data.indices] for labels in _labels(data.dataset)]
+    if isinstance(data, ConcatDataset):
+        parts = [_labels(part) for part in data.datasets]
+        return [list(chain(*each)) for each in zip(*parts, strict=True)] if len({*map(len, parts)}) == 1 else []
+    found = (_as_labels(column, data) for column in _columns(data))
+    return [labels for labels in found if labels is not None]
+
+
+def _columns(data: Any) -> Iterator[Any]:
+    """Where a data set may have its labels; the first of several tensors is the input."""
+    if isinstance(data, TensorDataset):
+        yield from data.tensors[1:]
+    if isinstance(data, StackDataset):
+        yield from data.datasets.values() if isinstance(data.datasets, dict) else data.datasets[1:]
+    for name in ("targets", "labels"):
+        try:
+            column = getattr(data, name)
+        except Exception:  # whatever a user's property raises
+            continue
+        yield column
+
+
+def _as_labels(column: Any, data: Any) -> list[int] | None:
+    """Whole numbers, a column of them or one-hot rows as labels, one for each sample of a data set; else None."""
+
+    def read(part: Any) -> Tensor | None:
+        values = torch.as_tensor(part)
+        values = values.long() if values.dtype == torch.bool else values
+        return labels_of(values, values.shape[1] if values.ndim == 2 else None, ())
+
     try:
-        two = isinstance(data, TensorDataset) and len(data.tensors) == 2
-        labels = torch.as_tensor(data.tensors[1] if two else data.targets)
-        size = len(data)
-    except Exception:  # whatever a user's property raises, or torch on what it gives
+        labels = None if read(column[:1]) is None else read(column)  # what is large is no label at its first sample
+        return labels.tolist() if labels is not None and len(labels) == len(data) else None
+    except Exception:  # whatever torch raises on what a user has there
         return None
-    whole = not labels.is_floating_point() and not labels.is_complex() and labels.shape == (size,)
-    return labels.tolist() if whole else None
 
 
 def _count(size: int, share: float, batch: int, drop_last: bool, processes: int) -> int:

@@ -6,14 +6,17 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from learning import quiet_trainer
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
+from torch.nn import functional as F
+from torch.utils.data import ConcatDataset, DataLoader, StackDataset, Subset, TensorDataset, random_split
 from toys import Net, fit, numbers
 
 from lightning_cf import SequentialTaskRunner, Task
+from lightning_cf.callbacks import label_watch
 from lightning_cf.errors import DataWarning
 from lightning_cf.sequence.joint import JointTask
 from lightning_cf.tasks.holdout import MOST, PartSampler, split
@@ -134,7 +137,7 @@ def test_targets_that_cannot_be_asked_for_tell_no_classes():
         def targets(self):
             raise NotImplementedError
 
-    parts = split(DataLoader(Asked(*numbers(40), torch.zeros(40)), 8), 0.1, name="a")
+    parts = split(DataLoader(Asked(numbers(40)[0]), 8), 0.1, name="a")
     assert len(parts.held.sampler) == 4
 
 
@@ -157,18 +160,70 @@ class Targets(torch.utils.data.Dataset):
         return self.x[index], self.targets[index]
 
 
+class Labels(Targets):
+    """As its set of house numbers does."""
+
+    def __init__(self, x, y):
+        super().__init__(x, y)
+        self.labels = np.array(self.targets)
+        del self.targets
+
+
+LABELLED = {
+    "tensors": TensorDataset,
+    "column": lambda x, y: TensorDataset(x, y[:, None]),
+    "one-hot": lambda x, y: TensorDataset(x, F.one_hot(y, 3).float()),
+    "bools": lambda x, y: TensorDataset(x, F.one_hot(y, 3).bool()),
+    "weights first": lambda x, y: TensorDataset(x, torch.ones(len(x)), y),
+    "numbers first": lambda x, y: TensorDataset(x, torch.arange(len(x)), y),
+    "domains last": lambda x, y: TensorDataset(x, y, torch.arange(len(x)) % 3),
+    "targets": Targets,
+    "labels": Labels,
+    "subset": lambda x, y: Subset(Targets(x, y), range(len(x))),
+    "concatenated": lambda x, y: ConcatDataset([TensorDataset(x[:9], y[:9]), Subset(Targets(x, y), range(9, len(x)))]),
+    "stacked": lambda x, y: StackDataset(x, y),
+    "stacked by name": lambda x, y: StackDataset(x=x, y=y.tolist()),
+}
+
+
 @pytest.mark.parametrize("rare", [1, 2])
-@pytest.mark.parametrize("kind", ["tensors", "targets", "subset"])
+@pytest.mark.parametrize("kind", LABELLED)
 def test_of_a_rare_class_a_sample_stays_to_be_learned_from(rare, kind):
     _, held = held_before(40)
     x, y = torch.randn(40, 3), torch.arange(40) % 2
     y[held[:rare]] = 2  # which would be held out whole
-    made = {"tensors": TensorDataset, "targets": Targets, "subset": lambda x, y: Subset(Targets(x, y), range(len(x)))}
-    parts = split(DataLoader(made[kind](x, y), 4), 0.1, name="a")
-    learned = torch.cat([labels for _, labels in parts.train]).tolist()
-    judged = torch.cat([labels for _, labels in parts.held]).tolist()
+    parts = split(DataLoader(LABELLED[kind](x, y), 4), 0.1, name="a")
+    learned, judged = (y[list(part.sampler)].tolist() for part in (parts.train, parts.held))
     assert learned.count(2) == 1 and judged.count(2) == rare - 1
     assert len(judged) == 4 and len(learned) == 36
+
+
+class Read(torch.utils.data.Dataset):
+    """Its labels are known of samples that are read."""
+
+    def __init__(self, x, y):
+        self.pairs = list(zip(x, y, strict=True))
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        return self.pairs[index]
+
+
+@pytest.mark.parametrize("on_a_gpu", [True, False])
+def test_a_class_that_is_not_trained_on_is_told(on_a_gpu, monkeypatch):
+    x, y = numbers(64)
+    y[:] = 0
+    y[held_before(64)[1][:1]] = 1
+    if on_a_gpu:
+        monkeypatch.setattr(label_watch, "_CPU", "another")
+    told = "Task 'a' declares classes .0, 1., but no training batch of an epoch holds label 1, .* held out to judge"
+    with pytest.warns(DataWarning, match=told):
+        fit(Net(), Task("a", {"train": DataLoader(Read(x, y), 16)}, classes=[0, 1]))
+    y[:32] = 1
+    fit(Net(), Task("a", {"train": DataLoader(Read(x, y), 16)}, classes=[0, 1]))
+    fit(Net(), Task("a", {"train": DataLoader(Read(x, y), 16)}, classes=[0, 1]), limit_train_batches=1)
 
 
 def test_classes_of_one_sample_each_spare_none():
