@@ -18,6 +18,7 @@ from lightning_cf.lightning_api import LightningModule, is_overridden
 from lightning_cf.network.finite import infinite_rows, rows_finite, rows_of
 from lightning_cf.network.forward import call, in_precision_of
 from lightning_cf.task_inference import Prediction, TaskInference
+from lightning_cf.task_inference.read_variants import as_called
 from lightning_cf.tasks.evaluation import forward_context
 
 
@@ -29,7 +30,7 @@ def predict_any(
 
     Args:
         module: a module whose ledger keeps what tasks are inferred by.
-        x: a batch of inputs, as the module's forward pass takes it; a tuple for several.
+        x: a batch of inputs, as the module's forward pass takes it; a tuple or a list for several.
         strategy: another one of those that were fitted than the first.
         among: names of the tasks that the inputs can be of, or the one task's; default all that were learned.
 
@@ -54,7 +55,8 @@ def predict_any(
             f"Predictions without a task's name run the forward pass, but {type(module).__name__} has none. Define"
             " forward(self, x): it takes a batch of inputs and computes the outputs of all tasks."
         )
-    x, chosen = in_precision_of(module, x), _positions(inference, among)
+    x = as_called(module, in_precision_of(module, x), nested=inference.nested)
+    chosen = _positions(inference, among)
 
     def found_of(x: Any) -> Prediction:
         with forward_context(module):
