@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -27,6 +26,7 @@ from torch.utils.data import (
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_cf.lightning_api import _is_dataloader_shuffled
+from lightning_cf.tasks.part_samplers import Part, PartSampler, Rest
 from lightning_cf.tasks.reading import resample
 from lightning_cf.tasks.targets import labels_of
 from lightning_cf.utilities.randomness import derive_seed, keyed_generator
@@ -36,69 +36,6 @@ MOST = 10_000
 
 _LISTED = 1_000_000
 """Up to which size all samples of a data set are put in an order."""
-
-
-class PartSampler(Sampler[int]):
-    """Draws some of a data set's samples, as a sampler draws all of them.
-
-    Lightning wraps it where it distributes samples over processes, and leaves their order to it.
-
-    Args:
-        indices: which samples.
-        data_source: the whole data set, as samplers of torch keep it.
-        shuffled: whether in another order in each pass.
-        generator: what the order is drawn from; as for a ``RandomSampler``.
-        seed: what the order depends on, with the epoch, where it must be the same on all processes.
-    """
-
-    def __init__(
-        self,
-        indices: Sequence[int],
-        *,
-        data_source: Any = None,
-        shuffled: bool = False,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-    ) -> None:
-        self.data_source = data_source
-        self.indices, self.shuffled, self.generator, self.seed, self.epoch = indices, shuffled, generator, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        places: Sampler[int] = SequentialSampler(self.indices)
-        if self.shuffled:
-            generator = self.generator if self.seed is None else torch.Generator().manual_seed(self.seed + self.epoch)
-            places = RandomSampler(self.indices, generator=generator)
-        return (self.indices[place] for place in places)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which pass comes, where the order depends on it."""
-        self.epoch = epoch
-
-
-class _Rest(Sequence[int]):
-    """All numbers below a size but some, in order, without a list of them: a data set that draws has any length.
-
-    >>> list(_Rest(6, [1, 2, 4]))
-    [0, 3, 5]
-    """
-
-    def __init__(self, size: int, held: list[int]) -> None:
-        self.size = size - len(held)
-        self.before = [index - place for place, index in enumerate(held)]
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self[each] for each in range(*place.indices(self.size))]
-        if not -self.size <= place < self.size:
-            raise IndexError(place)
-        place %= self.size
-        return place + bisect_right(self.before, place)
 
 
 @dataclass(frozen=True)
@@ -144,18 +81,19 @@ def split(loader: Any, share: float, *, name: str, processes: int = 1, classes: 
         held = _held(order, count, [])
     if len(held) < count:
         return Split(loader, loader, f"most of its classes have one sample each, so {size} samples cannot spare any")
-    kept = _Rest(size, held)
     train, judge = copy.copy(loader), copy.copy(loader)
     shuffled = isinstance(loader.sampler, RandomSampler)
     generator = getattr(loader.sampler, "generator", None)
-    sampler = PartSampler(kept, data_source=loader.dataset, shuffled=shuffled, generator=generator)
+    sampler = PartSampler(
+        Rest(loader.dataset, held), data_source=loader.dataset, shuffled=shuffled, generator=generator
+    )
     resample(train, sampler)
     if processes > 1 and shuffled:
         if _is_dataloader_shuffled(train):
             sampler.shuffled = False  # Lightning's sampler, which comes around it, shuffles
         else:
             sampler.seed = derive_seed("holdout", name)
-    resample(judge, PartSampler(held, data_source=loader.dataset), drop_last=False)
+    resample(judge, PartSampler(Part(loader.dataset, held), data_source=loader.dataset), drop_last=False)
     judge.__dict__["generator"] = None
     for twin in (train, judge):
         twin.__dict__["_iterator"] = None

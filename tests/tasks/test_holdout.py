@@ -19,7 +19,8 @@ from lightning_cf import SequentialTaskRunner, Task
 from lightning_cf.callbacks import label_watch
 from lightning_cf.errors import DataWarning
 from lightning_cf.sequence.joint import JointTask
-from lightning_cf.tasks.holdout import MOST, PartSampler, split
+from lightning_cf.tasks.holdout import MOST, split
+from lightning_cf.tasks.part_samplers import PartSampler
 from lightning_cf.utilities.randomness import keyed_generator
 
 
@@ -121,6 +122,55 @@ def test_a_data_set_of_any_length_is_split_without_a_list_of_it():
     rest = parts.train.sampler.indices
     assert {near - 1, near, near + 1} - set(rest[near - 110 : near + 10]) == {near - 1, near, near + 1} & set(held)
     assert rest[-1] < 10**12
+
+
+class Resized(torch.utils.data.Dataset):
+    """As long as it is told."""
+
+    def __init__(self, size):
+        self.size, self.read = size, []
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if index >= self.size:
+            raise IndexError(f"{index} of {self.size}")
+        self.read.append(index)
+        x, y = numbers(64)
+        return x[index % 64], y[index % 64]
+
+
+class Resizes(Net):
+    """Leaves samples out from epoch to epoch, or takes some in."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.by, self.seen = by, []
+
+    def on_train_epoch_start(self):
+        self.data = self.trainer.train_dataloader.dataset
+        self.data.read.clear()
+
+    def on_train_epoch_end(self):
+        self.seen.append(sorted(self.data.read))
+        self.data.size += self.by
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("by", [-17, 3])
+def test_a_data_set_may_change_its_length_between_epochs(by, shuffle):
+    """What was held out is not trained on, and judges while it is there."""
+    net, data = Resizes(by), Resized(64)
+    task = Task("a", {"train": DataLoader(data, 8, shuffle=shuffle)}, classes=[0, 1])
+    held = held_before(64)[1]
+    fit(net, task, [], max_epochs=3)
+    sizes = [64, 64 + by, 64 + 2 * by]
+    assert net.seen == [sorted({*range(size)} - {*held}) for size in sizes]
+    assert sum(len(y) for _, y in task.judging_batches()) == sum(index < data.size for index in held)
+    ours = Resizes(by)
+    fit(ours, Task("a", {"train": DataLoader(Resized(64), 8, shuffle=shuffle)}, classes=[0, 1]), max_epochs=3)
+    assert ours.steps == net.steps
 
 
 @pytest.mark.parametrize("size", [5, 7, 64])
