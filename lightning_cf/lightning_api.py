@@ -19,7 +19,7 @@ NAME = NAMES["pytorch_lightning" in sys.modules and "lightning.pytorch" not in s
 
 if TYPE_CHECKING or NAME == "lightning.pytorch":
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-    from lightning.fabric.utilities.data import _replace_dunder_methods, sized_len
+    from lightning.fabric.utilities.data import _replace_dunder_methods, _set_sampler_epoch, sized_len
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.fabric.utilities.warnings import PossibleUserWarning
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -42,7 +42,7 @@ if TYPE_CHECKING or NAME == "lightning.pytorch":
     from lightning.pytorch.utilities.model_helpers import is_overridden
 else:
     from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-    from lightning_fabric.utilities.data import _replace_dunder_methods, sized_len
+    from lightning_fabric.utilities.data import _replace_dunder_methods, _set_sampler_epoch, sized_len
     from lightning_fabric.utilities.exceptions import MisconfigurationException
     from lightning_fabric.utilities.warnings import PossibleUserWarning
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -89,6 +89,7 @@ __all__ = [
     "_SubprocessScriptLauncher",
     "_is_dataloader_shuffled",
     "_replace_dunder_methods",
+    "_set_sampler_epoch",
     "check_same_lightning",
     "is_overridden",
     "sized_len",

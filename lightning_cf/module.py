@@ -136,7 +136,7 @@ class ContinualModule(LightningModule):
         """Class, probabilities, inferred task and its score for a batch of inputs; nobody says which task it is.
 
         Args:
-            x: as ``forward`` takes it; a tuple for several inputs.
+            x: as ``forward`` takes it; a tuple or a list for several inputs.
             strategy: one that was fitted (``TaskInferenceCallback``), default the one that was chosen.
             among: names of the tasks that the inputs can be of, or the one task's, where that is known.
 
@@ -159,8 +159,7 @@ class ContinualModule(LightningModule):
         if inherited.__func__ is not LightningModule.predict_step or (learned and not any(t.classes for t in learned)):
             return inherited(*args, **kwargs)
         batch = kwargs["batch"] if "batch" in kwargs else args[0]
-        x = batch[0] if isinstance(batch, (tuple, list)) else batch
-        return self.predict_any(tuple(x) if isinstance(x, list) else x)
+        return self.predict_any(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """The module's own, and those of ours that neither it nor the Trainer has."""

@@ -50,10 +50,18 @@ class Net(LightningModule):
 
 
 class Counted(IterableDataset):
-    """Samples one by one, which counts them: endless, or so many."""
+    """Samples one by one, which counts them, with its copies: endless, or so many."""
 
     def __init__(self, size=None, classes=(0, 1)):
-        self.data, self.size, self.read = numbers(64, classes), size, 0
+        self.data, self.size, self.counter = numbers(64, classes), size, torch.zeros(1, dtype=torch.long)
+
+    @property
+    def read(self):
+        return int(self.counter)
+
+    @read.setter
+    def read(self, count):
+        self.counter.fill_(count)
 
     def __iter__(self):
         at = 0

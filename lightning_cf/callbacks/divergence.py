@@ -54,10 +54,10 @@ class WatchingCallback(Callback):
             self._watch.end_batch(outputs, batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says which labels were found that are none of the task's; looks at the weights."""
+        """Says which labels were found that are none of the task's, or not found at all; looks at the weights."""
         labels = label_watch_of(trainer, pl_module)
         if labels is not None:
-            labels.settle()
+            labels.settle(whole=_whole_epoch(trainer))
         if self._watch is not None:
             self._watch.look(everything=True)
 
@@ -89,6 +89,13 @@ class WatchingCallback(Callback):
         if self._watch is not None:
             self._watch.state.safe = None
             self._watch = None
+
+
+def _whole_epoch(trainer: Trainer) -> bool:
+    """Whether this process took all of the training data in the epoch that ends."""
+    limit = trainer.limit_train_batches
+    last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    return last and isinstance(limit, float) and limit == 1 and trainer.world_size == 1
 
 
 def watch_of(trainer: Trainer) -> Watch | None:

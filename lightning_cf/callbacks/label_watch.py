@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.learner.keeping import ledger_of
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.tasks.loaders import pairs_in
@@ -17,9 +17,12 @@ from lightning_cf.tasks.task import Task
 
 _NONE = -1
 
+_CPU = "cpu"
+"""Where labels are looked at at once."""
+
 
 class LabelWatch:
-    """Raises ContinualError for training labels that are no classes of the task.
+    """Raises ContinualError for training labels that are no classes of the task; warns of classes without any.
 
     Labels on a GPU are compared there, and what was found is fetched once an epoch, so that no step waits.
 
@@ -34,32 +37,48 @@ class LabelWatch:
         ledger = ledger_of(module)
         self.columns = None if ledger is None else ledger.width
         self.seen = _NONE
+        self.missing: set[int] | None = set(task.classes or [])
+        """Classes of which no label was found so far; None where that is not known, or was told."""
         self._known: Tensor | None = None
         self._found: Tensor | None = None
+        self._trained: Tensor | None = None
 
     def look(self, batch: Any, batch_idx: int, count: int) -> None:
         """Looks at a batch, once for each count of batches."""
         if self.task.classes is None or count == self.seen:
             return
+        if self.seen == _NONE and batch_idx != 0:
+            self.missing = None  # a fit that goes on in the middle of an epoch
         self.seen = count
         whole = self.task.task_loaders.labels_of(batch, self.columns)
-        for labels in [whole] if whole is not None else [labels_of(pair, self.columns) for pair in pairs_in(batch)]:
+        parts = [whole] if whole is not None else [labels_of(pair, self.columns) for pair in pairs_in(batch)]
+        if not parts or any(labels is None for labels in parts):
+            self.missing = None
+        for labels in parts:
             if labels is None or labels.numel() == 0:
                 continue
-            if labels.device.type == "cpu":
-                found = set(labels.tolist()) - self.known
-                if found:
-                    self._refuse(min(found), batch_idx)
+            if labels.device.type == _CPU:
+                found = set(labels.tolist())
+                if not found <= self.known:
+                    self._refuse(min(found - self.known), batch_idx)
+                self.missing = None if self.missing is None else self.missing - found
             else:
                 self._note(labels, batch_idx)
 
-    def settle(self) -> None:
-        """Fetches what was found on a GPU."""
+    def settle(self, *, whole: bool = False) -> None:
+        """Fetches what was found on a GPU.
+
+        Args:
+            whole: whether all that there is to train on was looked at.
+        """
         if self._found is not None:
             label, batch_idx = self._found.tolist()
             self._found = None
             if batch_idx != _NONE:
                 self._refuse(label, batch_idx)
+        if whole and self.missing:
+            self._tell(self.missing - self._fetched())
+            self.missing = None
 
     def _note(self, labels: Tensor, batch_idx: int) -> None:
         """Keeps the first label of another task and its batch, without waiting for the device."""
@@ -67,9 +86,29 @@ class LabelWatch:
             self._known = torch.tensor(sorted(self.known), device=labels.device)
         if self._found is None:
             self._found = torch.full((2,), _NONE, device=labels.device)
+        there = torch.isin(self._known, labels)
+        self._trained = there if self._trained is None else there | self._trained.to(there.device)
         other = ~torch.isin(labels, self._known)
         first = torch.stack([labels[other.long().argmax()], torch.full_like(labels[0], batch_idx)])
         self._found = torch.where(other.any() & (self._found[1] == _NONE), first, self._found)
+
+    def _fetched(self) -> set[int]:
+        """Labels that were found on a GPU."""
+        none = self._known is None or self._trained is None
+        return set() if none else set(self._known[self._trained].tolist())  # type: ignore[index]
+
+    def _tell(self, missing: set[int]) -> None:
+        """Warns of classes that the task was not trained on."""
+        if not missing:
+            return
+        opened = self.task.task_loaders.opened.get("train")
+        held = opened is not None and opened.split.held is not opened.split.train
+        way = "its samples may be held out to judge: give the task a validation loader" if held else "look at the data"
+        warn(
+            f"Task '{self.task.name}' declares classes {self.task.classes}, but no training batch of an epoch holds"
+            f" label {min(missing)}, so that class is not learned; {way}, or correct classes=[...].",
+            DataWarning,
+        )
 
     def _refuse(self, label: int, batch_idx: int) -> None:
         raise ContinualError(

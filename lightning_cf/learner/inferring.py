@@ -26,7 +26,7 @@ from lightning_cf.task_inference.sites import Watched
 from lightning_cf.task_inference.trained import trained_heads
 from lightning_cf.task_inference.watching import watch
 from lightning_cf.tasks.evaluation import forward_context, on_device, predict
-from lightning_cf.tasks.task import Task
+from lightning_cf.tasks.task import Task, supervised
 from lightning_cf.tasks.training_batches import training_batches
 from lightning_cf.utilities.randomness import isolated_generators
 
@@ -74,7 +74,8 @@ def remember_task(
         return
     known = None
     if task.classes is not None and task.name not in inference.left_out:
-        with isolated_generators():
+        first: list[bool] = []
+        with isolated_generators(), module.register_forward_pre_hook(partial(_note, first), with_kwargs=True):
             sites, training = look(module, task, state, training_batches(module, task), SAMPLES)
             variants, held_out = variants_of(inference.strategies), None
             if sites is not None and training is not None:
@@ -89,6 +90,7 @@ def remember_task(
             training, held_out = finite_samples(training, task), finite_samples(held_out, task)
             with isolated_generators():
                 accumulate(module, task, inference, known, everyone=everyone)
+        inference.nested = inference.nested or first[:1] == [True]
     if known is not None and training is not None and held_out is not None:
         _begin_untrained(inference, known, training)
         inference.learn(known, training, held_out[0], sealed=sealed)
@@ -98,6 +100,11 @@ def remember_task(
     elif sealed:
         inference.forget_training()
     keep_inference(state.ledger, inference)
+
+
+def _note(nested: list[bool], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Whether the first argument of a forward pass is a list or a tuple."""
+    nested.append(isinstance(next(iter((*args, *kwargs.values())), None), (list, tuple)))
 
 
 def _begin_untrained(inference: TaskInference, known: Known, training: tuple[View, Int64[Tensor, "samples"]]) -> None:
@@ -147,7 +154,8 @@ def watch_task(module: LightningModule, task: Task, state: ContinualState, batch
     found = watch(module, weights, heads, partial(predict, module, task), batch)
     with suppress(Exception):  # whatever a user's forward pass raises for inputs that it does not take
         with forward_context(module):
-            alone = watch(module, weights, heads, partial(call, module), input_of(on_device(module, task, batch)))
+            x = input_of(module, on_device(module, task, batch), nested=task.evaluate is supervised)
+            alone = watch(module, weights, heads, partial(call, module), x)
         if alone.whole:
             found = found.both(alone)
     return found

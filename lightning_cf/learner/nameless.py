@@ -44,7 +44,7 @@ def forward_is_told(module: LightningModule, state: ContinualState, task: Task) 
             kept = [x for x in args if _tensors(x)], {name: x for name, x in kwargs.items() if _tensors(x)}
             run = partial(module, *kept[0], **kept[1])
         else:
-            run = partial(call, module, input_of(on_device(module, task, batch)))
+            run = partial(call, module, input_of(module, on_device(module, task, batch)))
         alone = _outputs(module, state, task, run)
     if scored is None or alone is None or scored.shape != alone.shape:
         return False

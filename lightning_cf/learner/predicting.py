@@ -19,6 +19,7 @@ from lightning_cf.network.finite import infinite_rows, rows_finite, rows_of, sam
 from lightning_cf.network.forward import call, in_precision_of
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.task_inference import Prediction, TaskInference
+from lightning_cf.task_inference.read_variants import as_called
 from lightning_cf.tasks.evaluation import forward_context
 
 
@@ -30,7 +31,7 @@ def predict_any(
 
     Args:
         module: a module whose ledger keeps what tasks are inferred by.
-        x: a batch of inputs, as the module's forward pass takes it; a tuple for several.
+        x: a batch of inputs, as the module's forward pass takes it; a tuple or a list for several.
         strategy: another one of those that were fitted than the first.
         among: names of the tasks that the inputs can be of, or the one task's; default all that were learned.
 
@@ -38,7 +39,8 @@ def predict_any(
         ContinualError: if no task was learned that can be inferred, or a name is not one of these.
     """
     ledger, inference = _known(module)
-    x, chosen = in_precision_of(module, x), _positions(inference, among)
+    x = as_called(module, in_precision_of(module, x), nested=inference.nested)
+    chosen = _positions(inference, among)
     turned = any(task.sites.turned for task in inference.tasks)
 
     def found_of(x: Any) -> Prediction:

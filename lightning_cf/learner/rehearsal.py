@@ -29,7 +29,7 @@ from lightning_cf.task_inference.strategies import ON_TRIAL
 from lightning_cf.task_inference.trained import Trained, trained_heads
 from lightning_cf.task_inference.variants import VARIANTS, differs, strange
 from lightning_cf.tasks.evaluation import forward_context, on_device, predict
-from lightning_cf.tasks.task import Task
+from lightning_cf.tasks.task import Task, supervised
 from lightning_cf.tasks.training_batches import first_batch
 from lightning_cf.utilities.randomness import isolated_generators, keyed_generator
 
@@ -89,7 +89,7 @@ def _rehearse(module: LightningModule, state: ContinualState, task: Task, infere
     kept = TaskInference.from_state_dict(inference.state_dict())
     _predict(kept, module, Kept(partial(predict, module, task)), batch, ledger.width)
     with forward_context(module):
-        x = input_of(on_device(module, task, batch))
+        x = input_of(module, on_device(module, task, batch), nested=task.evaluate is supervised)
         try:
             call(module, x)
         except Exception:  # what it takes is another part of the batch, which nobody can tell

@@ -25,7 +25,7 @@ from torch.utils.data import (
 from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.lightning_api import LightningDataModule, LightningModule
 from lightning_cf.ownership.output_view import OutputView
-from lightning_cf.tasks.holdout import PartSampler
+from lightning_cf.tasks.part_samplers import PartSampler
 from lightning_cf.tasks.targets import left_out, strange
 from lightning_cf.tasks.task import Task
 

@@ -48,6 +48,7 @@ class TaskInference:
             under no name how many there were; else None.
         looks: where the first task's scores looked, once it is known, which what is shared looks at.
         apart: whether to keep what each task added to what is shared, so that it can be taken away without its data.
+        nested: whether the fits gave the forward pass a list or a tuple as one argument.
     """
 
     strategies: tuple[str, ...]
@@ -63,6 +64,7 @@ class TaskInference:
     votes: dict[str, int] | None = None
     looks: Sites | None = None
     apart: bool = False
+    nested: bool = False
 
     def __post_init__(self) -> None:
         check_strategies(self.strategies)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_cf.task_inference.known import Known
 from lightning_cf.task_inference.sites import Sites, kept
 
-_PLAIN = ("unit", "training_task", "left_out", "budget", "seed", "votes", "apart")
+_PLAIN = ("unit", "training_task", "left_out", "budget", "seed", "votes", "apart", "nested")
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 

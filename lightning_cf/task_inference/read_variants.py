@@ -53,7 +53,7 @@ def _read(module: nn.Module, tasks: Sequence[Sites], run: Callable[[Any], Any], 
     with module.register_forward_pre_hook(lambda _, *given: calls.append(given), with_kwargs=True):
         found = read(module, tasks, partial(run, batch))
     device, count = found.outputs.device, len(found.outputs)
-    x = _given(module, *calls[-1]) if calls else batch if alone else input_of(batch)
+    x = _given(module, *calls[-1]) if calls else batch if alone else input_of(module, batch)
     x = tree_map_only(Tensor, lambda leaf: leaf.detach().to(device), x)
     whole = not any(sites.turned for sites in tasks) and all(_by_rows(leaf, count) for leaf in tree_leaves(x))
     return replace(found, x=x if whole else None)
@@ -86,7 +86,31 @@ def _sorted(x: Any) -> Any:
     return {name: x[name] for name in sorted(x)} if plain else x
 
 
-def input_of(batch: Any) -> Any:
-    """The input in a batch, as ``predict_step`` takes it: the first of a pair, a tuple for several."""
-    x = batch[0] if isinstance(batch, (tuple, list)) else batch
-    return tuple(x) if isinstance(x, list) else x
+def input_of(module: nn.Module, batch: Any, *, nested: bool = False) -> Any:
+    """The input in a batch, the first of a pair; see :func:`as_called`."""
+    return as_called(module, batch[0] if isinstance(batch, (tuple, list)) else batch, nested=nested)
+
+
+def as_called(module: nn.Module, x: Any, *, nested: bool) -> Any:
+    """An input as ``call`` hands it on: several arguments in a tuple, or a forward pass' only one.
+
+    Args:
+        module: its signature decides, where it takes either one argument or as many as the input has parts.
+        x: one input, which may be a list or a tuple, or several in such.
+        nested: whether forward passes were given a list or a tuple as one argument before.
+    """
+    if not isinstance(x, (tuple, list)) or (isinstance(x, tuple) and len(x) == 1):
+        return x
+    parts_nested = any(isinstance(part, (tuple, list)) for part in x)
+    if _takes(module, 1) and (not _takes(module, len(x)) or (nested and not parts_nested)):
+        return x if isinstance(x, list) else (x,)
+    return tuple(x)
+
+
+def _takes(module: nn.Module, count: int) -> bool:
+    """Whether a forward pass can do with so many arguments."""
+    try:
+        inspect.signature(module.forward).bind(*[None] * count)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -41,9 +41,11 @@ VARIANTS: Mapping[str, Callable[[Inputs], Inputs]] = {**ROTATIONS, "mirrored": f
 
 
 def changed(batch: Any, name: str) -> Any:
-    """A batch with its input changed: it is a tensor, or the first of several."""
-    change = VARIANTS[name]
-    return (change(batch[0]), *batch[1:]) if isinstance(batch, (tuple, list)) else change(batch)
+    """A batch with its input changed: it is a tensor, or the first of several, which may be nested."""
+    if not isinstance(batch, (tuple, list)):
+        return VARIANTS[name](batch)
+    parts = (changed(batch[0], name), *batch[1:])
+    return list(parts) if isinstance(batch, list) else parts
 
 
 def strange(x: Inputs, generator: torch.Generator) -> Inputs:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import copy
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
+    StackDataset,
     Subset,
     TensorDataset,
 )
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_cf.lightning_api import _is_dataloader_shuffled
+from lightning_cf.tasks.part_samplers import Part, PartSampler, Rest
 from lightning_cf.tasks.reading import resample
+from lightning_cf.tasks.targets import labels_of
 from lightning_cf.utilities.randomness import derive_seed, keyed_generator
 
 MOST = 10_000
@@ -31,69 +36,6 @@ MOST = 10_000
 
 _LISTED = 1_000_000
 """Up to which size all samples of a data set are put in an order."""
-
-
-class PartSampler(Sampler[int]):
-    """Draws some of a data set's samples, as a sampler draws all of them.
-
-    Lightning wraps it where it distributes samples over processes, and leaves their order to it.
-
-    Args:
-        indices: which samples.
-        data_source: the whole data set, as samplers of torch keep it.
-        shuffled: whether in another order in each pass.
-        generator: what the order is drawn from; as for a ``RandomSampler``.
-        seed: what the order depends on, with the epoch, where it must be the same on all processes.
-    """
-
-    def __init__(
-        self,
-        indices: Sequence[int],
-        *,
-        data_source: Any = None,
-        shuffled: bool = False,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-    ) -> None:
-        self.data_source = data_source
-        self.indices, self.shuffled, self.generator, self.seed, self.epoch = indices, shuffled, generator, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        places: Sampler[int] = SequentialSampler(self.indices)
-        if self.shuffled:
-            generator = self.generator if self.seed is None else torch.Generator().manual_seed(self.seed + self.epoch)
-            places = RandomSampler(self.indices, generator=generator)
-        return (self.indices[place] for place in places)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which pass comes, where the order depends on it."""
-        self.epoch = epoch
-
-
-class _Rest(Sequence[int]):
-    """All numbers below a size but some, in order, without a list of them: a data set that draws has any length.
-
-    >>> list(_Rest(6, [1, 2, 4]))
-    [0, 3, 5]
-    """
-
-    def __init__(self, size: int, held: list[int]) -> None:
-        self.size = size - len(held)
-        self.before = [index - place for place, index in enumerate(held)]
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self[each] for each in range(*place.indices(self.size))]
-        if not -self.size <= place < self.size:
-            raise IndexError(place)
-        place %= self.size
-        return place + bisect_right(self.before, place)
 
 
 @dataclass(frozen=True)
@@ -132,23 +74,26 @@ def split(loader: Any, share: float, *, name: str, processes: int = 1, classes: 
             loader, loader, f"{size} samples in batches of {loader.batch_size}{rest} cannot spare {share:.0%} of them"
         )
     order = _order(size, count, name)
-    held = _held(order, count, _labels(loader.dataset))
+    found = _labels(loader.dataset)
+    spare = [labels for labels in found if len(_held(order, count, [labels])) == count]
+    held = _held(order, count, spare or found)  # beside labels, numbers that mostly occur once are none
     if len(held) < count and not classes:
-        held = _held(order, count, None)
+        held = _held(order, count, [])
     if len(held) < count:
         return Split(loader, loader, f"most of its classes have one sample each, so {size} samples cannot spare any")
-    kept = _Rest(size, held)
     train, judge = copy.copy(loader), copy.copy(loader)
     shuffled = isinstance(loader.sampler, RandomSampler)
     generator = getattr(loader.sampler, "generator", None)
-    sampler = PartSampler(kept, data_source=loader.dataset, shuffled=shuffled, generator=generator)
+    sampler = PartSampler(
+        Rest(loader.dataset, held), data_source=loader.dataset, shuffled=shuffled, generator=generator
+    )
     resample(train, sampler)
     if processes > 1 and shuffled:
         if _is_dataloader_shuffled(train):
             sampler.shuffled = False  # Lightning's sampler, which comes around it, shuffles
         else:
             sampler.seed = derive_seed("holdout", name)
-    resample(judge, PartSampler(held, data_source=loader.dataset), drop_last=False)
+    resample(judge, PartSampler(Part(loader.dataset, held), data_source=loader.dataset), drop_last=False)
     judge.__dict__["generator"] = None
     for twin in (train, judge):
         twin.__dict__["_iterator"] = None
@@ -205,31 +150,57 @@ def _order(size: int, count: int, name: str) -> list[int]:
     return list(dict.fromkeys(torch.randint(size, (2 * count,), generator=generator).tolist()))
 
 
-def _held(order: list[int], count: int, labels: list[int] | None) -> list[int]:
+def _held(order: list[int], count: int, found: list[list[int]]) -> list[int]:
     """The first samples of an order, sorted; of each class that is known one stays behind to be learned from."""
-    if labels is None:
-        return sorted(order[:count])
-    left, held = Counter(labels), list[int]()
+    left, held = [Counter(labels) for labels in found], list[int]()
     for index in order:
-        if len(held) < count and left[labels[index]] > 1:
+        if len(held) == count:
+            break
+        if all(rest[labels[index]] > 1 for rest, labels in zip(left, found, strict=True)):
             held.append(index)
-            left[labels[index]] -= 1
+            for rest, labels in zip(left, found, strict=True):
+                rest[labels[index]] -= 1
     return sorted(held)
 
 
-def _labels(data: Any) -> list[int] | None:
-    """The label of each sample, where a data set has them at hand; None where samples would have to be read for it."""
+def _labels(data: Any) -> list[list[int]]:
+    """What may be the label of each sample, where a data set has such at hand: no sample is read for it."""
     if isinstance(data, Subset):
-        of_all = _labels(data.dataset)
-        return None if of_all is None else [of_all[int(index)] for index in data.indices]
+        return [[labels[int(index)] for index in data.indices] for labels in _labels(data.dataset)]
+    if isinstance(data, ConcatDataset):
+        parts = [_labels(part) for part in data.datasets]
+        return [list(chain(*each)) for each in zip(*parts, strict=True)] if len({*map(len, parts)}) == 1 else []
+    found = (_as_labels(column, data) for column in _columns(data))
+    return [labels for labels in found if labels is not None]
+
+
+def _columns(data: Any) -> Iterator[Any]:
+    """Where a data set may have its labels; the first of several tensors is the input."""
+    if isinstance(data, TensorDataset):
+        yield from data.tensors[1:]
+    if isinstance(data, StackDataset):
+        yield from data.datasets.values() if isinstance(data.datasets, dict) else data.datasets[1:]
+    for name in ("targets", "labels"):
+        try:
+            column = getattr(data, name)
+        except Exception:  # whatever a user's property raises
+            continue
+        yield column
+
+
+def _as_labels(column: Any, data: Any) -> list[int] | None:
+    """Whole numbers, a column of them or one-hot rows as labels, one for each sample of a data set; else None."""
+
+    def read(part: Any) -> Tensor | None:
+        values = torch.as_tensor(part)
+        values = values.long() if values.dtype == torch.bool else values
+        return labels_of(values, values.shape[1] if values.ndim == 2 else None, ())
+
     try:
-        two = isinstance(data, TensorDataset) and len(data.tensors) == 2
-        labels = torch.as_tensor(data.tensors[1] if two else data.targets)
-        size = len(data)
-    except Exception:  # whatever a user's property raises, or torch on what it gives
+        labels = None if read(column[:1]) is None else read(column)  # what is large is no label at its first sample
+        return labels.tolist() if labels is not None and len(labels) == len(data) else None
+    except Exception:  # whatever torch raises on what a user has there
         return None
-    whole = not labels.is_floating_point() and not labels.is_complex() and labels.shape == (size,)
-    return labels.tolist() if whole else None
 
 
 def _count(size: int, share: float, batch: int, drop_last: bool, processes: int) -> int:

@@ -18,8 +18,8 @@ from lightning_cf.lightning_api import (
 )
 from lightning_cf.tasks.declared import WithData
 from lightning_cf.tasks.holdout import Split, in_order, samples_of, split
-from lightning_cf.tasks.reading import Limits, Reading, flat, several, side_by_side
-from lightning_cf.tasks.streams import reads_once
+from lightning_cf.tasks.reading import Limits, Reading, epoch_of, flat, several, side_by_side
+from lightning_cf.tasks.streams import check_passes
 from lightning_cf.tasks.targets import Place, labels_of, left_out, strange
 from lightning_cf.utilities.randomness import isolated_generators
 
@@ -35,6 +35,7 @@ class Opened:
         split: of a training loader from which samples are held out.
         handed: whether a Trainer has it.
         checked: whether it is known to give its batches again.
+        apart: whether it is read in copies, since a look at it changes it.
         judges: the places of those validation or test loaders that are this task's, once that is known.
     """
 
@@ -42,6 +43,7 @@ class Opened:
     split: Split
     handed: bool = False
     checked: bool = False
+    apart: bool = False
     judges: tuple[int, ...] | None = None
 
 
@@ -207,19 +209,14 @@ class Loaders:
         opened = self._open(stage)
         if not opened.checked:
             most = int(min(256, self.limits.batches_of(opened.loader, stage)))
-            why = reads_once(opened.loader, most)
-            if why:
-                raise ContinualError(
-                    f"Task '{self.task.name}': its {stage}_dataloader() gives batches that can be read once only"
-                    f" ({why}). They are read again to judge and fold a partition, and to infer tasks. Give a data set,"
-                    " or an iterable whose every iter() begins anew."
-                )
+            opened.apart = check_passes(opened.loader, f"Task '{self.task.name}': its {stage}_dataloader()", most)
             opened.checked = True
         return opened
 
     def _reading(self, stage: str, loaders: list[tuple[int, Any]], stages: tuple[str, ...]) -> Reading:
         what = f"Task '{self.task.name}': its {stage}_dataloader()"
-        return Reading(loaders, self.limits, stages, what, self._at, told=self.told)
+        apart, epoch = self.opened[stage].apart, epoch_of(getattr(self.task, "trainer", None))
+        return Reading(loaders, self.limits, stages, what, self._at, apart=apart, epoch=epoch, told=self.told)
 
     def _at(self, place: int) -> None:
         self.place = place

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from lightning_cf.errors import DataWarning, warn
-from lightning_cf.lightning_api import CombinedLoader, Trainer, sized_len
+from lightning_cf.lightning_api import CombinedLoader, Trainer, _set_sampler_epoch, sized_len
+from lightning_cf.tasks.copies import twin_of
 
 WITHOUT_LENGTH = 50_000
 """How many samples are read at most of a loader that has no length, and for which the Trainer has no limit; and of one
@@ -96,6 +97,8 @@ class Reading:
         what: how a warning calls it.
         began: is told a loader's place before its batches come.
         parts: what of a batch is given, if not the batch itself.
+        apart: whether streams are read in copies, as a look at them changes what the next pass gives.
+        epoch: of the Trainer, which it tells samplers before a pass over them.
         told: of what a warning said already that it is not read to its end.
     """
 
@@ -105,6 +108,8 @@ class Reading:
     what: str = ""
     began: Callable[[int], None] | None = None
     parts: Callable[[Any], Iterable[Any]] | None = None
+    apart: bool = False
+    epoch: int = 0
     told: set[str] = field(default_factory=set)
 
     @property
@@ -119,7 +124,7 @@ class Reading:
     def __iter__(self) -> Iterator[Any]:
         for place, loader in self.loaders:
             count = self.limits.batches_of(loader, *self.stages)
-            with _undisturbed(loader), _pass(loader, in_order=self.limits.overfits) as batches:
+            with _undisturbed(loader), self._pass(loader) as batches:
                 seen, trained = 0, self.limits.batches if "train" in self.stages else math.inf
                 for number, batch in enumerate(batches if math.isinf(count) else islice(batches, int(count)), 1):
                     if self.began is not None:
@@ -132,6 +137,31 @@ class Reading:
                             self._stopped(seen)
                         break
 
+    @contextmanager
+    def _pass(self, loader: Any) -> Iterator[Iterator[Any]]:
+        """Another pass over a loader, beside one that a Trainer may be in the middle of."""
+        if not several(loader):
+            yield iter(self._another(loader))
+            return
+        combined = copy.copy(loader) if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+        combined._iterator = combined._limits = None
+        combined.flattened = [self._another(each) for each in combined.flattened]
+        yield (batch for batch, _, _ in combined)
+
+    def _another(self, loader: Any) -> Any:
+        """The same loader with iterators and workers of its own, which end with it."""
+        _set_sampler_epoch(loader, self.epoch)
+        twin = twin_of(loader) if self.apart else None
+        loader = loader if twin is None else twin
+        if not isinstance(loader, DataLoader):
+            return loader
+        twin = copy.copy(loader)
+        twin.__dict__.update(_iterator=None, persistent_workers=False)
+        ordered = self.limits.overfits and not isinstance(loader.dataset, IterableDataset)
+        if ordered and loader.batch_size is not None:
+            resample(twin, SequentialSampler(loader.dataset))  # type: ignore[arg-type]
+        return twin
+
     def _stopped(self, seen: int) -> None:
         """Warns, once for each kind of data, that reading stopped though a loader without a length may give more."""
         if self.what in self.told:
@@ -143,6 +173,11 @@ class Reading:
             f" limit_{stage}_batches=N, or the loader's data set a length.",
             DataWarning,
         )
+
+
+def epoch_of(trainer: Trainer | None) -> int:
+    """The epoch that a Trainer tells its samplers."""
+    return 0 if trainer is None else trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
 
 
 def samples_in(batch: Any) -> int:
@@ -201,29 +236,6 @@ def _length(loader: Any) -> int | None:
     if mode == "min_size":
         return min(known, default=None)
     return None if len(known) < len(lengths) else sum(known) if mode == "sequential" else max(known, default=0)
-
-
-@contextmanager
-def _pass(loader: Any, *, in_order: bool) -> Iterator[Iterator[Any]]:
-    """Another pass over a loader, beside one that a Trainer may be in the middle of."""
-    if not several(loader):
-        yield iter(_another(loader, in_order))
-        return
-    combined = copy.copy(loader) if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
-    combined._iterator = combined._limits = None
-    combined.flattened = [_another(each, in_order) for each in combined.flattened]
-    yield (batch for batch, _, _ in combined)
-
-
-def _another(loader: Any, in_order: bool) -> Any:
-    """The same loader with iterators and workers of its own, which end with it."""
-    if not isinstance(loader, DataLoader):
-        return loader
-    twin = copy.copy(loader)
-    twin.__dict__.update(_iterator=None, persistent_workers=False)
-    if in_order and not isinstance(loader.dataset, IterableDataset) and loader.batch_size is not None:
-        resample(twin, SequentialSampler(loader.dataset))  # type: ignore[arg-type]
-    return twin
 
 
 def resample(loader: DataLoader[Any], sampler: Any, *, drop_last: bool | None = None) -> None:

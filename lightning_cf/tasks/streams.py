@@ -2,36 +2,77 @@
 
 from __future__ import annotations
 
-import copy
-import dis
-import io
 import itertools
-import operator
 import random
 import types
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_cf.errors import ContinualError, DataWarning, warn
+from lightning_cf.tasks.copies import copied, twin_of
 from lightning_cf.tasks.reading import flat, several
+from lightning_cf.tasks.shared_iterators import gives_itself, queue_of, read_by, shared
 from lightning_cf.utilities.randomness import isolated_generators, seed_torch
 
-_ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
 _NOTHING = "a second pass over it gives nothing"
 _LOOKED_AT = 256
 """How many batches of a copy are read at most to see whether another pass comes after them."""
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What is known of the passes over a loader.
+
+    Attributes:
+        once: why they give its batches once only; empty if they give them again, as far as one can tell.
+        moves: whether a look at its first batch changes what it keeps, or what the next pass gives.
+        differ: whether that cannot be told, as it cannot be copied, and two looks gave different batches.
+    """
+
+    once: str = ""
+    moves: bool = False
+    differ: bool = False
+
+
+def check_passes(loader: Any, what: str, most: int = _LOOKED_AT) -> bool:
+    """Whether a loader is to be read in copies, since a look at it changes what the next pass gives.
+
+    Args:
+        loader: as for ``reads_once``.
+        what: how messages call it.
+        most: how many batches of a copy to read at most.
+
+    Raises:
+        ContinualError: if it gives its batches once only.
+    """
+    found = _all_passes(loader, most)
+    why = next((each.once for each in found if each.once), "")
+    if why:
+        raise ContinualError(
+            f"{what} gives batches that can be read once only ({why}). They are read again to judge and fold a"
+            " partition, and to infer tasks. Give a data set, or an iterable whose every iter() begins anew."
+        )
+    if any(each.differ for each in found):
+        warn(
+            f"{what} gives a stream that cannot be copied, and two looks at its first batch gave different ones. If it"
+            " goes on where it stood, what is read to trace, judge and fold is not trained on: let every iter() begin"
+            " anew. If it draws, draw from torch's or NumPy's own generator.",
+            DataWarning,
+        )
+    return any(each.moves for each in found)
+
+
 def reads_once(loader: Any, most: int = _LOOKED_AT) -> str:
     """Why a loader gives its batches once only; empty if it gives them again, as far as one can tell.
 
-    Nothing is taken from the loader itself: iterators that its passes would share are looked for, and what can be
-    copied is tried on a copy.
+    Nothing is taken from the loader itself, unless there is no copying it: iterators that its passes would share are
+    looked for, and what can be copied is tried on a copy.
 
     >>> reads_once(iter([1, 2])), reads_once([1, 2])
     ('it is a list_iterator', '')
@@ -40,122 +81,67 @@ def reads_once(loader: Any, most: int = _LOOKED_AT) -> str:
         loader: a DataLoader or any iterable of batches, or several in a list, a mapping or a CombinedLoader.
         most: how many batches of a copy to read at most.
     """
-    if several(loader):
-        return next((why for why in map(reads_once, flat(loader)) if why), "")
+    return next((each.once for each in _all_passes(loader, most) if each.once), "")
+
+
+def _all_passes(loader: Any, most: int) -> list[Passes]:
+    return [_passes(each, most) for each in (flat(loader) if several(loader) else [loader])]
+
+
+def _passes(loader: Any, most: int) -> Passes:
     if isinstance(loader, (list, tuple)):
-        return ""
+        return Passes()
     if not isinstance(loader, DataLoader):
-        return _shared(loader) or _tried(loader, loader, most)
+        why = shared(loader)
+        return Passes(why) if why else _tried(loader, loader, most)
     for sampler in (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
-        why = "" if sampler is None else _shared(sampler)
+        why = "" if sampler is None else shared(sampler)
         if why:
-            return f"of its {type(loader).__name__}'s sampler {why}"
-    if not isinstance(loader.dataset, IterableDataset) or loader.num_workers:
-        return ""  # processes of their own get the data set as it was before any pass
-    return _shared(loader.dataset) or _tried(loader, loader.dataset, most)
+            return Passes(f"of its {type(loader).__name__}'s sampler {why}")
+    if not isinstance(loader.dataset, IterableDataset):
+        return Passes()
+    if loader.num_workers:  # processes of their own get the data set as it was before any pass, but share queues
+        return Passes(queue_of(loader.dataset, processes=True))
+    why = shared(loader.dataset)
+    return Passes(why) if why else _tried(loader, loader.dataset, most)
 
 
-def _shared(source: Any) -> str:
-    """An iterator that all passes over an object would go on with."""
-    kind = type(source).__name__
-    if _is_iterator(source):
-        return f"it is a {kind}"
-    used, stored = _names(type(source))
-    for name, value in {**_closure(type(source)), **getattr(source, "__dict__", {})}.items():
-        if name not in used or name in stored:
-            continue
-        values = [value, *(value if isinstance(value, (list, tuple)) and len(value) < 100 else ())]
-        live = next((x for x in values if _is_live(x)), None)
-        if live is not None and not (isinstance(live, io.IOBase) and "seek" in used):
-            return f"{kind}.{name} is a {type(live).__name__}, which all passes go on with"
-    return ""
-
-
-def _is_iterator(value: Any) -> bool:
-    """Whether it is an iterator that is not made in Python, such as a generator: these never start again."""
-    python = isinstance(getattr(type(value), "__iter__", None), types.FunctionType)
-    return isinstance(value, Iterator) and not isinstance(value, _ENDLESS) and not python
-
-
-def _gives_itself(kind: type) -> bool:
-    """Whether ``__iter__`` says ``return self`` and nothing else: no pass over such an object begins anew."""
-    function = getattr(kind, "__iter__", None)
-    if not isinstance(function, types.FunctionType) or not hasattr(kind, "__next__"):
-        return False
-    steps = [step for step in dis.get_instructions(function.__code__) if step.opname not in ("RESUME", "NOP")]
-    given = [step.argval for step in steps if step.opname.startswith("LOAD_FAST")]
-    return len(steps) == 2 and given == list(function.__code__.co_varnames[:1])
-
-
-def _is_live(value: Any) -> bool:
-    if not _is_iterator(value):
-        return False
-    if isinstance(value, types.GeneratorType):
-        return value.gi_frame is not None  # else it came to its end, and nothing can wait for more of it
-    return operator.length_hint(value, 1) > 0
-
-
-def _names(kind: type) -> tuple[set[str], set[str]]:
-    """The names that a class' passes read, and the attributes that they set."""
-    said = [_said(function.__code__) for function in _functions(kind)]
-    return {name for used, _ in said for name in used}, {name for _, stored in said for name in stored}
-
-
-@lru_cache(maxsize=256)
-def _said(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """The names that code reads, and the attributes that it sets."""
-    steps = list(dis.get_instructions(code))
-    stored = {step.argval for step in steps if step.opname == "STORE_ATTR"}
-    return {s.argval for s in steps if s.opname != "STORE_ATTR" and isinstance(s.argval, str)}, stored
-
-
-def _functions(kind: type) -> list[types.FunctionType]:
-    """What a pass runs, as far as it is of the class itself."""
-    found: dict[str, types.FunctionType] = {}
-    waiting = ["__iter__", "__next__"]
-    while waiting:
-        function = getattr(kind, waiting.pop(), None)
-        if isinstance(function, types.FunctionType) and function.__qualname__ not in found:
-            found[function.__qualname__] = function
-            waiting += [name for name in function.__code__.co_names if not name.startswith("__")]
-    return list(found.values())
-
-
-def _closure(kind: type) -> dict[str, Any]:
-    """What the passes of a class see around it."""
-    found = {}
-    for function in _functions(kind):
-        for name in function.__code__.co_names:
-            if name in function.__globals__:
-                found[name] = function.__globals__[name]
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            found[name] = cell.cell_contents if cell != types.CellType() else None
-    return found
-
-
-def _tried(loader: Any, source: Any, most: int) -> str:
-    """Tries on a copy whether a second pass comes; empty where there is no copying it."""
+def _tried(loader: Any, source: Any, most: int) -> Passes:
+    """Tries on a copy whether a second pass comes, and whether a pass that is broken off leaves less to the next."""
     try:
-        twin, fresh = _twin(loader, source), _twin(loader, source)
+        twin, fresh = twin_of(loader), twin_of(loader)
         if twin is None:
-            kind = type(source)
-            return f"{kind.__name__}.__iter__ gives the object as it stands" if _gives_itself(kind) else ""
+            return _looked_at(loader, source)
         with isolated_generators():
             of_twin = twin if loader is source else twin.dataset
             before = _state(of_twin)
             first = _begun(twin)
             if first is None:
-                return ""
-            why = "" if before == _state(of_twin) else _broken_off(twin, fresh, most)
+                return Passes()
+            moves = before != _state(of_twin)
+            why = _broken_off(twin, fresh, most) if moves else ""
             second = _begun(twin)
             if why or second is None:
-                return why or _NOTHING
+                return Passes(why or _NOTHING)
             if _alike(first, second):
-                return ""
+                return Passes(moves=moves)
             nothing = _count(twin, most) <= most and next(iter(twin), None) is None
     except Exception:  # whatever the user's data raises on a copy
-        return ""
-    return _NOTHING if nothing else ""
+        return Passes()
+    return Passes(_NOTHING) if nothing else Passes(moves=True)
+
+
+def _looked_at(loader: Any, source: Any) -> Passes:
+    """What is known of passes over what cannot be copied: by its class, else by two looks at its first batch."""
+    kind = type(source)
+    if gives_itself(kind):
+        return Passes(f"{kind.__name__}.__iter__ gives the object as it stands")
+    for name, value in read_by(source):
+        if gives_itself(type(value)) and copied(value) is None:
+            return Passes(f"{kind.__name__}.{name} is a {type(value).__name__}, which all passes go on with")
+    with isolated_generators():
+        first, second = _begun(loader), _begun(loader)
+    return Passes(_NOTHING if second is None is not first else "", differ=not _alike(first, second))
 
 
 def _broken_off(begun: Any, fresh: Any, most: int) -> str:
@@ -213,29 +199,6 @@ class _Same:
         return isinstance(other, _Same) and self.value is other.value and not isinstance(self.value, Iterator)
 
     __hash__ = None  # type: ignore[assignment]
-
-
-def _twin(loader: Any, source: Any) -> Any:
-    """The loader over a copy of its source; None where there is no copying it."""
-    twin = _copied(source)
-    if twin is None or loader is source:
-        return twin
-    loader = copy.copy(loader)
-    loader.__dict__["dataset"], loader.__dict__["_iterator"] = twin, None
-    return loader
-
-
-def _copied(source: Any) -> Any:
-    """A copy that shares what passes only read, such as arrays; None where there is no copying it."""
-    values = list(getattr(source, "__dict__", {}).values())
-    values += [x for value in values if isinstance(value, (list, tuple)) for x in value]
-    values += [x for value in values if isinstance(value, dict) for x in value.values()]
-    kept = (Tensor, np.ndarray, nn.Module)
-    plain = [x for x in values if isinstance(x, kept) or (isinstance(x, Dataset) and hasattr(x, "__getitem__"))]
-    try:
-        return copy.deepcopy(source, {id(x): x for x in plain})
-    except Exception:  # files, sockets and generators
-        return None
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -12,7 +12,7 @@ from learning import classifier, fit, quiet_trainer, tasks, three
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset, default_collate
 from torchmetrics import MeanSquaredError
 from views import labels, view
 
@@ -313,6 +313,58 @@ def test_a_trainer_predicts_for_networks_of_two_inputs():
     module = learned(Two(), [task], "energy", epochs=4)
     found = quiet_trainer().predict(module, dataloaders=DataLoader(halves, 200))
     assert torch.equal(found[0].probabilities, module.predict((x[:, :6], x[:, 6:])).probabilities)
+
+
+class Pair(Net):
+    """Takes one argument that holds two tensors."""
+
+    def forward(self, pair, mode=None):
+        return super().forward(torch.cat(list(pair), dim=1))
+
+
+class Required(Pair):
+    def forward(self, pair):
+        return super().forward(pair)
+
+
+class Optional(Net):
+    """Takes two arguments, or one."""
+
+    def forward(self, x, z=None):
+        return super().forward(torch.cat([x, torch.zeros_like(x) if z is None else z], dim=1))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(*batch[0]), batch[1])
+
+
+def collated(samples, kind):
+    x, y = default_collate(samples)
+    return kind(x), y
+
+
+@pytest.mark.parametrize("collate", [list, tuple])
+@pytest.mark.parametrize(
+    ("net", "evaluate"),
+    [
+        (Pair, None),
+        (Required, None),
+        (Required, lambda module, batch: (module(batch[0]), batch[1])),
+        (Optional, lambda module, batch: (module(*batch[0]), batch[1])),
+    ],
+    ids=["one of two", "one", "one by evaluate", "several"],
+)
+def test_an_input_of_several_tensors_is_predicted_as_it_was_fitted(net, evaluate, collate):
+    x, y = points([0, 1])
+    halves = [((a[:6], a[6:]), b) for a, b in zip(x, y, strict=True)]
+    loader = DataLoader(halves, 100, collate_fn=partial(collated, kind=collate))
+    task = Task("a", {"train": loader, "val": loader}, classes=[0, 1], evaluate=evaluate)
+    module = learned(net(), [task], "energy", epochs=4)
+    found = quiet_trainer().predict(module, dataloaders=loader)
+    alone, other = module.predict((x[:100, :6], x[:100, 6:])), module.predict([x[:100, :6], x[:100, 6:]])
+    assert float((alone.classes == y[:100]).float().mean()) > 0.9
+    assert torch.equal(found[0].probabilities, alone.probabilities)
+    assert torch.equal(other.probabilities, alone.probabilities)
+    assert inference_of(module.ledger).nested == (net is not Optional)
 
 
 def test_a_module_that_learned_numbers_alone_predicts_as_lightning_does():

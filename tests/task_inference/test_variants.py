@@ -113,6 +113,7 @@ def test_samples_that_come_out_as_they_were_are_told():
 def test_rotations_turn_the_last_two_dimensions_of_the_first_tensor():
     x, y = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
     turned, labels = changed([x, y], "rotated_90")
+    assert torch.equal(changed(([x, x], y), "rotated_90")[0][0], turned)  # the first of nested ones
     assert torch.equal(turned, x.rot90(1, (2, 3)))
     assert labels is y
     for name, quarters in zip(ROTATIONS, (1, 2, 3), strict=True):

@@ -6,17 +6,21 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from learning import quiet_trainer
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
+from torch.nn import functional as F
+from torch.utils.data import ConcatDataset, DataLoader, StackDataset, Subset, TensorDataset, random_split
 from toys import Net, fit, numbers
 
 from lightning_cf import SequentialTaskRunner, Task
+from lightning_cf.callbacks import label_watch
 from lightning_cf.errors import DataWarning
 from lightning_cf.sequence.joint import JointTask
-from lightning_cf.tasks.holdout import MOST, PartSampler, split
+from lightning_cf.tasks.holdout import MOST, split
+from lightning_cf.tasks.part_samplers import PartSampler
 from lightning_cf.utilities.randomness import keyed_generator
 
 
@@ -120,6 +124,55 @@ def test_a_data_set_of_any_length_is_split_without_a_list_of_it():
     assert rest[-1] < 10**12
 
 
+class Resized(torch.utils.data.Dataset):
+    """As long as it is told."""
+
+    def __init__(self, size):
+        self.size, self.read = size, []
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if index >= self.size:
+            raise IndexError(f"{index} of {self.size}")
+        self.read.append(index)
+        x, y = numbers(64)
+        return x[index % 64], y[index % 64]
+
+
+class Resizes(Net):
+    """Leaves samples out from epoch to epoch, or takes some in."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.by, self.seen = by, []
+
+    def on_train_epoch_start(self):
+        self.data = self.trainer.train_dataloader.dataset
+        self.data.read.clear()
+
+    def on_train_epoch_end(self):
+        self.seen.append(sorted(self.data.read))
+        self.data.size += self.by
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("by", [-17, 3])
+def test_a_data_set_may_change_its_length_between_epochs(by, shuffle):
+    """What was held out is not trained on, and judges while it is there."""
+    net, data = Resizes(by), Resized(64)
+    task = Task("a", {"train": DataLoader(data, 8, shuffle=shuffle)}, classes=[0, 1])
+    held = held_before(64)[1]
+    fit(net, task, [], max_epochs=3)
+    sizes = [64, 64 + by, 64 + 2 * by]
+    assert net.seen == [sorted({*range(size)} - {*held}) for size in sizes]
+    assert sum(len(y) for _, y in task.judging_batches()) == sum(index < data.size for index in held)
+    ours = Resizes(by)
+    fit(ours, Task("a", {"train": DataLoader(Resized(64), 8, shuffle=shuffle)}, classes=[0, 1]), max_epochs=3)
+    assert ours.steps == net.steps
+
+
 @pytest.mark.parametrize("size", [5, 7, 64])
 def test_what_is_left_is_all_that_is_not_held_out(size):
     parts = split(given(size), 0.5, name="a")
@@ -134,7 +187,7 @@ def test_targets_that_cannot_be_asked_for_tell_no_classes():
         def targets(self):
             raise NotImplementedError
 
-    parts = split(DataLoader(Asked(*numbers(40), torch.zeros(40)), 8), 0.1, name="a")
+    parts = split(DataLoader(Asked(numbers(40)[0]), 8), 0.1, name="a")
     assert len(parts.held.sampler) == 4
 
 
@@ -157,18 +210,70 @@ class Targets(torch.utils.data.Dataset):
         return self.x[index], self.targets[index]
 
 
+class Labels(Targets):
+    """As its set of house numbers does."""
+
+    def __init__(self, x, y):
+        super().__init__(x, y)
+        self.labels = np.array(self.targets)
+        del self.targets
+
+
+LABELLED = {
+    "tensors": TensorDataset,
+    "column": lambda x, y: TensorDataset(x, y[:, None]),
+    "one-hot": lambda x, y: TensorDataset(x, F.one_hot(y, 3).float()),
+    "bools": lambda x, y: TensorDataset(x, F.one_hot(y, 3).bool()),
+    "weights first": lambda x, y: TensorDataset(x, torch.ones(len(x)), y),
+    "numbers first": lambda x, y: TensorDataset(x, torch.arange(len(x)), y),
+    "domains last": lambda x, y: TensorDataset(x, y, torch.arange(len(x)) % 3),
+    "targets": Targets,
+    "labels": Labels,
+    "subset": lambda x, y: Subset(Targets(x, y), range(len(x))),
+    "concatenated": lambda x, y: ConcatDataset([TensorDataset(x[:9], y[:9]), Subset(Targets(x, y), range(9, len(x)))]),
+    "stacked": lambda x, y: StackDataset(x, y),
+    "stacked by name": lambda x, y: StackDataset(x=x, y=y.tolist()),
+}
+
+
 @pytest.mark.parametrize("rare", [1, 2])
-@pytest.mark.parametrize("kind", ["tensors", "targets", "subset"])
+@pytest.mark.parametrize("kind", LABELLED)
 def test_of_a_rare_class_a_sample_stays_to_be_learned_from(rare, kind):
     _, held = held_before(40)
     x, y = torch.randn(40, 3), torch.arange(40) % 2
     y[held[:rare]] = 2  # which would be held out whole
-    made = {"tensors": TensorDataset, "targets": Targets, "subset": lambda x, y: Subset(Targets(x, y), range(len(x)))}
-    parts = split(DataLoader(made[kind](x, y), 4), 0.1, name="a")
-    learned = torch.cat([labels for _, labels in parts.train]).tolist()
-    judged = torch.cat([labels for _, labels in parts.held]).tolist()
+    parts = split(DataLoader(LABELLED[kind](x, y), 4), 0.1, name="a")
+    learned, judged = (y[list(part.sampler)].tolist() for part in (parts.train, parts.held))
     assert learned.count(2) == 1 and judged.count(2) == rare - 1
     assert len(judged) == 4 and len(learned) == 36
+
+
+class Read(torch.utils.data.Dataset):
+    """Its labels are known of samples that are read."""
+
+    def __init__(self, x, y):
+        self.pairs = list(zip(x, y, strict=True))
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        return self.pairs[index]
+
+
+@pytest.mark.parametrize("on_a_gpu", [True, False])
+def test_a_class_that_is_not_trained_on_is_told(on_a_gpu, monkeypatch):
+    x, y = numbers(64)
+    y[:] = 0
+    y[held_before(64)[1][:1]] = 1
+    if on_a_gpu:
+        monkeypatch.setattr(label_watch, "_CPU", "another")
+    told = "Task 'a' declares classes .0, 1., but no training batch of an epoch holds label 1, .* held out to judge"
+    with pytest.warns(DataWarning, match=told):
+        fit(Net(), Task("a", {"train": DataLoader(Read(x, y), 16)}, classes=[0, 1]))
+    y[:32] = 1
+    fit(Net(), Task("a", {"train": DataLoader(Read(x, y), 16)}, classes=[0, 1]))
+    fit(Net(), Task("a", {"train": DataLoader(Read(x, y), 16)}, classes=[0, 1]), limit_train_batches=1)
 
 
 def test_classes_of_one_sample_each_spare_none():

@@ -1,5 +1,8 @@
 import copy
 import itertools
+import multiprocessing
+import queue
+import threading
 from functools import partial
 
 import numpy as np
@@ -8,7 +11,7 @@ import torch
 from learning import quiet_trainer
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, ChainDataset, DataLoader, IterableDataset, TensorDataset
 from toys import Counted, Net, fit, loader, numbers
 
 from lightning_cf import SequentialTaskRunner, Task, TaskInferenceCallback
@@ -205,6 +208,184 @@ def test_what_a_look_at_its_first_batch_shortens_is_refused(make, stage):
     assert net.steps == 0
 
 
+# What cannot be copied
+
+
+class Takes(IterableDataset):
+    """Takes what others put into a queue."""
+
+    def __init__(self, queue):
+        self.queue = queue
+
+    def __iter__(self):
+        while not self.queue.empty():
+            yield self.queue.get()
+
+
+class Receives(IterableDataset):
+    def __init__(self, connection):
+        self.connection = connection
+
+    def __iter__(self):
+        while self.connection.poll():
+            yield self.connection.recv()
+
+
+def filled(kind):
+    found = kind()
+    for sample in batches(1)[0][1].tolist():
+        found.put(sample)
+    while found.empty():
+        pass  # until the thread has put it there that a queue of processes has
+    return found
+
+
+def piped():
+    end, other = multiprocessing.Pipe()
+    other.send(1)
+    return end
+
+
+@pytest.mark.parametrize("held", ["alone", "chained", "mapped", "in a loader"])
+@pytest.mark.parametrize("kind", [queue.Queue, queue.SimpleQueue, multiprocessing.Queue, "pipe"])
+def test_what_takes_from_a_queue_is_refused_and_nothing_is_taken(kind, held):
+    data = Receives(piped()) if kind == "pipe" else Takes(filled(kind))
+    holding = {"alone": lambda x: x, "chained": lambda x: ChainDataset([x]), "mapped": Yields}
+    source = Yields(DataLoader(data, 1)) if held == "in a loader" else holding[held](data)
+    with pytest.raises(ContinualError, match="whose samples are gone once they are read"):
+        fit(Net(), Task("a", {"train": DataLoader(source, 8), "val": loader()}, classes=[0, 1]))
+    assert data.connection.poll() if kind == "pipe" else kind is multiprocessing.Queue or data.queue.qsize() == 16
+
+
+def test_processes_that_read_share_queues_of_processes_only():
+    for kind, shared in [(queue.Queue, False), (multiprocessing.Queue, True)]:
+        assert bool(reads_once(DataLoader(Takes(filled(kind)), 8, num_workers=1))) == shared
+
+
+class Prepares(IterableDataset):
+    """Has a thread fill a queue of each pass."""
+
+    def __init__(self):
+        self.queue, self.samples = queue.Queue(), list(stream())
+
+    def fill(self):
+        for sample in [*self.samples, None]:
+            self.queue.put(sample)
+
+    def __iter__(self):
+        self.queue = queue.Queue()
+        threading.Thread(target=self.fill).start()
+        yield from iter(self.queue.get, None)
+
+
+class Locked(IterableDataset):
+    """Of a lock there is no copy."""
+
+    def __init__(self):
+        self.lock, self.samples = threading.Lock(), list(stream())
+
+    def __iter__(self):
+        with self.lock:
+            yield from self.samples
+
+
+class Client(Locked):
+    """Its samples are gone once they are asked for, which nobody can see."""
+
+    def __iter__(self):
+        while self.samples:
+            yield self.samples.pop(0)
+
+
+def test_a_stream_that_cannot_be_copied_and_gives_nothing_or_something_else_is_refused_or_told():
+    with pytest.raises(ContinualError, match="a second pass over it gives nothing"):
+        fit(Net(), Task("a", {"train": DataLoader(Client(), 64), "val": loader()}, classes=[0, 1]))
+    with pytest.warns(DataWarning, match=r"cannot be copied, and two looks at its first batch gave different ones"):
+        fit(Net(), Task("a", {"train": DataLoader(Client(), 8), "val": loader()}, classes=[0, 1]))
+
+
+# What passes change
+
+
+class FillsCache(IterableDataset):
+    """Its first whole pass fills a cache."""
+
+    def __init__(self):
+        self.samples, self.cache, self.full = list(stream()), [], False
+
+    def __iter__(self):
+        if self.full:
+            yield from self.cache
+            return
+        for sample in self.samples:
+            self.cache.append(sample)
+            yield sample
+        self.full = True
+
+
+class Curriculum(IterableDataset):
+    """Gives more in each pass."""
+
+    def __init__(self):
+        self.samples, self.passes = list(stream()), 0
+
+    def __iter__(self):
+        self.passes += 1
+        yield from self.samples[: 16 * self.passes]
+
+
+class SetEpoch(torch.utils.data.Sampler):
+    """Draws an order by the epoch that it is told."""
+
+    epoch = None
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return 64
+
+    def __iter__(self):
+        yield from torch.randperm(64, generator=torch.Generator().manual_seed(7 + self.epoch)).tolist()
+
+
+class Seen(Net):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch[0].tolist())
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: DataLoader(FillsCache(), 8),
+        lambda: DataLoader(Curriculum(), 8),
+        lambda: DataLoader(Shuffled(), 8),
+        lambda: DataLoader(TensorDataset(*numbers()), 8, sampler=SetEpoch()),
+        lambda: DataLoader(TensorDataset(*numbers()), batch_sampler=BatchSampler(SetEpoch(), 8, False)),
+    ],
+    ids=["cache", "curriculum", "generator", "epochs", "epochs of batches"],
+)
+@pytest.mark.parametrize("stage", ["train", "val"])
+def test_a_fit_trains_on_the_same_batches_as_plain_lightning(source, stage):
+    found = []
+    for callbacks in ([], None):
+        net, data = Seen(), source()
+        net.validation_step = lambda batch, *_, net=net: net.seen.append(batch[0].tolist())
+        fit(
+            net,
+            Task("a", {"train": loader(), "val": loader()} | {stage: data}, classes=[0, 1]),
+            callbacks,
+            max_epochs=3,
+        )
+        found.append(net.seen)
+    assert found[0] == found[1]
+
+
 class DrawsForEver(GoesOn):
     """Gives itself too, but no batch hangs on those before."""
 
@@ -271,8 +452,22 @@ class Batches:
         lambda: DataLoader(Yields(list(stream())), 8),
         Batches,
         lambda: DataLoader(CountsPasses(stream()), 8),
+        lambda: DataLoader(Prepares(), 8),
+        lambda: DataLoader(Locked(), 8),
+        lambda: DataLoader(ChainDataset([Locked()]), 8),
     ],
-    ids=["its own iterator", "generator", "global generator", "counted", "list", "iterable", "counts passes"],
+    ids=[
+        "its own iterator",
+        "generator",
+        "global generator",
+        "counted",
+        "list",
+        "iterable",
+        "counts passes",
+        "queue",
+        "locked",
+        "chained",
+    ],
 )
 def test_what_begins_anew_trains_as_many_steps_as_plain_lightning(source):
     plain, net = Net(), Net()

@@ -1,0 +1,136 @@
+"""What all passes over an object go on with, found by a look at its class and at what it holds: nothing is read."""
+
+from __future__ import annotations
+
+import dis
+import io
+import itertools
+import operator
+import types
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+_ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
+
+_FILLS = frozenset(("put", "put_nowait", "send", "sendall", "connect"))
+"""What a pass calls that fills a queue, or asks for what it reads, by itself."""
+
+
+def shared(source: Any, depth: int = 4) -> str:
+    """An iterator or a queue that all passes over an object, or over a stream that it holds, would go on with."""
+    kind = type(source).__name__
+    if _is_iterator(source):
+        return f"it is a {kind}"
+    used = _names(type(source))[0]
+    for name, value in read_by(source):
+        live = next((x for x in _and_items(value) if _is_live(x)), None)
+        if live is not None and not (isinstance(live, io.IOBase) and "seek" in used):
+            return f"{kind}.{name} is a {type(live).__name__}, which all passes go on with"
+        held = [x.dataset if isinstance(x, DataLoader) and not x.num_workers else x for x in _and_items(value)]
+        within = [x for x in held if isinstance(x, IterableDataset) and x is not source] if depth else []
+        why = next((why for why in (shared(x, depth - 1) for x in within) if why), "")
+        if why:
+            return why
+    return queue_of(source)
+
+
+def queue_of(source: Any, *, processes: bool = False) -> str:
+    """A queue or a connection that the passes over an object empty, and do not fill by themselves; empty for none.
+
+    Args:
+        source: a data set or another iterable.
+        processes: whether other processes read it, which have queues of this one as copies.
+    """
+    used = _names(type(source))[0]
+    for name, value in read_by(source):
+        own = processes and type(value).__module__ in ("queue", "_queue")
+        queue = used & {"get", "get_nowait"} and not own and _holds_samples(value)
+        if not used & _FILLS and (queue or ("recv" in used and hasattr(value, "recv"))):
+            kind = type(value).__name__
+            return f"{type(source).__name__}.{name} is a {kind}, whose samples are gone once they are read"
+    return ""
+
+
+def _holds_samples(value: Any) -> bool:
+    """Whether something is a queue, of threads, processes or another library, in which there is something."""
+    try:
+        return all(hasattr(value, method) for method in ("get", "put", "empty")) and not value.empty()
+    except Exception:  # as of one that is closed
+        return False
+
+
+def read_by(source: Any) -> Iterator[tuple[str, Any]]:
+    """What the passes over an object find in it or around its class, and do not set anew."""
+    used, stored = _names(type(source))
+    for name, value in {**_closure(type(source)), **getattr(source, "__dict__", {})}.items():
+        if name in used and name not in stored:
+            yield name, value
+
+
+def _and_items(value: Any) -> list[Any]:
+    return [value, *(value if isinstance(value, (list, tuple)) and len(value) < 100 else ())]
+
+
+def _is_iterator(value: Any) -> bool:
+    """Whether it is an iterator that is not made in Python, such as a generator: these never start again."""
+    python = isinstance(getattr(type(value), "__iter__", None), types.FunctionType)
+    return isinstance(value, Iterator) and not isinstance(value, _ENDLESS) and not python
+
+
+def gives_itself(kind: type) -> bool:
+    """Whether a class' ``__iter__`` says ``return self`` and nothing else: no pass over such an object begins anew."""
+    function = getattr(kind, "__iter__", None)
+    if not isinstance(function, types.FunctionType) or not hasattr(kind, "__next__"):
+        return False
+    steps = [step for step in dis.get_instructions(function.__code__) if step.opname not in ("RESUME", "NOP")]
+    given = [step.argval for step in steps if step.opname.startswith("LOAD_FAST")]
+    return len(steps) == 2 and given == list(function.__code__.co_varnames[:1])
+
+
+def _is_live(value: Any) -> bool:
+    if not _is_iterator(value):
+        return False
+    if isinstance(value, types.GeneratorType):
+        return value.gi_frame is not None  # else it came to its end, and nothing can wait for more of it
+    return operator.length_hint(value, 1) > 0
+
+
+def _names(kind: type) -> tuple[set[str], set[str]]:
+    """The names that a class' passes read, and the attributes that they set."""
+    said = [_said(function.__code__) for function in _functions(kind)]
+    return {name for used, _ in said for name in used}, {name for _, stored in said for name in stored}
+
+
+@lru_cache(maxsize=256)
+def _said(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """The names that code reads, and the attributes that it sets."""
+    steps = list(dis.get_instructions(code))
+    stored = {step.argval for step in steps if step.opname == "STORE_ATTR"}
+    return {s.argval for s in steps if s.opname != "STORE_ATTR" and isinstance(s.argval, str)}, stored
+
+
+def _functions(kind: type) -> list[types.FunctionType]:
+    """What a pass runs, as far as it is of the class itself."""
+    found: dict[str, types.FunctionType] = {}
+    waiting = ["__iter__", "__next__"]
+    while waiting:
+        function = getattr(kind, waiting.pop(), None)
+        if isinstance(function, types.FunctionType) and function.__qualname__ not in found:
+            found[function.__qualname__] = function
+            waiting += [name for name in function.__code__.co_names if not name.startswith("__")]
+    return list(found.values())
+
+
+def _closure(kind: type) -> dict[str, Any]:
+    """What the passes of a class see around it."""
+    found = {}
+    for function in _functions(kind):
+        for name in function.__code__.co_names:
+            if name in function.__globals__:
+                found[name] = function.__globals__[name]
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            found[name] = cell.cell_contents if cell != types.CellType() else None
+    return found
