@@ -104,6 +104,17 @@ def _check_pairs(module: LightningModule, task: Task, batch: Any) -> None:
         )
 
 
+def _check_returned(task: Task, columns: list[int], returned: list[int], size: int) -> None:
+    """Raises ContinualError where a task is to own outputs none of which its way returns, of ``size`` in all heads."""
+    if returned and set(returned).isdisjoint(columns) and max(columns) < size:
+        said = f"outputs={task.outputs}" if task.outputs else f"classes={task.classes}"
+        raise ContinualError(
+            f"Task '{task.name}' says {said}, which are outputs of another head: counted through all heads, the one"
+            f" that it runs gives outputs {returned[0]} to {returned[-1]}. Leave {said.split('=')[0]}= out: a"
+            " task's outputs are then those that its evaluate returns, and a label counts within them."
+        )
+
+
 def _inputs(module: LightningModule, task: Task, batch: Any) -> Any:
     """What the module's forward pass takes, as far as one can tell."""
     if not is_overridden("forward", module, parent=LightningModule):
