@@ -205,7 +205,7 @@ class ContinualState:
         with isolated_generators():
             way = _own_way(module, task)
         ways = [*self._ways(), way]
-        if plain and _alike(module, ways[0], way):
+        if plain and _alike(module, self.structure.entries.keys(), ways[0], way):
             self._ride(task, 0)
             return self.structure.returned[0]
         count = min(_batch(example) for example, _ in ways)
@@ -219,8 +219,9 @@ class ContinualState:
         ):
             raise ContinualError(
                 f"Task '{task.name}': the way in which earlier tasks run {type(module).__name__} is another one now. A"
-                " forward pass that chooses a head by something that changes cannot be followed: let forward give the"
-                " body's features, and evaluate= of each task name its head:"
+                " forward pass that chooses its layers by something that changes, such as an attribute, cannot be"
+                " followed: let evaluate= of each task name its own, as"
+                " lambda module, batch: (module(batch[0], task='a'), batch[1]), or with heads"
                 " lambda module, batch: (module.heads['a'](module(batch[0])), batch[1])."
             )
         number = len(ways) - 1

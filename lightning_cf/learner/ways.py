@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -35,10 +36,10 @@ def _same_way(structure: Structure, a: int, b: int) -> bool:
     return all((a in use.ways) == (b in use.ways) for uses in structure.entries.values() for use in uses)
 
 
-def _alike(module: LightningModule, a: tuple[Any, Forward], b: tuple[Any, Forward]) -> bool:
-    """Whether a network runs the same operations on the same parameters and buffers for two examples."""
-    seen = [_Signature.of(module, example, forward) for example, forward in (a, b)]
-    return None not in seen and seen[0] == seen[1]
+def _alike(module: LightningModule, known: Collection[str], a: tuple[Any, Forward], b: tuple[Any, Forward]) -> bool:
+    """Whether a network runs the same operations for two examples, on the same of its tensors, which are all known."""
+    seen, other = (_Signature.of(module, example, forward) for example, forward in (a, b))
+    return seen is not None and seen == other and all(name in known for _, *names in seen for name in names)
 
 
 class _Signature(TorchDispatchMode):

@@ -392,6 +392,30 @@ def test_a_forward_pass_that_gives_every_tasks_outputs(make):
     check(module, tasks, learn(module, tasks, epochs=8))
 
 
+class Switched(Wired):
+    """Runs the stem that an attribute names, or that it is told."""
+
+    active = "a"
+
+    def forward(self, x, name=None):
+        return self.run_as(name or self.active, x)
+
+
+def test_a_stem_that_an_attribute_chooses_is_refused_before_training_with_a_way_out():
+    torch.manual_seed(0)
+    given = stems()
+    module, tasks = Switched(given.wire, **dict(given.named_children())), sequence()[:2]
+    learn(module, [Task("a", tasks[0].data, classes=[0, 1])])
+    before = {name: tensor.clone() for name, tensor in named_tensors(module).items()}
+    module.active = "b"
+    with pytest.raises(ContinualError, match=r"earlier tasks run Switched is another one now\. .* by .* an attribute"):
+        learn(module, [Task("b", tasks[1].data, classes=[2, 3])], epochs=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(module).items())
+    module.active, logits = "a", predictions(module, tasks[0])
+    told = Task("b", tasks[1].data, classes=[2, 3], evaluate=lambda m, batch: (m(batch[0], "b"), batch[1]))
+    check(module, [tasks[0], told], [logits, *learn(module, [told], epochs=8)])
+
+
 class ByWidth(Wired):
     """Chooses a stem by the width of its input."""
 
