@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.network.forward import Forward, samples
-from lightning_cf.network.structure import Structure, lookup
+from lightning_cf.network.structure import OUTSIDE, Structure, lookup
 from lightning_cf.network.tracing.rules.call import named
 from lightning_cf.network.tracing.trace import traced_results
 from lightning_cf.network.tracing.watching import following, plain_kernels
@@ -75,7 +75,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.running = [""]
+        self.running = [OUTSIDE]
         self.found: list[tuple[str, str, Tensor]] = []
 
     def __torch_dispatch__(

@@ -16,7 +16,7 @@ from lightning_cf.exactness.readings import OPERATIONS, decides_nothing
 from lightning_cf.exactness.repeating import first_unlike
 from lightning_cf.network.forward import Forward, call, samples
 from lightning_cf.network.kept_entries import replaced
-from lightning_cf.network.structure import Mixing, Structure, layer_of
+from lightning_cf.network.structure import Mixing, Structure, layer_of, module_at
 from lightning_cf.network.tracing.trace import trace
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
@@ -116,14 +116,14 @@ def _check_reads(
         layers = [layer for layer in found.layers if layer in partitioned]
         if layers and found.operation in OPERATIONS and decides_nothing(module, example, forward):
             _say(
-                f"module '{found.module or 'forward'}' reads values of units of {_names(layers)} into Python"
+                f"{module_at(found.module)} reads values of units of {_names(layers)} into Python"
                 f" ('{found.operation}'). With other numbers in their place every output stayed the same, so they are"
                 " taken to be looked at only, as for a log.",
                 said,
             )
         elif layers:
             raise StructureError(
-                f"isolation='exact' cannot hold: module '{found.module or 'forward'}' reads values of units of"
+                f"isolation='exact' cannot hold: {module_at(found.module)} reads values of units of"
                 f" {_names(layers)} into Python ('{found.operation}': .item(), float() or an if), where nothing can"
                 f" tell what they change. Take that out, use isolation='perturb', or exclude={layers}, which leaves"
                 " these layers to the first task."
@@ -156,8 +156,9 @@ def _causes(messages: list[str]) -> str:
         return ""
     more = f" So do {len(messages) - SHOWN} others." if len(messages) > SHOWN else ""
     return (
-        f"{' '.join(messages[:SHOWN])}{more} A norm is taken by owners where its means keep their dims (keepdim=True),"
-        " or where a module of its own takes them; else put another operation there, or use isolation='perturb'."
+        f"{' '.join(messages[:SHOWN])}{more} A norm is taken by owners within a module's forward, where its means keep"
+        " their dims (keepdim=True) or a module of its own takes them; else put another operation there, or use"
+        " isolation='perturb'."
     )
 
 
@@ -218,8 +219,8 @@ def _same_way(module: nn.Module, structure: Structure, example: Any, forward: Fo
 
 def _looks(found: Mixing) -> str:
     return (
-        f"module '{found.module or 'forward'}' reads the network's input into Python ('{found.operation}': .item(), an"
-        " if or a shape), by which it may choose what runs"
+        f"{module_at(found.module)} reads the network's input into Python ('{found.operation}': .item(), an if or a"
+        " shape), by which it may choose what runs"
     )
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from lightning_cf.errors import ContinualError
 from lightning_cf.learner.keeping import state_for
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.widening import add_classes, follow_head, grow, note_heads
 from lightning_cf.lightning_api import LightningModule
+from lightning_cf.ownership.refusals import one_column
 from lightning_cf.tasks.task import Task
 
 
-def meet_task(module: LightningModule, task: Task) -> list[int]:
+def meet_task(module: LightningModule, task: Task, *, new_classes: bool = True) -> list[int]:
     """Makes a task known and sets its outputs aside.
 
     Where a module says ``adds_outputs_for_tasks``, as a ContinualModule does, the head grows by columns that it lacks.
+
+    Args:
+        module: the network.
+        task: whose data are read.
+        new_classes: whether it grows for class numbers beyond its columns too, not only for classes that return.
 
     Returns:
         the output column of each of the task's classes.
@@ -25,13 +32,15 @@ def meet_task(module: LightningModule, task: Task) -> list[int]:
     outputs = state.meet(module, task)
     if task.name not in state.ledger.reserved:
         if getattr(module, "adds_outputs_for_tasks", False):
-            outputs = _with_new_columns(module, state, task, outputs)
+            outputs = _with_new_columns(module, state, task, outputs, new_classes)
         state.ledger.reserve(task.name, outputs)
     note_heads(state)
     return state.ledger.reserved[task.name]
 
 
-def _with_new_columns(module: LightningModule, state: ContinualState, task: Task, outputs: list[int]) -> list[int]:
+def _with_new_columns(
+    module: LightningModule, state: ContinualState, task: Task, outputs: list[int], new_classes: bool
+) -> list[int]:
     """The task's outputs, of which those that another task has, or the head has not, are new columns."""
     taken = {output for others in state.ledger.reserved.values() for output in others}
     returns = task.outputs is None and taken & set(outputs) and max(outputs) < state.ledger.width
@@ -40,5 +49,16 @@ def _with_new_columns(module: LightningModule, state: ContinualState, task: Task
     if returns:
         return grow(module, state, len(outputs))
     if task.outputs is None and task.classes is not None and max(outputs) >= state.ledger.width:
+        if not new_classes:
+            raise ContinualError(_beyond(task, outputs, state.ledger.width))
         return add_classes(module, state, outputs)
     return outputs
+
+
+def _beyond(task: Task, outputs: list[int], width: int) -> str:
+    """What a user is told of classes beyond the head's columns where only classes that return get new ones."""
+    return (
+        f"Task '{task.name}' needs output {next(output for output in outputs if output >= width)}, but the output head"
+        f" has {width} columns (0 to {width - 1}). Widen the head, or correct the task's classes. If they are new ones,"
+        f" add them before the run: ContinualModule(module).add_task(task).{one_column(width)}"
+    )

@@ -16,7 +16,7 @@ from lightning_cf.errors import ContinualError, StructureError, StructureWarning
 from lightning_cf.functional.phases import trace
 from lightning_cf.functional.showing import view_of
 from lightning_cf.invariance.disturbance import Disturbance
-from lightning_cf.learner.ways import _alike, _batch, _own_way, _same_way, _traced
+from lightning_cf.learner.ways import _alike, _batch, _check_returned, _own_way, _same_way, _traced
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.foreign_heads import check_foreign_heads
 from lightning_cf.network.forward import Forward, samples
@@ -151,28 +151,25 @@ class ContinualState:
         elif not self.met:
             self._ride(task, len(self.forward.forwards) - 1 if isinstance(self.forward, Ways) else 0)
         self.met.add(task.name)
-        columns = self.outputs_of(task)
-        if not columns:
-            columns = returned.tolist()
+        columns = self.outputs_of(task) or returned.tolist()
         if not columns:
             raise ContinualError(
                 f"Task '{task.name}': its evaluate returns no columns of a layer, so it must say which outputs it owns:"
                 " outputs=[...]."
             )
-        if fresh:
-            self._check_returned(task, columns, returned.tolist())
+        if fresh and len(self.structure.head.layers) > 1:
+            columns = self._within_its_head(task, columns, returned.tolist())
+            _check_returned(task, columns, returned.tolist(), self.structure.head.size)
         return columns
 
-    def _check_returned(self, task: Task, columns: list[int], returned: list[int]) -> None:
-        """Raises ContinualError where a task is to own outputs none of which its way through the network returns."""
-        head, apart = self.structure.head, returned and set(returned).isdisjoint(columns)
-        if len(head.layers) > 1 and apart and max(columns) < head.size:
-            said = f"outputs={task.outputs}" if task.outputs else f"classes={task.classes}"
-            raise ContinualError(
-                f"Task '{task.name}' says {said}, which are outputs of another head: counted through all heads, the one"
-                f" that it runs gives outputs {returned[0]} to {returned[-1]}. Leave {said.split('=')[0]}= out: a"
-                " task's outputs are then those that its evaluate returns, and a label counts within them."
-            )
+    def _within_its_head(self, task: Task, columns: list[int], returned: list[int]) -> list[int]:
+        """The columns of a task that runs a head of its own, in which its classes count from 0 on."""
+        within = [returned[label] for label in task.classes or [] if label < len(returned)]
+        if task.name not in self.ledger.reserved and not task.outputs and not set(columns) <= set(returned):
+            columns = within if len(within) == len(columns) else columns
+        if columns == within:
+            self.ledger.positions[task.name] = columns  # it sees its head as it stands
+        return columns
 
     def tell(self, warning: str) -> None:
         """Says once what a user should know of the network."""
@@ -213,7 +210,7 @@ class ContinualState:
         with isolated_generators():
             way = _own_way(module, task)
         ways = [*self._ways(), way]
-        if plain and _alike(module, ways[0], way):
+        if plain and _alike(module, self.structure.entries.keys(), ways[0], way):
             self._ride(task, 0)
             return self.structure.returned[0]
         count = min(_batch(example) for example, _ in ways)
@@ -227,8 +224,9 @@ class ContinualState:
         ):
             raise ContinualError(
                 f"Task '{task.name}': the way in which earlier tasks run {type(module).__name__} is another one now. A"
-                " forward pass that chooses a head by something that changes cannot be followed: let forward give the"
-                " body's features, and evaluate= of each task name its head:"
+                " forward pass that chooses its layers by something that changes, such as an attribute, cannot be"
+                " followed: let evaluate= of each task name its own, as"
+                " lambda module, batch: (module(batch[0], task='a'), batch[1]), or with heads"
                 " lambda module, batch: (module.heads['a'](module(batch[0])), batch[1])."
             )
         number = len(ways) - 1
@@ -262,7 +260,7 @@ class ContinualState:
     @contextmanager
     def showing(self, module: nn.Module, tasks: Sequence[Task]) -> Iterator[OutputView | None]:
         """Shows the outputs of one task, or of several sample by sample (see ``OutputView.mix``)."""
-        positions = [task.classes or self.ledger.positions.get(task.name) for task in tasks]
+        positions = [self.ledger.positions.get(task.name) or task.classes for task in tasks]
         if self.shown is not None or not self.mask_outputs or None in positions:
             yield self.shown
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -35,10 +36,10 @@ def _same_way(structure: Structure, a: int, b: int) -> bool:
     return all((a in use.ways) == (b in use.ways) for uses in structure.entries.values() for use in uses)
 
 
-def _alike(module: LightningModule, a: tuple[Any, Forward], b: tuple[Any, Forward]) -> bool:
-    """Whether a network runs the same operations on the same parameters and buffers for two examples."""
-    seen = [_Signature.of(module, example, forward) for example, forward in (a, b)]
-    return None not in seen and seen[0] == seen[1]
+def _alike(module: LightningModule, known: Collection[str], a: tuple[Any, Forward], b: tuple[Any, Forward]) -> bool:
+    """Whether a network runs the same operations for two examples, on the same of its tensors, which are all known."""
+    seen, other = (_Signature.of(module, example, forward) for example, forward in (a, b))
+    return seen is not None and seen == other and all(name in known for _, *names in seen for name in names)
 
 
 class _Signature(TorchDispatchMode):
@@ -101,6 +102,17 @@ def _check_pairs(module: LightningModule, task: Task, batch: Any) -> None:
             f"Task '{task.name}': its batches are no (input, target) pairs, so there is no example to trace"
             f" {type(module).__name__} with, and no telling how to score it. Give the task"
             " evaluate=lambda module, batch: (predictions, target), or set example_input_array in the module."
+        )
+
+
+def _check_returned(task: Task, columns: list[int], returned: list[int], size: int) -> None:
+    """Raises ContinualError where a task is to own outputs none of which its way returns, of ``size`` in all heads."""
+    if returned and set(returned).isdisjoint(columns) and max(columns) < size:
+        said = f"outputs={task.outputs}" if task.outputs else f"classes={task.classes}"
+        raise ContinualError(
+            f"Task '{task.name}' says {said}, which are outputs of another head: counted through all heads, the one"
+            f" that it runs gives outputs {returned[0]} to {returned[-1]}. Leave {said.split('=')[0]}= out: a"
+            " task's outputs are then those that its evaluate returns, and a label counts within them."
         )
 
 

@@ -51,8 +51,9 @@ def head_of(module: nn.Module, structure: Structure) -> Head:
     if len(structure.head.layers) > 1:
         raise ContinualError(
             f"The network has {len(structure.head.layers)} output heads ({', '.join(structure.head.layers)}), to which"
-            " no outputs can be added. Give each task outputs=[...] of its own, or widen one of the heads yourself: a"
-            " wider layer with the old rows copied, the new ones behind them."
+            " no outputs can be added. Let evaluate= of each task return a head of its own alone, in which its classes"
+            " count from 0 on; or widen one of the heads yourself: a wider layer with the old rows copied, the new ones"
+            " behind them."
         )
     return _head(module, structure.head_layer)
 

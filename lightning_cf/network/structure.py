@@ -15,6 +15,8 @@ from lightning_cf.network.forward import Example
 NO_UNIT = -1
 """Stands for the network's input where a source is named, and for "not part of any unit" where a target is."""
 
+OUTSIDE = "(outside)"
+"""Stands for the path of a module where none runs: in what ``evaluate=``, or a method other than forward, computes."""
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 """Layers whose outputs the leak probe watches."""
@@ -163,8 +165,7 @@ class Mixing:
         """What a user should know of it."""
         of = ", ".join(f"'{layer}'" for layer in self.layers) or "the outputs"
         why = "cannot be followed" if self.unknown else "mixes units"
-        text = f"'{self.operation}' in module '{self.module or 'forward'}' {why}: {self.count} units of {of} share one"
-        text += " fate."
+        text = f"'{self.operation}' in {module_at(self.module)} {why}: {self.count} units of {of} share one fate."
         if self.collapsed:
             layers = ", ".join(f"'{layer}'" for layer in self.collapsed)
             text += f" Of {layers} one unit is left, which the first task owns whole."
@@ -270,6 +271,11 @@ class Structure:
 def lookup(index: Int64[Tensor, "..."], values: Shaped[Tensor, "units"], *, none: int) -> Shaped[Tensor, "..."]:
     """``values[index]``, with ``none`` where the index says ``NO_UNIT``."""
     return torch.cat([values, values.new_full((1,), none)])[index]
+
+
+def module_at(path: str) -> str:
+    """The module at a path, as messages call what runs there."""
+    return "code outside of a module's forward" if path == OUTSIDE else f"module '{path or 'forward'}'"
 
 
 def layer_of(tensor: str) -> str:

@@ -40,7 +40,7 @@ class NeuronLedger:
         width: how many classes the module shows: columns of the head as the user built it.
         head: path of the layer whose columns the outputs are.
         reserved: output columns of each task by name, begun or still to come.
-        positions: of tasks without classes whose columns stand elsewhere: at which positions the module shows them.
+        positions: of tasks whose columns are not shown at their classes: at which positions the module shows them.
         tasks: the tasks so far, in the order in which they were learned.
         isolation: "exact" or "perturb".
         whole: groups that are not partitioned: the first task owns them whole.

@@ -54,7 +54,8 @@ class OutputView:
         if len(self.heads) > 1 and bool(((self.columns != torch.arange(width)) & (self.columns != NO_COLUMN)).any()):
             raise ContinualError(
                 f"The network has {len(self.heads)} output heads, so a class can only be shown at a column of its own"
-                " number. Give the task classes that are numbered like its outputs, or join the heads in one layer."
+                " number. Let evaluate= return the task's own head alone, in which its classes count from 0 on; or give"
+                " the task classes that are numbered like its outputs."
             )
         self.handles: list[RemovableHandle] = []
         self._masks = self._shows = True

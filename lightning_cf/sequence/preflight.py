@@ -13,7 +13,6 @@ from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.ownership.ledger import ISOLATIONS
 from lightning_cf.ownership.ledger_state import CHECKPOINT_KEY
-from lightning_cf.ownership.refusals import one_column
 from lightning_cf.sequence.scoring import SCORED
 from lightning_cf.task_inference import Strategy
 from lightning_cf.tasks.contexts import seeded
@@ -107,17 +106,6 @@ def check_tasks(tasks: Sequence[Any], host: Trainer, seed: int) -> list[Any]:
         with isolated_generators():
             batches.append(task.check_data())
     return batches
-
-
-def check_classes(state: ContinualState, task: Task) -> None:
-    """Raises ContinualError for classes beyond the head's columns: a run adds columns for classes that return only."""
-    beyond = [label for label in task.classes or [] if label >= state.ledger.width]
-    if beyond and task.outputs is None and task.name not in state.ledger.reserved:
-        raise ContinualError(
-            f"Task '{task.name}' needs output {beyond[0]}, but the output head has {state.ledger.width} columns (0 to"
-            f" {state.ledger.width - 1}). Widen the head, or correct the task's classes. If they are new ones, add them"
-            f" before the run: ContinualModule(module).add_task(task).{one_column(state.ledger.width)}"
-        )
 
 
 def check_widths(state: ContinualState, names: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from lightning_cf.callbacks.loading import warn_of_traces
 from lightning_cf.errors import check_count, check_path
 from lightning_cf.learner.inferring import highest_output, inference_of
 from lightning_cf.learner.keeping import state_for
+from lightning_cf.learner.meeting import meet_task
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.steps import decide_together, seal_task, weights_sha256
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer
@@ -26,7 +27,6 @@ from lightning_cf.sequence.parts import Parts
 from lightning_cf.sequence.preflight import (
     Method,
     check_choices,
-    check_classes,
     check_parts,
     check_widths,
     listed_tasks,
@@ -235,8 +235,7 @@ class SequentialTaskRunner(StoredRun):
         if self.parts.masking is not None:
             state.set_mask_outputs(self.parts.masking.mask_outputs)
         for task in self.tasks:
-            check_classes(state, task)
-            self.module.add_task(task)
+            meet_task(self.module, task, new_classes=False)
             with state.showing(self.module, [task]):
                 check_scoring(self.module, task)
         if self.parts.partition is not None:

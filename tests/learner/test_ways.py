@@ -1,5 +1,6 @@
 """Tasks that run one network in ways of their own: stems, bodies, heads and adapters by the task's name."""
 
+import copy
 import warnings
 from functools import partial
 
@@ -391,6 +392,30 @@ def test_a_forward_pass_that_gives_every_tasks_outputs(make):
     check(module, tasks, learn(module, tasks, epochs=8))
 
 
+class Switched(Wired):
+    """Runs the stem that an attribute names, or that it is told."""
+
+    active = "a"
+
+    def forward(self, x, name=None):
+        return self.run_as(name or self.active, x)
+
+
+def test_a_stem_that_an_attribute_chooses_is_refused_before_training_with_a_way_out():
+    torch.manual_seed(0)
+    given = stems()
+    module, tasks = Switched(given.wire, **dict(given.named_children())), sequence()[:2]
+    learn(module, [Task("a", tasks[0].data, classes=[0, 1])])
+    before = {name: tensor.clone() for name, tensor in named_tensors(module).items()}
+    module.active = "b"
+    with pytest.raises(ContinualError, match=r"earlier tasks run Switched is another one now\. .* by .* an attribute"):
+        learn(module, [Task("b", tasks[1].data, classes=[2, 3])], epochs=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(module).items())
+    module.active, logits = "a", predictions(module, tasks[0])
+    told = Task("b", tasks[1].data, classes=[2, 3], evaluate=lambda m, batch: (m(batch[0], "b"), batch[1]))
+    check(module, [tasks[0], told], [logits, *learn(module, [told], epochs=8)])
+
+
 class ByWidth(Wired):
     """Chooses a stem by the width of its input."""
 
@@ -631,20 +656,89 @@ def test_what_reaches_the_predictions_still_binds_them():
     assert any("cdist" in found.operation for found in state.structure.mixings)
 
 
-def test_classes_that_count_through_a_head_that_is_not_run_are_refused_with_a_way_out():
-    def wire(m, name, x):
-        return m.heads[name](torch.relu(m.body(x.flatten(1))))
+# A head a task, with labels of its own
+
+
+def heads(*widths, joined=False):
+    """A body and a head a task; ``forward`` gives all of them where they are joined."""
+
+    class Headed(Wired):
+        def forward(self, x):
+            hidden = torch.relu(self.body(x.flatten(1)))
+            return torch.cat([head(hidden) for head in self.heads.values()], dim=1) if joined else hidden
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(*self.trainer.datamodule.evaluate(self, batch))
 
     torch.manual_seed(0)
-    module, tasks = Wired(wire, body=nn.Linear(64, 40), heads=each(partial(nn.Linear, 40, 10))), sequence()[:2]
+    made = nn.ModuleDict({name: nn.Linear(40, width) for name, width in zip(NAMES, widths, strict=False)})
+    return Headed(None, body=nn.Linear(64, 40), heads=made)
+
+
+def own_head(name, less=0, **declared):
+    """A task that runs the head of its name; its labels are ``less`` smaller than the digits."""
+
+    def evaluate(module, batch):
+        return module.heads[name](torch.relu(module.body(batch[0].flatten(1)))), batch[1]
+
+    data = split_tasks(images(), batch_size=32)[NAMES.index(name)].data
+    x, y = map(torch.cat, zip(*data.train_dataloader(), strict=True))
+    pairs = TensorDataset(x, y - less)
+    loaders = {stage: DataLoader(pairs, 32, stage == "train") for stage in ("train", "val", "test")}
+    return Task(name, loaders, **{"evaluate": evaluate, **declared})
+
+
+@pytest.mark.parametrize(
+    ("widths", "declared", "columns"),
+    [
+        ((2, 2), {"less": 2, "classes": [0, 1]}, [2, 3]),
+        ((2, 2), {"less": 2, "classes": [0, 1], "outputs": [2, 3]}, [2, 3]),
+        ((2, 3), {"less": 1, "classes": [1, 2]}, [3, 4]),
+        ((3, 3), {"less": 2, "classes": [1, 0]}, [4, 3]),
+        ((10, 10), {"classes": [2, 3]}, [12, 13]),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda module: module, ContinualModule], ids=["plain", "wrapped"])
+@pytest.mark.filterwarnings("ignore:.*No output layer ran in the forward pass")
+def test_classes_count_within_the_head_that_a_task_runs(widths, declared, columns, wrap):
+    module, tasks = wrap(heads(*widths)), [own_head("a", classes=[0, 1]), own_head("b", **declared)]
     learn(module, tasks[:1], epochs=4)
-    with pytest.raises(ContinualError, match=r"classes=\[2, 3\], which are outputs of another head: .* 10 to 19"):
-        learn(module, tasks[1:], epochs=1)
-    tasks[1] = Task("b", tasks[1].data, evaluate=tasks[1].evaluate)
     before = predictions(module, tasks[0])
     learn(module, tasks[1:], epochs=8)
+    assert state_of(module).ledger.reserved == {"a": [0, 1], "b": columns}
     assert torch.equal(predictions(module, tasks[0])[:, :2], before[:, :2])
     assert judged(module, tasks[1]) > 0.8
+
+
+def test_classes_that_a_head_has_not_are_refused_with_a_way_out():
+    module, apart = heads(10, 2), {"evaluate": lambda m, b: (m.heads["b"](m(b[0])), b[1] - 2)}
+    learn(module, [own_head("a", classes=[0, 1])], epochs=1)
+    with pytest.raises(ContinualError, match=r"classes=\[2, 3\], which are outputs of another head: .* 10 to 11"):
+        learn(module, [own_head("b", classes=[2, 3], **apart)], epochs=1)
+    learn(module, [own_head("b", **apart)], epochs=1)
+
+
+def test_heads_that_are_joined_lead_from_advice_to_advice_to_what_works():
+    module, all_heads = heads(2, 2, joined=True), {"evaluate": lambda m, b: (m(b[0]), b[1])}
+    learn(module, [own_head("a", classes=[0, 1], **all_heads)], epochs=1)
+    second, again = {"less": 2, "classes": [0, 1]}, partial(copy.deepcopy, module)
+    with pytest.raises(ContinualError, match=r"both have output 0\. Give one of them outputs=\[\.\.\.\] of its own"):
+        learn(again(), [own_head("b", **second, **all_heads)], epochs=1)
+    with pytest.raises(ContinualError, match=r"Let evaluate= return the task's own head alone, in which its classes"):
+        learn(again(), [own_head("b", **second, outputs=[2, 3], **all_heads)], epochs=1)
+    with pytest.raises(ContinualError, match=r"Let evaluate= of each task return a head of its own alone"):
+        learn(ContinualModule(again()), [own_head("b", **second, **all_heads)], epochs=1)
+    learn(module, [own_head("b", **second)], epochs=1)
+    assert state_of(module).ledger.outputs_of("b") == [2, 3]
+
+
+def test_a_run_of_tasks_with_heads_of_their_own(tmp_path):
+    tasks = [own_head("a", classes=[0, 1]), own_head("b", less=2, classes=[0, 1])]
+    result = SequentialTaskRunner(
+        heads(2, 2), tasks, trainer=quiet_trainer, epochs=4, invariance_epochs=2, root=tmp_path, task_inference=None
+    ).run()
+    assert result.accuracy.forgetting == 0
+    assert result.accuracy.average > 0.8
 
 
 def test_outputs_that_are_products_with_an_embedding_are_refused_by_name():

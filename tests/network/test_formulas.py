@@ -315,6 +315,65 @@ def test_one_that_cannot_be_taken_by_owners_is_named_with_the_way_out():
         check_exact(net, structure, ledger, x)
 
 
+class Formula(nn.Module):
+    def __init__(self, formula):
+        super().__init__()
+        self.formula = formula
+
+    def forward(self, x):
+        return self.formula(x)
+
+
+class Apart(nn.Module):
+    """Two layers and a head around a norm, which runs in the forward pass, a method, or a module of its own."""
+
+    def __init__(self, formula):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+        self.formula, self.norm = formula, Formula(formula)
+
+    def features(self, x):
+        return torch.relu(self.second(torch.relu(self.first(x))))
+
+    def normed(self, x):
+        return self.formula(self.features(x))
+
+    def forward(self, x):
+        return self.head(self.normed(x))
+
+
+APART = {
+    "normalize": lambda x: F.normalize(x, dim=1),
+    "layer norm": lambda x: F.layer_norm(x, (WIDTH,)),
+    "root mean square norm": lambda x: F.rms_norm(x, (WIDTH,)),
+    "group norm": lambda x: F.group_norm(x, 3),
+    "written out": lambda x: (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + EPS).sqrt(),
+}
+
+
+def checked(net, forward):
+    """How many units the hidden layers have, where exact isolation holds."""
+    example = torch.randn(8, 5)
+    structure = trace(net, example, forward)
+    ledger = NeuronLedger.for_structure(structure)
+    ledger.whole = [group.name for group in structure.groups if group.size == 1]
+    check_exact(net, structure, ledger, example, forward)
+    return [group.size for group in structure.groups]
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_norm_that_runs_outside_of_forward_makes_its_units_one_and_the_way_out_is_said(name):
+    net = Apart(APART[name])
+    outside = [lambda net, x: net.head(net.normed(x)), lambda net, x: net.head(net.formula(net.features(x)))]
+    for run in outside:
+        with pytest.warns(StructureWarning, match="in code outside of a module's forward mixes .* within a module's"):
+            assert checked(net, run) == [WIDTH, 1]
+    within = [lambda net, x: net.forward(x), lambda net, x: net.head(net.norm(net.features(x)))]
+    for run in within:
+        assert checked(net, run) == [WIDTH, WIDTH]
+
+
 @pytest.mark.parametrize(
     "formula",
     [

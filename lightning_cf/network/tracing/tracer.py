@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from lightning_cf.errors import StructureError
 from lightning_cf.network.forward import named_tensors
-from lightning_cf.network.structure import Role, Structure
+from lightning_cf.network.structure import OUTSIDE, Role, Structure, module_at
 from lightning_cf.network.tracing.assembly import assemble
 from lightning_cf.network.tracing.findings import Findings, Found, Use, same_memory
 from lightning_cf.network.tracing.labels import NO_LABEL, Units, sole_along
@@ -55,7 +55,7 @@ class LabelTracer(TorchDispatchMode):
         self.batch = next((len(x) for x in inputs if isinstance(x, Tensor) and x.ndim), 0)
         self.decisions = 0
         self.idle = IdleCalls()
-        self.running = [""]
+        self.running = [OUTSIDE]
         """Paths of the modules that run, the innermost last."""
         self.shadows = Shadows(self.found.tensors, [x for x in inputs if isinstance(x, Tensor)])
         self.formulas = Formulas(module, self.units, self.shadows)
@@ -173,7 +173,7 @@ class LabelTracer(TorchDispatchMode):
             return
         if any(same_memory(x, self.found.tensors[name]) for name, origin in shadow.origins.items() if origin.trained):
             raise StructureError(
-                f"The network cannot be traced: module '{self.path or 'forward'}' writes into the parameter"
+                f"The network cannot be traced: {module_at(self.path)} writes into the parameter"
                 f" '{next(iter(shadow.origins))}' in its forward pass. Take that out of it."
             )
         self.shadows[x] = Shadow(x, laid_out_like(x, self.labels(x)), live=shadow.live)

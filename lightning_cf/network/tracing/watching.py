@@ -22,6 +22,8 @@ def following(
 ) -> Iterator[None]:
     """Keeps a stack of the paths of the modules that run, the innermost last, meanwhile.
 
+    The network's own forward is followed also where it is called by name, without the hooks of ``module(x)``.
+
     Args:
         module: the network.
         running: the stack.
@@ -39,12 +41,36 @@ def following(
 
     with ExitStack() as stack:
         for path, child in module.named_modules():
-            if isinstance(child, torch.jit.ScriptModule):
-                continue  # it takes no hooks
+            if child is module or isinstance(child, torch.jit.ScriptModule):
+                continue  # which takes no hooks
             before = child.register_forward_pre_hook(partial(enter, path), prepend=True, with_kwargs=True)
             stack.callback(before.remove)
             stack.callback(child.register_forward_hook(leave, always_call=True).remove)
+        stack.enter_context(_forward_between(module, partial(enter, ""), leave))
         yield
+
+
+@contextmanager
+def _forward_between(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> Iterator[None]:
+    """Meanwhile a module's forward runs between two others, which get what hooks would get."""
+    own, plain = module.__dict__.get("forward"), module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        before(module, args, kwargs)
+        output = None
+        try:
+            output = plain(*args, **kwargs)
+            return output
+        finally:
+            after(module, args, output)
+
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
 
 
 @contextmanager

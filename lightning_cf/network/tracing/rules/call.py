@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_cf.network.structure import Role
+from lightning_cf.network.structure import Role, module_at
 from lightning_cf.network.tracing.labels import Units
 from lightning_cf.network.tracing.shadows import Shadows
 
@@ -85,7 +85,7 @@ class Call:
 
 def named(func: Any, path: str) -> str:
     """An operation and the module that runs it, as messages call them."""
-    return f"'{func.overloadpacket}' in module '{path or 'forward'}'"
+    return f"'{func.overloadpacket}' in {module_at(path)}"
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_cf.network.structure import OUTSIDE
 from lightning_cf.network.tracing.labels import NO_LABEL, Labels, Units
 from lightning_cf.network.tracing.reductions import Reduction
 from lightning_cf.network.tracing.rules.call import aten
@@ -87,7 +88,7 @@ class Formulas:
             settle: unites its units, if it has to be.
         """
         inline = path not in self._alone
-        if self._now is None or (inline and result.ndim != x.ndim):
+        if self._now is None or path == OUTSIDE or (inline and result.ndim != x.ndim):
             return None
         resolved = self.units.resolve(labels)
         varying = [dim for dim in range(x.ndim) if bool((resolved != resolved.narrow(dim, 0, 1)).any())]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_cf.network.structure import OUTSIDE
 from lightning_cf.network.tracing.labels import NO_LABEL, sole_along
 from lightning_cf.network.tracing.rules.call import Call, Tracer
 from lightning_cf.network.tracing.shadows import Shadow, laid_out_like
@@ -64,7 +65,7 @@ def normalise(
     tracer.use(shift, "shift", elements)
     resolved = tracer.units.resolve(elements)
     if int((resolved.unique() != NO_LABEL).sum()) > 1 and not by_owners(tracer, elements):
-        tracer.mix(x, over, "a second normalisation of another shape")
+        tracer.mix(x, over, _told(tracer))
     _write_normalised(tracer, x, labels, results)
     return None
 
@@ -78,18 +79,26 @@ def group_norm(tracer: Tracer, call: Call) -> None:
     tracer.use(call.given["bias"], "shift", channels)
     grouped = tracer.units.resolve(channels).reshape(groups, -1)
     if bool((grouped != grouped[:, :1]).any()) and not by_owners(tracer, channels):
-        tracer.mix(x, range(1, x.ndim), "a second normalisation of another shape")
+        tracer.mix(x, range(1, x.ndim), _told(tracer))
     _write_normalised(tracer, x, labels, call.results)
 
 
 def by_owners(tracer: Tracer, elements: Tensor) -> bool:
-    """Leaves a normalisation to its module, which normalises by owners; False if it does so with another shape."""
+    """Leaves a normalisation to its module, which normalises by owners; False if it does so with another shape.
+
+    False too where no module runs: then whoever calls it computes a plain one.
+    """
     path = tracer.path
     known = tracer.norms.get(path)
-    if known is not None and (known.shape != elements.shape):
+    if path == OUTSIDE or (known is not None and known.shape != elements.shape):
         return False
     tracer.norms[path] = elements if known is None else tracer.units.unite(known, elements)
     return True
+
+
+def _told(tracer: Tracer) -> str:
+    """What a normalisation that is not taken by owners is called."""
+    return "a normalisation" if tracer.path == OUTSIDE else "a second normalisation of another shape"
 
 
 def _write_normalised(tracer: Tracer, x: Tensor, labels: Tensor, results: Sequence[Tensor]) -> None:
