@@ -77,7 +77,7 @@ def _way(module: LightningModule, task: Task) -> tuple[Any, Forward]:
         return inputs, call
     _check_pairs(module, task, batch)
     example, evaluated = _scored(module, task, batch)
-    if inputs is None or not _runs(module, inputs):
+    if inputs is None or not _runs(module, inputs, call, 2):
         return example, evaluated
     return (inputs, example), Ways([call, evaluated])
 
@@ -129,11 +129,11 @@ def _inputs(module: LightningModule, task: Task, batch: Any) -> Any:
     return moved if first is batch else moved[0]
 
 
-def _runs(module: LightningModule, inputs: Any) -> bool:
-    """Whether the module's forward pass takes these inputs."""
+def _runs(module: LightningModule, example: Any, forward: Forward, count: int) -> bool:
+    """Whether a network can be run on so many samples of an example."""
     try:
-        with torch.no_grad(), eval_mode(module):
-            call(module, samples(module, inputs, 2))
+        with torch.no_grad(), eval_mode(module), same_state(module):
+            forward(module, samples(module, example, count))
     except Exception:  # whatever a user's forward pass raises
         return False
     return True
@@ -154,6 +154,13 @@ def _traced(module: LightningModule, task: Task, example: Any, forward: Forward,
     except ContinualError:
         raise
     except Exception as error:
+        size = _batch(example)
+        if _runs(module, example, forward, size):
+            raise ContinualError(
+                f"Task '{task.name}': {type(module).__name__} runs on its first batch of {size} samples, but not on 2"
+                f" of them: {error} It is traced, judged and asked in batches of other sizes: let it take the size from"
+                " what it gets, such as torch.zeros(1, len(x), 16) for a state, not from a number."
+            ) from error
         advice = "That is what its evaluate= says; let it run the module as a training step does."
         if task.evaluate is supervised:
             advice = (

@@ -607,6 +607,26 @@ def test_who_gave_evaluate_is_not_advised_to_give_it():
         state_for(stems(), task)
 
 
+@pytest.mark.parametrize("evaluate", [None, lambda module, batch: (module(batch[0]), batch[1])])
+def test_a_network_of_a_fixed_batch_size_is_told_so_with_a_way_out(evaluate):
+    class Recurrent(Wired):
+        def forward(self, x):
+            state = torch.zeros(1, self.size or len(x), 16)
+            return self.head(self.layer(x.flatten(1, 2), (state, state))[0][:, -1])
+
+    module = Recurrent(None, layer=nn.LSTM(8, 16, batch_first=True), head=nn.Linear(16, 10))
+    given = split_tasks(images(), batch_size=32)[0]
+    task = Task("a", given.data, classes=given.classes, **({} if evaluate is None else {"evaluate": evaluate}))
+    module.size = 32
+    with pytest.raises(
+        ContinualError, match=r"its first batch of 32 samples, but not on 2 .* torch\.zeros\(1, len\(x\), 16\)"
+    ):
+        state_for(module, task)
+    module.size = None
+    state = state_for(module, task)
+    check_exact(module, state.structure, state.ledger, state.example, state.forward)
+
+
 # What is computed beside the predictions
 
 
