@@ -44,7 +44,7 @@ class ContinualModule(LightningModule):
         module: the LightningModule to wrap.
 
     Raises:
-        ContinualError: if it is none.
+        ContinualError: if it is none, or something else is given too.
     """
 
     installs_callbacks: bool = True
@@ -65,6 +65,12 @@ class ContinualModule(LightningModule):
             raise ContinualError(
                 f"ContinualModule wraps a LightningModule, got {type(module).__name__};"
                 " give a plain network its loss and optimiser first, for instance with lightning_cf.Classifier."
+            )
+        others = [*map(repr, args[1:]), *(f"{name}=" for name in kwargs if name != "module")]
+        if others:
+            raise ContinualError(
+                f"ContinualModule takes the LightningModule alone, got {', '.join(others)} too. Options belong to the"
+                " callbacks, which a Trainer or a SequentialTaskRunner is given."
             )
         if not isinstance(module, ContinualModule):
             module.__class__ = _derived(type(module))  # type: ignore[arg-type]

@@ -519,6 +519,11 @@ RUNNER = [
     ("start(tasks=[task(), task()])", "runner: two tasks are called 'a'; give each a name of its own."),
     ('start(tasks={"a": task()})', "runner: tasks must be a list of Tasks, got a dict."),
     ("start(tasks=[Task])", "runner: tasks must be Task objects, got a type."),
+    (
+        "ContinualModule(net(), task_inference=None)",
+        "ContinualModule takes the LightningModule alone, got task_inference= too. Options belong to the callbacks",
+    ),
+    ("ContinualModule(net(), 3)", "ContinualModule takes the LightningModule alone, got 3 too."),
     ("start(module=None)", "ContinualModule wraps a LightningModule, got NoneType; give a plain network its loss and"),
     (
         "start(module=nn.Linear(64, 2))",
