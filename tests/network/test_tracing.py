@@ -1,3 +1,4 @@
+import inspect
 import re
 from copy import deepcopy
 from dataclasses import replace
@@ -486,3 +487,28 @@ def test_a_softmax_over_positions_mixes_no_units():
 def test_outputs_without_a_layer_are_refused():
     with pytest.raises(StructureError, match="no layer with weights computes its output"):
         trace(nn.ReLU(), torch.randn(2, 6))
+
+
+class Paired(nn.Module):
+    """Takes two inputs, of which a caller may look how many it needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x, y, scale=1.0):
+        return self.b(torch.relu(self.a(x + y))) * scale
+
+
+def test_a_forward_pass_that_is_followed_has_its_own_signature():
+    network, seen = Paired(), []
+
+    def run(network, batch):
+        seen.append(inspect.signature(network.forward))
+        return network(*batch)
+
+    structure = trace(network, (torch.randn(4, 4), torch.randn(4, 4)), run)
+    assert seen
+    assert set(seen) == {inspect.signature(network.forward)}
+    assert {group.size for group in structure.groups} == {6}
+    assert "forward" not in vars(network)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ def _forward_between(module: nn.Module, before: Callable[..., None], after: Call
     """Meanwhile a module's forward runs between two others, which get what hooks would get."""
     own, plain = module.__dict__.get("forward"), module.forward
 
+    @wraps(plain)  # with its signature, by which its arguments may be chosen
     def forward(*args: Any, **kwargs: Any) -> Any:
         before(module, args, kwargs)
         output = None
