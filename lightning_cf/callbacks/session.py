@@ -99,6 +99,7 @@ class ContinualCallback(WatchingCallback):
                 PartitionWarning,
             )
             ledger.seal()
+        state.untrained = state.untrained if ledger.knows(task.name) else task.name
         ledger.begin(task.name, task.classes or [], state.structure)
         mend(pl_module, task)
 
@@ -113,6 +114,15 @@ class ContinualCallback(WatchingCallback):
         if self._leads(trainer) and trainer.fit_loop.total_batch_idx == 0:
             check_inputs(trainer, pl_module, task_of(trainer, type(self).__name__).name, batch)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """From its first batch on the task is more than a name."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        state = state_of(pl_module)
+        if state is not None:
+            state.untrained = ""
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the ledger into the checkpoint, and perturbed units back, which its weights share."""

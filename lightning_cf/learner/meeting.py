@@ -7,7 +7,8 @@ from lightning_cf.learner.keeping import state_for
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.widening import add_classes, follow_head, grow, note_heads
 from lightning_cf.lightning_api import LightningModule
-from lightning_cf.ownership.refusals import one_column
+from lightning_cf.ownership.forgetting import withdraw
+from lightning_cf.ownership.refusals import one_column, same_task
 from lightning_cf.tasks.task import Task
 
 
@@ -25,9 +26,11 @@ def meet_task(module: LightningModule, task: Task, *, new_classes: bool = True) 
         the output column of each of the task's classes.
 
     Raises:
-        ContinualError: for outputs that another task has, or that the head does not have.
+        ContinualError: for outputs that another task has, or that the head does not have; for a task that was begun
+            with others.
     """
     state = state_for(module, task)
+    _take_back(state, task)
     follow_head(module, state)
     outputs = state.meet(module, task)
     if task.name not in state.ledger.reserved:
@@ -36,6 +39,25 @@ def meet_task(module: LightningModule, task: Task, *, new_classes: bool = True) 
         state.ledger.reserve(task.name, outputs)
     note_heads(state)
     return state.ledger.reserved[task.name]
+
+
+def _take_back(state: ContinualState, task: Task) -> None:
+    """A task that was refused, and now says something else, is met as if for the first time.
+
+    Raises:
+        ContinualError: for one that was partitioned, and so goes on with what it was begun with.
+    """
+    ledger, says = state.ledger, (task.classes, task.outputs)
+    begun, other = ledger.current, state.declared.get(task.name, says) != says
+    if begun is not None and begun.name == task.name:
+        other = not same_task(begun, *says)
+    elif begun is not None and begun.name == state.untrained and begun.phase == "learn":
+        withdraw(ledger, begun.name)
+        state.met.discard(begun.name)
+    if other and (begun is None or begun.name == task.name or not ledger.knows(task.name)):
+        withdraw(ledger, task.name)
+        state.met.discard(task.name)
+    state.declared[task.name] = says
 
 
 def _with_new_columns(

@@ -45,6 +45,8 @@ class ContinualState:
         outcome: what the current task's partitions found so far, if it had any.
         disturbance: what perturbs the redundant units now, if anything.
         met: names of the tasks whose way through the network is known.
+        declared: classes and outputs that tasks declared which have not begun.
+        untrained: name of a task that has begun and not taken a step.
         checked_ways: how many ways through the network were checked for exact isolation.
         collect: puts into the ledger what is trained beside the network now, if anything.
         safe: the network as the current phase found it, while a fit runs.
@@ -64,6 +66,8 @@ class ContinualState:
     outcome: Outcome | None = None
     disturbance: Disturbance | None = None
     met: set[str] = field(default_factory=set)
+    declared: dict[str, Any] = field(default_factory=dict)
+    untrained: str = ""
     checked_ways: int = 0
     collect: Callable[[], None] | None = None
     mixed: str = ""
@@ -150,7 +154,6 @@ class ContinualState:
             returned = self._take_up(module, task)
         elif not self.met:
             self._ride(task, len(self.forward.forwards) - 1 if isinstance(self.forward, Ways) else 0)
-        self.met.add(task.name)
         columns = self.outputs_of(task) or returned.tolist()
         if not columns:
             raise ContinualError(
@@ -160,6 +163,7 @@ class ContinualState:
         if fresh and len(self.structure.head.layers) > 1:
             columns = self._within_its_head(task, columns, returned.tolist())
             _check_returned(task, columns, returned.tolist(), self.structure.head.size)
+        self.met.add(task.name)
         return columns
 
     def _within_its_head(self, task: Task, columns: list[int], returned: list[int]) -> list[int]:
@@ -249,7 +253,7 @@ class ContinualState:
     def __deepcopy__(self, memo: dict[int, Any]) -> ContinualState:
         """With a ledger of its own, and without what a fit hung up."""
         ledger, start = copy.deepcopy((self.ledger, self.start), memo)
-        copied = replace(self, ledger=ledger, start=start, met=set(self.met))
+        copied = replace(self, ledger=ledger, start=start, met=set(self.met), declared=dict(self.declared))
         copied.shown = copied.disturbance = copied.collect = copied.fitted = None
         return copied
 

@@ -113,3 +113,18 @@ def _needed(
                     needed[use.source.expand(tensor.shape)[there]] = True
         if int(needed.sum()) == before:
             return needed
+
+
+def withdraw(ledger: NeuronLedger, name: str) -> None:
+    """Takes a task back that has claimed nothing yet, as if it had never been heard of; its outputs are free again.
+
+    Args:
+        ledger: in place.
+        name: of a task that was not begun, or of the current one.
+    """
+    if ledger.current is not None and ledger.current.name == name:
+        ledger.outputs[ledger.outputs == len(ledger.tasks) - 1] = FREE
+        ledger.tasks.pop()
+    for kept in (ledger.reserved, ledger.positions):
+        kept.pop(name, None)
+    ledger.revision += 1

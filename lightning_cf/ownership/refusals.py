@@ -106,6 +106,23 @@ def is_current(name: str, tasks: Sequence[TaskEntry], origin: str) -> bool:
     return False
 
 
+def same_task(begun: TaskEntry, classes: Sequence[int] | None, outputs: Sequence[int] | None) -> bool:
+    """Whether a task that has begun is to go on with the classes and outputs that it has, or says nothing of them.
+
+    Raises:
+        ContinualError: for others, where it was partitioned already.
+    """
+    for what, was, now in (("classes", begun.classes, classes), ("outputs", begun.outputs, outputs)):
+        if was and now and list(was) != list(now):
+            if begun.phase == "learn":
+                return False
+            raise ContinualError(
+                f"Task '{begun.name}' was partitioned with {what}={list(was)}, not {list(now)}, and goes on with these."
+                " Give another task another name."
+            )
+    return True
+
+
 def check_set_aside(name: str, reserved: Mapping[str, Sequence[int]]) -> None:
     """Raises ContinualError for a task that is to start without outputs."""
     if name not in reserved:
