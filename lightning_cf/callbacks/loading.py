@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from lightning_cf.errors import ContinualError, LedgerWarning, warn
-from lightning_cf.learner.keeping import keep_ledger, ledger_of
+from lightning_cf.exactness.memory import Memory
+from lightning_cf.learner.keeping import keep_ledger, ledger_of, state_of
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.kept_entries import Snapshot
@@ -135,10 +136,15 @@ def check_weights(module: LightningModule, ledger: NeuronLedger, guard: LoadGuar
     Raises:
         ContinualError: if they are not: entries that were zero for good are not, or most is far from what it was.
     """
-    found = differences(ledger, named_tensors(module))
+    loaded = guard is not None and guard.before is not None
+    tensors = named_tensors(module)
+    last = None if (state := state_of(module)) is None or loaded else state.last
+    if last is not None and last.here:  # it was learned in this process, which knows better than samples of values do
+        _check_last(module, last)
+        tensors = {name: x for name, x in tensors.items() if name not in last.loose}
+    found = differences(ledger, tensors)
     if not found:
         return
-    loaded = guard is not None and guard.before is not None
     source = f" of {ledger.origin}" if ledger.origin else ""
     worst = max(found, key=lambda difference: (_severe(difference, ledger), difference.distance))
     names = ", ".join(map(repr, worst.tensors[:3])) + (" and others" if len(worst.tensors) > 3 else "")
@@ -157,6 +163,29 @@ def check_weights(module: LightningModule, ledger: NeuronLedger, guard: LoadGuar
         " checkpoint that is not the one of the ledger.",
         LedgerWarning,
     )
+
+
+def _check_last(module: LightningModule, last: Memory) -> None:
+    """Refuses tensors that are part of no unit and were changed since the last fit, where earlier tasks read them.
+
+    Raises:
+        ContinualError: for such tensors; where something else is the cause, it warns.
+    """
+    changed, state = last.changed(), state_of(module)
+    grew = state is None or state.structure.head.size > last.structure.head.size
+    layer = last.lost(exactly=bool(changed) and not grew)
+    if layer and changed:
+        names = ", ".join(map(repr, changed))
+        raise ContinualError(
+            f"{names} of {type(module).__name__} changed since the last fit, so that units of earlier tasks in layer"
+            f" '{layer}' give something else. {_OF_BUFFERS}"
+        )
+    if layer:
+        warn(
+            f"Since the last fit units of earlier tasks in layer '{layer}' give something else, though weights and"
+            f" buffers are what they were: something else that {type(module).__name__} computes with has changed.",
+            LedgerWarning,
+        )
 
 
 def _severe(difference: Difference, ledger: NeuronLedger) -> bool:

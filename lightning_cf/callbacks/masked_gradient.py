@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -14,10 +14,13 @@ from torch import nn
 from lightning_cf.callbacks.averaging import exact_averages
 from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.errors import ContinualError, ContinualWarning, check_flag, warn
+from lightning_cf.exactness.memory import Memory
 from lightning_cf.functional.holding import Hold
 from lightning_cf.learner.keeping import ledger_of, state_for, state_of
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
+from lightning_cf.network.forward import Forward
+from lightning_cf.ownership.sealed_entries import isolated
 from lightning_cf.subspaces.subspace import Subspace, check_subspace
 from lightning_cf.tasks.task import Task
 from lightning_cf.utilities.describing import describe
@@ -86,8 +89,9 @@ class MaskedGradientCallback(ContinualCallback):
             state.ledger,
             subspace=self.subspace,
             example=state.example,
-            forward=partial(state.run_whole, state.forward),
+            forward=partial(_run_whole, state, state.forward),
         ).keep()
+        state.last = None
         self._show(pl_module, state, trainer)
         later = len(state.ledger.tasks) > 1
         self._unmet = {
@@ -146,8 +150,12 @@ class MaskedGradientCallback(ContinualCallback):
         super().on_fit_end(trainer, pl_module)
         hold = self._holding(pl_module)
         self._release()
-        if hold is not None:
+        state = state_of(pl_module)
+        if hold is not None and state is not None:
             hold.put_back()
+            if isolated(state.ledger):
+                run = partial(_run_whole, state, state.forward)
+                state.last = Memory(pl_module, state.structure, state.ledger, state.example, run, claimed=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes every hook off the network, and shows all outputs again."""
@@ -217,3 +225,9 @@ class MaskedGradientCallback(ContinualCallback):
             self._hold.let_go()
         self._hold = None
         self._shown.close()
+
+
+def _run_whole(state: ContinualState, forward: Forward, module: nn.Module, example: Any) -> Any:
+    """Runs the module with the outputs of all tasks in sight, whoever shows one task's meanwhile."""
+    with nullcontext() if state.shown is None else state.shown.lifted():
+        return forward(module, example)

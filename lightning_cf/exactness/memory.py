@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from lightning_cf.exactness.probe import owned_outputs
-from lightning_cf.network.forward import Forward
+from lightning_cf.network.forward import Forward, named_tensors
 from lightning_cf.network.kept_entries import same_bits
-from lightning_cf.network.structure import Structure
+from lightning_cf.network.structure import NO_UNIT, Structure
 from lightning_cf.ownership.ledger import NeuronLedger
 
 CLOSE = 1e-3
-"""Off the CPU a sum may be taken in another order: there a difference counts from this share of the largest number."""
+"""Off the CPU, or in a wider layer, sums may be taken in another order: there a difference counts from this share of
+the largest number."""
 
 
 class Memory:
@@ -26,34 +27,63 @@ class Memory:
         ledger: says what tasks that are sealed own.
         example: an input whose first axis is the batch; its first samples are used.
         forward: how to run the network on the example.
+        claimed: whether the current task counts too, where it has claimed its units.
+
+    Attributes:
+        loose: tensors that are part of no unit, by name, as they were.
     """
 
     def __init__(
-        self, module: nn.Module, structure: Structure, ledger: NeuronLedger, example: Any, forward: Forward
+        self,
+        module: nn.Module,
+        structure: Structure,
+        ledger: NeuronLedger,
+        example: Any,
+        forward: Forward,
+        *,
+        claimed: bool = False,
     ) -> None:
         self.module, self.structure, self.example, self.forward = module, structure, example, forward
-        self.levels = ledger.levels(structure, len(ledger.tasks) - (ledger.current is not None))
+        open_ = ledger.phase == "learn" if claimed else ledger.current is not None
+        self.levels = ledger.levels(structure, len(ledger.tasks) - open_)
+        self.loose = {
+            name: x.detach().cpu().clone()
+            for name, x in named_tensors(module).items()
+            if any(bool((use.target == NO_UNIT).any()) for use in structure.entries.get(name, ()))
+        }
         self.device = _device(module)
         self._before = self._now()
 
-    def lost(self) -> str:
+    @property
+    def here(self) -> bool:
+        """Whether the network is where it was; on another device nothing can be said of it."""
+        return _device(self.module) == self.device
+
+    def lost(self, *, exactly: bool = True) -> str:
         """The first layer of which units of earlier tasks give something else now; empty where there is none.
 
-        Nothing can be said where the network was moved to another device meanwhile.
+        Args:
+            exactly: whether every bit counts, as it does as long as no layer is made wider.
         """
-        if _device(self.module) != self.device:
+        if not self.here:
             return ""
-        now = self._now()
-        return next((place[0] for place, values in self._before.items() if not self._same(values, now[place])), "")
+        now, exactly = self._now(), exactly and self.device.type == "cpu"
+        return next((place[0] for place, x in self._before.items() if not _same(x, now[place], exactly)), "")
+
+    def changed(self) -> list[str]:
+        """Names of the tensors that are part of no unit and hold something else now."""
+        now = named_tensors(self.module)
+        return [n for n, x in self.loose.items() if n not in now or not same_bits(now[n].detach().cpu(), x)]
 
     def _now(self) -> dict[tuple[str, str, int], torch.Tensor]:
         return owned_outputs(self.module, self.structure, self.levels, self.example, self.forward)
 
-    def _same(self, before: torch.Tensor, now: torch.Tensor) -> bool:
-        if self.device.type == "cpu" or before.shape != now.shape:
-            return same_bits(before, now)
-        largest = float(before.abs().nan_to_num().max()) if before.numel() else 0.0
-        return torch.allclose(now, before, rtol=0, atol=CLOSE * largest, equal_nan=True)
+
+def _same(before: torch.Tensor, now: torch.Tensor, exactly: bool) -> bool:
+    if exactly or before.shape != now.shape:
+        return same_bits(before, now)
+    largest = float(before.abs().nan_to_num().max()) if before.numel() else 0.0
+    return torch.allclose(now, before, rtol=0, atol=CLOSE * largest, equal_nan=True)
 
 
 def _device(module: nn.Module) -> torch.device:

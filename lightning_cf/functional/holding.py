@@ -151,9 +151,9 @@ class Hold:
             warn(
                 f"Units of earlier tasks in layer '{layer}' give something else than before this task was trained,"
                 f" though their weights are what they were. Something else that {type(self.module).__name__} computes"
-                " with has changed: an attribute that is no parameter and no buffer, a layer that the network does not"
-                " know of or that is new. Register it (register_buffer, nn.ModuleList) before the first task, so that"
-                " it is held.",
+                " with has changed: an attribute that is no parameter and no buffer, a layer or a buffer that is new or"
+                " of another shape, or that is not registered. Register it whole (register_buffer, nn.ModuleList)"
+                " before the first task, so that it is held.",
                 FrozenWarning,
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ReferenceType, ref
@@ -13,6 +13,7 @@ from weakref import ReferenceType, ref
 from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError, StructureError, StructureWarning, warn
+from lightning_cf.exactness.memory import Memory
 from lightning_cf.functional.phases import trace
 from lightning_cf.functional.showing import view_of
 from lightning_cf.invariance.disturbance import Disturbance
@@ -47,6 +48,7 @@ class ContinualState:
         met: names of the tasks whose way through the network is known.
         declared: classes and outputs that tasks declared which have not begun.
         untrained: name of a task that has begun and not taken a step.
+        last: what the tasks so far gave when the last fit was over.
         checked_ways: how many ways through the network were checked for exact isolation.
         collect: puts into the ledger what is trained beside the network now, if anything.
         safe: the network as the current phase found it, while a fit runs.
@@ -68,6 +70,7 @@ class ContinualState:
     met: set[str] = field(default_factory=set)
     declared: dict[str, Any] = field(default_factory=dict)
     untrained: str = ""
+    last: Memory | None = None
     checked_ways: int = 0
     collect: Callable[[], None] | None = None
     mixed: str = ""
@@ -85,11 +88,6 @@ class ContinualState:
         if mask_outputs and self.mixed:
             raise StructureError(f"{self.mixed} {_MIXED}")
         self.mask_outputs = mask_outputs
-
-    def run_whole(self, forward: Forward, module: nn.Module, example: Any) -> Any:
-        """Runs the module with the outputs of all tasks in sight, whoever shows one task's meanwhile."""
-        with nullcontext() if self.shown is None else self.shown.lifted():
-            return forward(module, example)
 
     def remember(self, module: nn.Module) -> None:
         """In a fit: from here on, this is what a fit that diverges goes back to."""
@@ -254,7 +252,7 @@ class ContinualState:
         """With a ledger of its own, and without what a fit hung up."""
         ledger, start = copy.deepcopy((self.ledger, self.start), memo)
         copied = replace(self, ledger=ledger, start=start, met=set(self.met), declared=dict(self.declared))
-        copied.shown = copied.disturbance = copied.collect = copied.fitted = None
+        copied.shown = copied.disturbance = copied.collect = copied.fitted = copied.last = None
         return copied
 
     def __reduce__(self) -> Any:

@@ -71,7 +71,8 @@ def _places(
     mask = torch.zeros((1,) * tensor.ndim, dtype=torch.bool)
     for use in structure.uses_on(name, way):
         own = lookup(use.target, levels.owner, none=FREE) == task
-        mask = mask | torch.where(use.target == NO_UNIT, levels.first(use) == task, own)
+        first = levels.first(use) == task and not _table(tensor)
+        mask = mask | torch.where(use.target == NO_UNIT, first, own)
     if not bool(mask.any()):
         return nothing
     most = ALL if layer_of(name) in structure.head.layers else SAMPLES
@@ -83,6 +84,11 @@ def _places(
     index = torch.unravel_index(drawn, tensor.shape)
     there = mask[tuple(i if size > 1 else 0 for i, size in zip(index, mask.shape, strict=True))]
     return drawn[there][:most]
+
+
+def _table(tensor: Tensor) -> bool:
+    """Whether it may hold a row a task, of which earlier tasks read their own only."""
+    return sum(size > 1 for size in tensor.shape) > 1
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """What a network computes with beside its weights: buffers, however they are written, and what is neither."""
 
+import copy
 import warnings
 
 import pytest
 import torch
-from clouds import INPUTS, Net, clouds, points
+from clouds import INPUTS, Net, clouds, loaders, points
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from lightning_cf import (
     LedgerWarning,
     MaskedGradientCallback,
     PartitionCallback,
+    Task,
 )
 
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
@@ -92,22 +94,47 @@ def test_buffers_that_training_writes_stay_as_the_first_task_left_them(write):
     assert torch.equal(second.train_dataloader().dataset.tensors[0], data)
 
 
-@pytest.mark.parametrize("name", ["mean", "kept", "step", "shift"])
-@pytest.mark.parametrize("large", [True, False])
-def test_what_has_no_unit_and_was_changed_between_fits_is_said(name, large):
-    module = Shifted(lambda net, x: None)
-    module.shift = nn.Parameter(torch.zeros(INPUTS))
-    module.forward = lambda x: Shifted.forward(module, x - module.shift)
-    if name == "mean":
-        module.mean.fill_(1.0)
-    fit(module, clouds("a", [0, 1]), epochs=2)
+def changed(module, name, large):
     with torch.no_grad():
         if name in ("mean", "shift"):
             getattr(module, name).mul_(1.02 if not large else 1.0).add_(5.0 if large else 0.0)
         elif name == "kept":
-            module.kept[: 9 if large else 1] = False
+            module.kept[: INPUTS if large else 1] = False
         else:
             module.step += 1
+
+
+class Moved(Shifted):
+    """Has a parameter that is part of no unit, too."""
+
+    def __init__(self):
+        super().__init__(lambda net, x: None)
+        self.mean.fill_(1.0)
+        self.shift = nn.Parameter(torch.ones(INPUTS))
+
+    def forward(self, x):
+        return super().forward(x - self.shift)
+
+
+@pytest.mark.parametrize("large", [True, False])
+@pytest.mark.parametrize("name", ["mean", "kept", "step", "shift"])
+def test_what_has_no_unit_and_was_changed_between_fits_is_refused(name, large):
+    module = Moved()
+    fit(module, clouds("a", [0, 1]), epochs=2)
+    changed(module, name, large)
+    with pytest.raises(
+        ContinualError, match=f"'{name}' of Moved changed since the last fit.*before the first task only"
+    ):
+        fit(module, clouds("b", [2, 3]), epochs=2)
+
+
+@pytest.mark.parametrize("large", [True, False])
+@pytest.mark.parametrize("name", ["mean", "kept", "step", "shift"])
+def test_it_is_found_in_another_process_too(name, large):
+    module = Moved()
+    fit(module, clouds("a", [0, 1]), epochs=2)
+    module = copy.deepcopy(module)  # knows no more than its ledger, as a process that loads a checkpoint
+    changed(module, name, large)
     if large or name == "step":
         way_out = "load both from the same checkpoint" if name == "shift" else "before the first task only"
         with pytest.raises(ContinualError, match=f"not those that the ledger was made for: '{name}'.*{way_out}"):
@@ -115,6 +142,43 @@ def test_what_has_no_unit_and_was_changed_between_fits_is_said(name, large):
     else:
         with pytest.warns(LedgerWarning, match=f"Since the last fit something changed weights.*'{name}'"):
             fit(module, clouds("b", [2, 3]), epochs=2)
+
+
+class Tabled(Net):
+    """Statistics of each task's data in a row of its own, which setup() writes, and a head a task."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("means", torch.zeros(3, INPUTS))
+        self.scales = nn.Parameter(torch.ones(3, INPUTS))
+        self.heads = nn.ModuleDict({name: nn.Linear(32, 2) for name in "abc"})
+        self.c = nn.Identity()
+
+    def forward(self, x, name):
+        row = "abc".index(name)
+        return self.heads[name](super().forward((x - self.means[row]) * self.scales[row]))
+
+    def setup(self, stage):
+        row = "abc".index(self.trainer.datamodule.name)
+        self.means[row] = self.trainer.datamodule.train_dataloader().dataset.tensors[0].mean(dim=0)
+        self.scales.data[row] = 1.5
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0], self.trainer.datamodule.name), batch[1])
+
+
+@pytest.mark.parametrize("again", [lambda module: module, copy.deepcopy])
+def test_rows_that_no_earlier_task_reads_may_be_written_between_fits(again):
+    module, seen = Tabled(), {}
+    for number, name in enumerate("abc"):
+        x, y = points([2 * number, 2 * number + 1])
+        task = Task(name, loaders(x, y - 2 * number), evaluate=lambda net, b, name=name: (net(b[0], name), b[1]))
+        module = again(module)
+        fit(module, task, epochs=2)
+        seen[name] = module(x, name).detach()
+        for known, before in seen.items():
+            at = 2 * "abc".index(known)
+            assert torch.equal(module(points([at, at + 1])[0], known), before)
 
 
 class Centred(Net):
