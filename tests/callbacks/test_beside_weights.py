@@ -135,7 +135,7 @@ def test_it_is_found_in_another_process_too(name, large):
     fit(module, clouds("a", [0, 1]), epochs=2)
     module = copy.deepcopy(module)  # knows no more than its ledger, as a process that loads a checkpoint
     changed(module, name, large)
-    if large or name == "step":
+    if (large and name != "kept") or name == "step":  # by how far all that the task owns has moved
         way_out = "load both from the same checkpoint" if name == "shift" else "before the first task only"
         with pytest.raises(ContinualError, match=f"not those that the ledger was made for: '{name}'.*{way_out}"):
             fit(module, clouds("b", [2, 3]), epochs=2)
