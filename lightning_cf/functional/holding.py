@@ -35,9 +35,7 @@ class Hold:
         structure: as ``trace`` found it.
         ledger: says what may move in the current phase.
         subspace: what holds the weights that later tasks train.
-        optimizers: as in :func:`hold`.
-        example: likewise.
-        forward: likewise.
+        optimizers, example, forward: as in :func:`hold`.
 
     Attributes:
         structure: whoever traces the network anew puts the new one here, and calls :meth:`renew`.
@@ -64,7 +62,7 @@ class Hold:
         self._freezer: Freezer | None = None
         self._projection: Projection | None = None
         self._sealed: SealedEntries | None = None
-        self._held: dict[str, Tensor] = {}
+        self._held, self._written = dict[str, Tensor](), dict[str, None]()
         self._handle: RemovableHandle
 
     def keep(self) -> Hold:
@@ -136,11 +134,17 @@ class Hold:
         if moved:
             warn(
                 f"Something else than an optimiser's step changed entries of {', '.join(map(repr, moved))} that belong"
-                " to earlier tasks, or are zero for good: they were put back. Look for what else writes weights: a"
-                " hook, an average of weights, a callback at the end of a fit (with a Trainer, Lightning's"
-                " WeightAveraging and its kin are known and taken care of).",
+                " to earlier tasks, or are zero for good: they were put back. Look for what else writes weights: a hook,"
+                " an average of weights (Lightning's are taken care of), a callback at the end of a fit.",
                 FrozenWarning,
             )
+        if names := ", ".join(repr(name) for name in self._written if name not in self.structure.written):
+            warn(
+                f"Training writes {names}, with which earlier tasks compute: after each step they were put back. Let a"
+                " task write what only it computes with, such as a buffer of its own.",
+                FrozenWarning,
+            )
+        self._written = {}
         self.look_back()
 
     def look_back(self) -> None:
@@ -171,6 +175,7 @@ class Hold:
         """Removes every hook; nothing is held from now on, and nothing is put back."""
         if self._freezer is not None:
             torch.compiler.reset()
+            self._written |= self._freezer.written
         for holder in (self._projection, self._freezer):
             if holder is not None:
                 holder.detach()

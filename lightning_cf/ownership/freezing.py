@@ -56,6 +56,9 @@ class Freezer:
     Args:
         module: whose entries to freeze.
         masks: for parameters and buffers by name, which entries stay; each mask broadcasts to its tensor.
+
+    Attributes:
+        written: names of buffers that something wrote and that were put back, in order.
     """
 
     def __init__(self, module: nn.Module, masks: Mapping[str, Bool[Tensor, "..."]]) -> None:
@@ -73,10 +76,11 @@ class Freezer:
         ]
         statistics = {id(buffer) for norm in self.norms for buffer in norm.module.buffers(recurse=False)}
         self.buffers = {
-            KeptEntries(buffer, masks[name]): place_of(module, name)
+            KeptEntries(buffer, masks[name]): (*place_of(module, name), name)
             for name, buffer in module.named_buffers()
             if name in masks and id(buffer) not in statistics and bool(masks[name].any())
         }
+        self.written: dict[str, None] = {}
         self.optimizers: list[Optimizer] = []
         self.handles: list[RemovableHandle] = []
         self._passing: Passing | None = None
@@ -111,8 +115,15 @@ class Freezer:
         if self._passing is not None and not self._passing.lasts:
             self._passing, self._meanwhile = None, {}
         self._follow_buffers()
-        for entries in (*self.entries, *self.buffers):
+        for entries in self.entries:
             entries.restore(self._meanwhile.get(entries))
+        for entries, (holder, _, name) in self.buffers.items():
+            if entries in self._meanwhile or not entries.moved():
+                entries.restore(self._meanwhile.get(entries))
+                continue
+            entries.restore()
+            if not type(holder).__module__.startswith("torch."):  # whose layers know what they write
+                self.written[name] = None
 
     def detach(self) -> None:
         """Removes every hook; buffers that a forward pass changed since the last step are put back."""
@@ -125,7 +136,7 @@ class Freezer:
 
     def _follow_buffers(self) -> None:
         """Holds what stands in a buffer's place now: ``self.mean = ...`` puts another tensor there."""
-        for entries, (holder, name) in self.buffers.items():
+        for entries, (holder, name, _) in self.buffers.items():
             now = holder._buffers.get(name)
             if now is not None and now is not entries.parameter and now.shape == entries.parameter.shape:
                 now = holder._buffers[name] = now.detach().clone()  # it may be somebody's data
