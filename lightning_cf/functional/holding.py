@@ -134,8 +134,8 @@ class Hold:
         if moved:
             warn(
                 f"Something else than an optimiser's step changed entries of {', '.join(map(repr, moved))} that belong"
-                " to earlier tasks, or are zero for good: they were put back. Look for what else writes weights: a hook,"
-                " an average of weights (Lightning's are taken care of), a callback at the end of a fit.",
+                " to earlier tasks, or are zero for good: they were put back. Look for what else writes weights: a"
+                " hook, an average of weights (Lightning's are taken care of), a callback at the end of a fit.",
                 FrozenWarning,
             )
         if names := ", ".join(repr(name) for name in self._written if name not in self.structure.written):
