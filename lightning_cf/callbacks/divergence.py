@@ -54,7 +54,7 @@ class WatchingCallback(Callback):
             self._watch.end_batch(outputs, batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says which labels were found that are none of the task's, or not found at all; looks at the weights."""
+        """Says which labels were found that are none of the task's; looks at the weights."""
         labels = label_watch_of(trainer, pl_module)
         if labels is not None:
             labels.settle(whole=_whole_epoch(trainer))
@@ -62,7 +62,10 @@ class WatchingCallback(Callback):
             self._watch.look(everything=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at the weights and at what they give, where no partition ended the phase before."""
+        """Says which labels no epoch held; looks at the weights and, where no partition did, at what they give."""
+        labels = label_watch_of(trainer, pl_module)
+        if labels is not None and (_whole_epoch(trainer) or not trainer.should_stop):
+            labels.tell()
         if self._watch is not None:
             self._watch.look(everything=True)
             if not any(getattr(callback, "partitions", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]

@@ -39,6 +39,8 @@ class LabelWatch:
         self.seen = _NONE
         self.missing: set[int] | None = set(task.classes or [])
         """Classes of which no label was found so far; None where that is not known, or was told."""
+        self.whole = False
+        """Whether any epoch was looked at whole."""
         self._known: Tensor | None = None
         self._found: Tensor | None = None
         self._trained: Tensor | None = None
@@ -69,16 +71,29 @@ class LabelWatch:
         """Fetches what was found on a GPU.
 
         Args:
-            whole: whether all that there is to train on was looked at.
+            whole: whether all that there is to train on in an epoch was looked at.
         """
+        self.whole |= whole
         if self._found is not None:
             label, batch_idx = self._found.tolist()
             self._found = None
             if batch_idx != _NONE:
                 self._refuse(label, batch_idx)
-        if whole and self.missing:
-            self._tell(self.missing - self._fetched())
-            self.missing = None
+
+    def tell(self) -> None:
+        """Warns, at the end of a fit, of classes that none of its epochs held; not where no epoch was whole."""
+        missing = self.missing - self._fetched() if self.whole and self.missing else None
+        if not missing:
+            return
+        self.missing = None
+        opened = self.task.task_loaders.opened.get("train")
+        held = opened is not None and opened.split.held is not opened.split.train
+        way = "its samples may be held out to judge: give the task a validation loader" if held else "look at the data"
+        warn(
+            f"Task '{self.task.name}' declares classes {self.task.classes}, but no training batch of the fit holds"
+            f" label {min(missing)}, so that class is not learned; {way}, or correct classes=[...].",
+            DataWarning,
+        )
 
     def _note(self, labels: Tensor, batch_idx: int) -> None:
         """Keeps the first label of another task and its batch, without waiting for the device."""
@@ -96,19 +111,6 @@ class LabelWatch:
         """Labels that were found on a GPU."""
         none = self._known is None or self._trained is None
         return set() if none else set(self._known[self._trained].tolist())  # type: ignore[index]
-
-    def _tell(self, missing: set[int]) -> None:
-        """Warns of classes that the task was not trained on."""
-        if not missing:
-            return
-        opened = self.task.task_loaders.opened.get("train")
-        held = opened is not None and opened.split.held is not opened.split.train
-        way = "its samples may be held out to judge: give the task a validation loader" if held else "look at the data"
-        warn(
-            f"Task '{self.task.name}' declares classes {self.task.classes}, but no training batch of an epoch holds"
-            f" label {min(missing)}, so that class is not learned; {way}, or correct classes=[...].",
-            DataWarning,
-        )
 
     def _refuse(self, label: int, batch_idx: int) -> None:
         raise ContinualError(

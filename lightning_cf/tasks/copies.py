@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import queue
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,27 @@ def twin_of(loader: Any) -> Any:
 
 
 def copied(source: Any) -> Any:
-    """A copy that shares what passes only read, such as arrays; None where there is no copying it."""
-    kept = (Tensor, np.ndarray, nn.Module)
-    values = tree_leaves(getattr(source, "__dict__", {}))
-    plain = [x for x in values if isinstance(x, kept) or (isinstance(x, Dataset) and hasattr(x, "__getitem__"))]
+    """A copy, with what is in its queues, that shares what passes only read, such as arrays; None if there is none."""
+    held = _held(source)
+    memo: dict[int, Any] = {id(x): x for x in held if _is_read_only(x)}
     try:
-        return copy.deepcopy(source, {id(x): x for x in plain})
+        for each in held:
+            if isinstance(each, queue.Queue) and not each.empty():
+                memo[id(each)] = of = type(each)(each.maxsize)
+                of.queue = copy.deepcopy(each.queue, memo)
+        return copy.deepcopy(source, memo)
     except Exception:  # files, sockets and generators
         return None
+
+
+def _held(source: Any, depth: int = 4) -> list[Any]:
+    """What an object, and each stream that it holds, keeps."""
+    values = tree_leaves(getattr(source, "__dict__", {}))
+    streams = [x for x in values if isinstance(x, IterableDataset)] if depth else []
+    return [*values, *(x for stream in streams for x in _held(stream, depth - 1))]
+
+
+def _is_read_only(value: Any) -> bool:
+    """Whether it is something that passes only read; of a stream they may change something."""
+    data = isinstance(value, Dataset) and hasattr(value, "__getitem__") and not isinstance(value, IterableDataset)
+    return data or isinstance(value, (Tensor, np.ndarray, nn.Module))

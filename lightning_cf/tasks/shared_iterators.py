@@ -15,8 +15,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 _ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
 
-_FILLS = frozenset(("put", "put_nowait", "send", "sendall", "connect"))
+_TAKES, _PUTS = ("get", "get_nowait"), ("put", "put_nowait")
+
+_FILLS = frozenset((*_PUTS, "send", "sendall", "connect"))
 """What a pass calls that fills a queue, or asks for what it reads, by itself."""
+
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_DEREF", "LOAD_CONST")
 
 
 def shared(source: Any, depth: int = 4) -> str:
@@ -45,13 +49,27 @@ def queue_of(source: Any, *, processes: bool = False) -> str:
         processes: whether other processes read it, which have queues of this one as copies.
     """
     used = _names(type(source))[0]
-    for name, value in read_by(source):
+    for name, value in () if used & _FILLS else read_by(source):
         own = processes and type(value).__module__ in ("queue", "_queue")
-        queue = used & {"get", "get_nowait"} and not own and _holds_samples(value)
-        if not used & _FILLS and (queue or ("recv" in used and hasattr(value, "recv"))):
+        queue = not own and _asks(type(source), name, *_TAKES) and _holds_samples(value)
+        if queue or (_asks(type(source), name, "recv") and hasattr(value, "recv")):
             kind = type(value).__name__
             return f"{type(source).__name__}.{name} is a {kind}, whose samples are gone once they are read"
     return ""
+
+
+def gives_back(source: Any, depth: int = 4) -> bool:
+    """Whether passes take from a queue and put back what they took, such as buffers, at the next step only.
+
+    One that is broken off keeps what it took; where nothing is left, the next one would wait for ever.
+    """
+    for name, value in read_by(source):
+        if _asks(type(source), name, *_TAKES) and _asks(type(source), name, *_PUTS) and _holds_samples(value):
+            return True
+        held = [x.dataset if isinstance(x, DataLoader) else x for x in _and_items(value)]
+        if depth and any(gives_back(x, depth - 1) for x in held if isinstance(x, IterableDataset) and x is not source):
+            return True
+    return False
 
 
 def _holds_samples(value: Any) -> bool:
@@ -110,6 +128,25 @@ def _said(code: types.CodeType) -> tuple[set[str], set[str]]:
     steps = list(dis.get_instructions(code))
     stored = {step.argval for step in steps if step.opname == "STORE_ATTR"}
     return {s.argval for s in steps if s.opname != "STORE_ATTR" and isinstance(s.argval, str)}, stored
+
+
+def _asks(kind: type, name: str, *methods: str) -> bool:
+    """Whether a class' passes use one of some methods of what has a name, or of what it may have been handed on as."""
+    asked = {pair for function in _functions(kind) for pair in _asked(function.__code__)}
+    owners = {name, *(("", *_names(kind)[1]) if (name, "") in asked else ())}
+    return any((owner, method) in asked for owner in owners for method in methods)
+
+
+@lru_cache(maxsize=256)
+def _asked(code: types.CodeType) -> set[tuple[str, str]]:
+    """Names, and what code asks of them: an attribute, or none where they are handed on; no name for what has none."""
+    found = set()
+    for before, step in itertools.pairwise(dis.get_instructions(code)):
+        named = before.opname in _LOADS and isinstance(before.argval, str)
+        attribute = step.argval if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR") else ""
+        if attribute or (named and not step.opname.startswith("POP_JUMP")):
+            found.add((before.argval if named else "", attribute))
+    return found
 
 
 def _functions(kind: type) -> list[types.FunctionType]:

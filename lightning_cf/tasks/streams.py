@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.tasks.copies import copied, twin_of
 from lightning_cf.tasks.reading import flat, several
-from lightning_cf.tasks.shared_iterators import gives_itself, queue_of, read_by, shared
+from lightning_cf.tasks.shared_iterators import gives_back, gives_itself, queue_of, read_by, shared
 from lightning_cf.utilities.randomness import isolated_generators, seed_torch
 
 _NOTHING = "a second pass over it gives nothing"
@@ -108,6 +108,8 @@ def _passes(loader: Any, most: int) -> Passes:
 
 def _tried(loader: Any, source: Any, most: int) -> Passes:
     """Tries on a copy whether a second pass comes, and whether a pass that is broken off leaves less to the next."""
+    if gives_back(source):
+        return Passes(moves=True)
     try:
         twin, fresh = twin_of(loader), twin_of(loader)
         if twin is None:

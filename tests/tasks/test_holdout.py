@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from learning import quiet_trainer
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, DataLoader, StackDataset, Subset, TensorDataset, random_split
 from toys import Net, fit, numbers
 
-from lightning_cf import SequentialTaskRunner, Task
+from lightning_cf import InvarianceCallback, MaskedGradientCallback, PartitionCallback, SequentialTaskRunner, Task
 from lightning_cf.callbacks import label_watch
 from lightning_cf.errors import DataWarning
 from lightning_cf.sequence.joint import JointTask
@@ -268,12 +268,56 @@ def test_a_class_that_is_not_trained_on_is_told(on_a_gpu, monkeypatch):
     y[held_before(64)[1][:1]] = 1
     if on_a_gpu:
         monkeypatch.setattr(label_watch, "_CPU", "another")
-    told = "Task 'a' declares classes .0, 1., but no training batch of an epoch holds label 1, .* held out to judge"
+    told = "Task 'a' declares classes .0, 1., but no training batch of the fit holds label 1, .* held out to judge"
     with pytest.warns(DataWarning, match=told):
         fit(Net(), Task("a", {"train": DataLoader(Read(x, y), 16)}, classes=[0, 1]))
     y[:32] = 1
     fit(Net(), Task("a", {"train": DataLoader(Read(x, y), 16)}, classes=[0, 1]))
     fit(Net(), Task("a", {"train": DataLoader(Read(x, y), 16)}, classes=[0, 1]), limit_train_batches=1)
+
+
+class Chunks(LightningDataModule):
+    """A part of the data an epoch: of label 0 in even ones, of label 1 in odd ones."""
+
+    def train_dataloader(self):
+        x, _ = numbers(32)
+        return DataLoader(TensorDataset(x, torch.full((32,), self.trainer.current_epoch % 2)), 8)
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(*numbers(32)), 8)
+
+
+class StopsAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == self.step
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"max_epochs": 2}, False),
+        ({"max_epochs": 1}, True),
+        ({"max_epochs": -1, "max_steps": 7}, False),
+        ({"max_epochs": -1, "max_steps": 2}, False),
+        ({"max_epochs": 3, "stop": 4}, True),
+        ({"max_epochs": 3, "stop": 2}, False),
+    ],
+    ids=["both epochs", "one epoch", "one and a half", "half an epoch", "stopped after one", "stopped in one"],
+)
+@pytest.mark.parametrize("on_a_gpu", [True, False])
+def test_a_class_is_missing_where_no_epoch_holds_it(options, told, on_a_gpu, monkeypatch):
+    if on_a_gpu:
+        monkeypatch.setattr(label_watch, "_CPU", "another")
+    options = dict(options)
+    stops = [StopsAt(options.pop("stop"))] if "stop" in options else []
+    callbacks = [PartitionCallback(), InvarianceCallback(), MaskedGradientCallback(), *stops]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(Net(), Task("a", Chunks(), classes=[0, 1]), callbacks, reload_dataloaders_every_n_epochs=1, **options)
+    assert any("of the fit holds label 1" in str(each.message) for each in said) == told
 
 
 def test_classes_of_one_sample_each_spare_none():

@@ -262,6 +262,69 @@ def test_processes_that_read_share_queues_of_processes_only():
         assert bool(reads_once(DataLoader(Takes(filled(kind)), 8, num_workers=1))) == shared
 
 
+class Noted(Yields):
+    """Reads its settings and its samples with get(), and others wait for what it says in a queue."""
+
+    def __init__(self):
+        self.held, self.settings, self.said = [{"x": x, "y": y} for x, y in stream()], {"log": False}, queue.Queue()
+        self.said.put("begun")
+
+    def __iter__(self):
+        settings = self.settings
+        for sample in self.held:
+            yield sample.get("x"), sample.get("y")
+        if self.settings.get("log") or settings.get("log"):
+            self.waiting = self.said.qsize()
+
+
+class Pool(Yields):
+    """Takes a buffer for each sample, and puts it back at the next step."""
+
+    def __init__(self, buffers):
+        self.held, self.free = list(stream()), queue.Queue()
+        for _ in range(buffers):
+            self.free.put(torch.empty(6))
+
+    def __iter__(self):
+        for x, y in self.held:
+            buffer = self.free.get()
+            yield buffer.copy_(x), y
+            self.free.put(buffer)
+
+
+class Aliased(Takes):
+    """Takes from its queue by another name."""
+
+    def __iter__(self):
+        waiting = self.queue
+        while not waiting.empty():
+            yield waiting.get_nowait()
+
+
+class Kept(Takes):
+    def __iter__(self):
+        self.now = self.queue
+        while not self.now.empty():
+            yield self.now.get()
+
+
+class Bound(Takes):
+    def __iter__(self):
+        yield from iter(self.queue.get, None)
+
+
+class Named(Takes):
+    def __iter__(self):
+        yield from iter(getattr(self, "queue").get, None)  # noqa: B009
+
+
+@pytest.mark.parametrize("kind", [Takes, Aliased, Kept, Bound, Named])
+def test_a_queue_that_is_read_by_another_name_is_found_and_nothing_is_taken(kind):
+    data = kind(filled(queue.Queue))
+    assert "samples are gone once they are read" in reads_once(DataLoader(data, 8))
+    assert data.queue.qsize() == 16
+
+
 class Prepares(IterableDataset):
     """Has a thread fill a queue of each pass."""
 
@@ -364,11 +427,12 @@ class Seen(Net):
     [
         lambda: DataLoader(FillsCache(), 8),
         lambda: DataLoader(Curriculum(), 8),
+        lambda: DataLoader(ChainDataset([Curriculum()]), 8),
         lambda: DataLoader(Shuffled(), 8),
         lambda: DataLoader(TensorDataset(*numbers()), 8, sampler=SetEpoch()),
         lambda: DataLoader(TensorDataset(*numbers()), batch_sampler=BatchSampler(SetEpoch(), 8, False)),
     ],
-    ids=["cache", "curriculum", "generator", "epochs", "epochs of batches"],
+    ids=["cache", "curriculum", "chained", "generator", "epochs", "epochs of batches"],
 )
 @pytest.mark.parametrize("stage", ["train", "val"])
 def test_a_fit_trains_on_the_same_batches_as_plain_lightning(source, stage):
@@ -455,6 +519,9 @@ class Batches:
         lambda: DataLoader(Prepares(), 8),
         lambda: DataLoader(Locked(), 8),
         lambda: DataLoader(ChainDataset([Locked()]), 8),
+        lambda: DataLoader(Noted(), 8),
+        lambda: DataLoader(Pool(1), 8),
+        lambda: DataLoader(ChainDataset([Pool(1)]), 8),
     ],
     ids=[
         "its own iterator",
@@ -467,6 +534,9 @@ class Batches:
         "queue",
         "locked",
         "chained",
+        "a queue beside",
+        "a pool",
+        "a chained pool",
     ],
 )
 def test_what_begins_anew_trains_as_many_steps_as_plain_lightning(source):
