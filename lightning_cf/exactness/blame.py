@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.network.forward import Forward, samples
+from lightning_cf.network.forward import Forward, fresh, samples
 from lightning_cf.network.structure import OUTSIDE, Structure, lookup
 from lightning_cf.network.tracing.rules.call import named
 from lightning_cf.network.tracing.trace import traced_results
@@ -63,7 +63,7 @@ def first_moved(
 
 
 def _results(module: nn.Module, structure: Structure, example: Any, forward: Forward) -> list[tuple[str, Tensor]]:
-    recorder = _Recorder()
+    recorder, example = _Recorder(), fresh(example)
     with plain_kernels(), torch.random.fork_rng(), following(module, recorder.running), recorder:
         seed_torch(0)
         forward(module, example)

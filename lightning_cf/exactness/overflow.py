@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.network.finite import stored
-from lightning_cf.network.forward import Forward, eval_mode, same_state, samples
+from lightning_cf.network.forward import Forward, eval_mode, fresh, same_state, samples
 from lightning_cf.network.kept_entries import Snapshot
 from lightning_cf.utilities.randomness import isolated_generators
 
@@ -68,7 +68,7 @@ def _overflowing(module: nn.Module, example: Any, forward: Forward) -> dict[tupl
         if path
     ]
     try:
-        note(_OUTPUTS, forward(module, example))
+        note(_OUTPUTS, forward(module, fresh(example)))
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import LeakError
 from lightning_cf.exactness.blame import first_moved
-from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors, same_state, samples
+from lightning_cf.network.forward import Forward, call, eval_mode, fresh, named_tensors, same_state, samples
 from lightning_cf.network.kept_entries import replaced, same_bits
 from lightning_cf.network.structure import LAYERS, Structure, layer_of, lookup
 from lightning_cf.network.ways import running_way
@@ -119,7 +119,7 @@ def owned_outputs(
 def _run(module: nn.Module, example: Any, forward: Forward) -> Any:
     with torch.random.fork_rng():
         seed_torch(0)  # for networks that draw random numbers in eval mode too
-        return forward(module, example)
+        return forward(module, fresh(example))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.network.finite import stored
-from lightning_cf.network.forward import Forward, eval_mode, same_state, samples
+from lightning_cf.network.forward import Forward, eval_mode, fresh, same_state, samples
 from lightning_cf.network.kept_entries import same_bits
 from lightning_cf.network.tracing.watching import following
 from lightning_cf.utilities.randomness import isolated_generators, seed_torch
@@ -63,6 +63,7 @@ def _given(module: nn.Module, forward: Forward, example: Any, *, deep: bool) -> 
         leaves = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
         found.append((running[by], [stored(x).clone() for x in leaves]))
 
+    example = fresh(example)
     seed_torch(0)
     with ExitStack() as stack:
         if deep:
