@@ -16,7 +16,7 @@ from lightning_cf.network.tracing.rules.call import named
 from lightning_cf.network.tracing.trace import traced_results
 from lightning_cf.network.tracing.watching import following, plain_kernels
 from lightning_cf.ownership.levels import FREE, Levels
-from lightning_cf.utilities.randomness import seed_torch
+from lightning_cf.utilities.randomness import isolated_generators, seed_all
 
 
 @torch.no_grad()
@@ -64,8 +64,8 @@ def first_moved(
 
 def _results(module: nn.Module, structure: Structure, example: Any, forward: Forward) -> list[tuple[str, Tensor]]:
     recorder, example = _Recorder(), fresh(example)
-    with plain_kernels(), torch.random.fork_rng(), following(module, recorder.running), recorder:
-        seed_torch(0)
+    with plain_kernels(), isolated_generators(), following(module, recorder.running), recorder:
+        seed_all(0)
         forward(module, example)
     return [(by, values) for path, by, values in recorder.found if path not in structure.norms]
 

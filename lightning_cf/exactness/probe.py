@@ -21,7 +21,7 @@ from lightning_cf.network.structure import LAYERS, Structure, layer_of, lookup
 from lightning_cf.network.ways import running_way
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE, Levels
-from lightning_cf.utilities.randomness import keyed_generator, seed_torch
+from lightning_cf.utilities.randomness import isolated_generators, keyed_generator, seed_all
 
 FEW = 8
 """So many samples of an example are run."""
@@ -117,8 +117,8 @@ def owned_outputs(
 
 
 def _run(module: nn.Module, example: Any, forward: Forward) -> Any:
-    with torch.random.fork_rng():
-        seed_torch(0)  # for networks that draw random numbers in eval mode too
+    with isolated_generators():
+        seed_all(0)  # for networks that draw random numbers in eval mode too
         return forward(module, fresh(example))
 
 

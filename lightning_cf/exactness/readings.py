@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.network.forward import Forward, eval_mode, fresh, same_state
-from lightning_cf.utilities.randomness import isolated_generators
+from lightning_cf.utilities.randomness import isolated_generators, seed_all
 
 _READS = {
     *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.is_nonzero, torch.is_nonzero),
@@ -49,6 +49,7 @@ def decides_nothing(module: nn.Module, example: Any, forward: Forward) -> bool:
 
 def _run(forward: Forward, module: nn.Module, example: Any, reading: AbstractContextManager[Any]) -> Any:
     example = fresh(example)
+    seed_all(0)
     with reading:
         return forward(module, example)
 

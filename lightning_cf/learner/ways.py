@@ -21,7 +21,7 @@ from lightning_cf.tasks.evaluation import on_device
 from lightning_cf.tasks.targets import checked_pair
 from lightning_cf.tasks.task import Task, required_arguments, supervised
 from lightning_cf.tasks.training_batches import first_batch
-from lightning_cf.utilities.randomness import isolated_generators
+from lightning_cf.utilities.randomness import isolated_generators, seed_all
 
 
 def _batch(example: Any) -> int:
@@ -56,6 +56,7 @@ class _Signature(TorchDispatchMode):
         recorder = cls(module)
         try:
             with torch.no_grad(), isolated_generators(), eval_mode(module), same_state(module), recorder:
+                seed_all(0)
                 forward(module, fresh(samples(module, example, 2)))
         except Exception:  # whatever a user's forward pass raises
             return None

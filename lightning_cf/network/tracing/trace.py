@@ -26,6 +26,7 @@ from lightning_cf.network.tracing.reaching import Reaching
 from lightning_cf.network.tracing.tracer import LabelTracer, Shape
 from lightning_cf.network.tracing.watching import following, plain_kernels
 from lightning_cf.network.ways import ways_of
+from lightning_cf.utilities.randomness import isolated_generators
 
 
 def trace(
@@ -112,7 +113,7 @@ def _follow_once(
             forward(module, fresh(inputs))
         stack.enter_context(same_state(module))
         recorder = Reaching()
-        with torch.random.fork_rng(), same_state(module), recorder.functions, recorder:
+        with isolated_generators(), same_state(module), recorder.functions, recorder:
             reached = forward(module, again)
         reaching = recorder.operations([x for x in tree_leaves(reached) if isinstance(x, Tensor)])
         tracer = LabelTracer(module, tree_leaves(example), apart, log, sliced, reaching)
