@@ -5,6 +5,8 @@ from collections import UserDict
 import pytest
 import torch
 import toys
+from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_cf import Task
@@ -74,3 +76,31 @@ def test_a_forward_pass_may_write_into_its_input():
             return self.net(x)
 
     fitted(InPlace())
+
+
+class AroundScripted(nn.Module):
+    """A norm of its own after a scripted layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.weight = torch.jit.script(nn.ReLU()), nn.Parameter(torch.ones(16))
+
+    def forward(self, x):
+        return F.layer_norm(self.before(x), (16,), self.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: torch.jit.script(nn.Sequential(nn.ReLU(), nn.Dropout(0.1))),
+        lambda: torch.jit.trace(nn.ReLU(), torch.zeros(2, 16)),
+        lambda: torch.jit.script(nn.BatchNorm1d(16)),
+        AroundScripted,
+    ],
+    ids=["scripted", "traced", "buffers", "around"],
+)
+def test_a_scripted_layer_that_takes_no_hooks_is_run_as_it_is(layer):
+    net = toys.Net()
+    net.net = nn.Sequential(nn.Linear(6, 16), layer(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    fitted(net)
