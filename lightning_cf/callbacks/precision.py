@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.lightning_api import LightningModule, Trainer
-from lightning_cf.network.forward import in_precision_of
+from lightning_cf.network.forward import fresh, in_precision_of
 from lightning_cf.utilities.randomness import isolated_generators
 
 
@@ -53,7 +53,7 @@ def _failure(trainer: Trainer, module: LightningModule, batch: Any) -> Exception
             warnings.simplefilter("ignore")  # about logging without a Trainer
             trial = copy.deepcopy(module)
             trial.train()
-            trial.training_step(*_arguments(trial, batch))
+            trial.training_step(*_arguments(trial, fresh(batch)))
     except Exception as error:  # whatever a user's step raises, or a module that cannot be copied
         return error
     return None

@@ -35,7 +35,7 @@ from lightning_cf.sequence.preflight import Method, check_root
 from lightning_cf.sequence.result import Result
 from lightning_cf.sequence.runner import SequentialTaskRunner
 from lightning_cf.utilities.files import read_json, write_atomically, write_json
-from lightning_cf.utilities.randomness import isolated_generators, seed_torch
+from lightning_cf.utilities.randomness import isolated_generators, seed_all
 
 VERBS = ("train", "doctor")
 
@@ -180,7 +180,7 @@ def _runner(
     options: Any = OmegaConf.to_container(config.tasks, resolve=True)
     tasks = instantiate({key: value for key, value in options.items() if key not in ("shape", "classes")})
     with isolated_generators():
-        seed_torch(config.seed)
+        seed_all(config.seed)
         module = instantiate(config.model)
     method: Method = "finetune" if name == "finetune" else "joint" if name == "joint" else "partition"
     # Converted, since a list of perturbations would else become a configuration again.

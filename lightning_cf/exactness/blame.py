@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.network.forward import Forward, samples
+from lightning_cf.network.forward import Forward, fresh, samples
 from lightning_cf.network.structure import OUTSIDE, Structure, lookup
 from lightning_cf.network.tracing.rules.call import named
 from lightning_cf.network.tracing.trace import traced_results
 from lightning_cf.network.tracing.watching import following, plain_kernels
 from lightning_cf.ownership.levels import FREE, Levels
-from lightning_cf.utilities.randomness import seed_torch
+from lightning_cf.utilities.randomness import isolated_generators, seed_all
 
 
 @torch.no_grad()
@@ -63,9 +63,9 @@ def first_moved(
 
 
 def _results(module: nn.Module, structure: Structure, example: Any, forward: Forward) -> list[tuple[str, Tensor]]:
-    recorder = _Recorder()
-    with plain_kernels(), torch.random.fork_rng(), following(module, recorder.running), recorder:
-        seed_torch(0)
+    recorder, example = _Recorder(), fresh(example)
+    with plain_kernels(), isolated_generators(), following(module, recorder.running), recorder:
+        seed_all(0)
         forward(module, example)
     return [(by, values) for path, by, values in recorder.found if path not in structure.norms]
 

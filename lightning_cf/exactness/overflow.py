@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.network.finite import stored
-from lightning_cf.network.forward import Forward, eval_mode, same_state, samples
+from lightning_cf.network.forward import Forward, eval_mode, fresh, same_state, samples
 from lightning_cf.network.kept_entries import Snapshot
+from lightning_cf.utilities.hooks import takes_hooks
 from lightning_cf.utilities.randomness import isolated_generators
 
 WIDE = 1e30
@@ -65,10 +66,10 @@ def _overflowing(module: nn.Module, example: Any, forward: Forward) -> dict[tupl
     handles = [
         layer.register_forward_hook(lambda layer, args, output, path=path: note(path, output), prepend=True)
         for path, layer in module.named_modules()
-        if path
+        if path and takes_hooks(layer)
     ]
     try:
-        note(_OUTPUTS, forward(module, example))
+        note(_OUTPUTS, forward(module, fresh(example)))
     finally:
         for handle in handles:
             handle.remove()

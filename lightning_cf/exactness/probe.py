@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import LeakError
 from lightning_cf.exactness.blame import first_moved
-from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors, same_state, samples
+from lightning_cf.network.forward import Forward, call, eval_mode, fresh, named_tensors, same_state, samples
 from lightning_cf.network.kept_entries import replaced, same_bits
 from lightning_cf.network.structure import LAYERS, Structure, layer_of, lookup
 from lightning_cf.network.ways import running_way
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE, Levels
-from lightning_cf.utilities.randomness import keyed_generator, seed_torch
+from lightning_cf.utilities.randomness import isolated_generators, keyed_generator, seed_all
 
 FEW = 8
 """So many samples of an example are run."""
@@ -117,9 +117,9 @@ def owned_outputs(
 
 
 def _run(module: nn.Module, example: Any, forward: Forward) -> Any:
-    with torch.random.fork_rng():
-        seed_torch(0)  # for networks that draw random numbers in eval mode too
-        return forward(module, example)
+    with isolated_generators():
+        seed_all(0)  # for networks that draw random numbers in eval mode too
+        return forward(module, fresh(example))
 
 
 @contextmanager

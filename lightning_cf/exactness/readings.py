@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.network.forward import Forward, eval_mode, same_state
-from lightning_cf.utilities.randomness import isolated_generators
+from lightning_cf.network.forward import Forward, eval_mode, fresh, same_state
+from lightning_cf.utilities.randomness import isolated_generators, seed_all
 
 _READS = {
     *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.is_nonzero, torch.is_nonzero),
@@ -39,14 +40,17 @@ def decides_nothing(module: nn.Module, example: Any, forward: Forward) -> bool:
     with isolated_generators(), eval_mode(module), same_state(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            plain = _outputs(forward(module, example))
-            return all(_same(plain, _outputs(_run(forward, module, example, other))) for other in (None, *_OTHERS))
+            plain = _outputs(_run(forward, module, example, nullcontext()))
+            others = map(_Otherwise, (None, *_OTHERS))
+            return all(_same(plain, _outputs(_run(forward, module, example, other))) for other in others)
         except Exception:  # whatever a forward pass raises for such numbers: then they decide
             return False
 
 
-def _run(forward: Forward, module: nn.Module, example: Any, other: float | None) -> Any:
-    with _Otherwise(other):
+def _run(forward: Forward, module: nn.Module, example: Any, reading: AbstractContextManager[Any]) -> Any:
+    example = fresh(example)
+    seed_all(0)
+    with reading:
         return forward(module, example)
 
 

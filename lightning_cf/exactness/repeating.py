@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_cf.network.finite import stored
-from lightning_cf.network.forward import Forward, eval_mode, same_state, samples
+from lightning_cf.network.forward import Forward, eval_mode, fresh, same_state, samples
 from lightning_cf.network.kept_entries import same_bits
 from lightning_cf.network.tracing.watching import following
-from lightning_cf.utilities.randomness import isolated_generators, seed_torch
+from lightning_cf.utilities.randomness import isolated_generators, seed_all
 
 Given = tuple[str, list[Tensor]]
 """Tensors, and the path of the module that gives them."""
@@ -63,7 +63,8 @@ def _given(module: nn.Module, forward: Forward, example: Any, *, deep: bool) -> 
         leaves = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
         found.append((running[by], [stored(x).clone() for x in leaves]))
 
-    seed_torch(0)
+    example = fresh(example)
+    seed_all(0)
     with ExitStack() as stack:
         if deep:
             stack.enter_context(following(module, running, entered=partial(note, -2), left=partial(note, -1)))

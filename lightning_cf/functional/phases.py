@@ -30,7 +30,7 @@ from lightning_cf.ownership.ledger import ISOLATIONS, Isolation, NeuronLedger
 from lightning_cf.partition.claim import Claimer
 from lightning_cf.partition.options import PartitionOptions
 from lightning_cf.partition.outcome import Outcome
-from lightning_cf.utilities.randomness import derive_seed, isolated_generators, seed_torch
+from lightning_cf.utilities.randomness import derive_seed, isolated_generators, seed_all
 
 
 def trace(module: nn.Module, example: Any, forward: Forward = call, *, isolation: Isolation = "exact") -> Structure:
@@ -205,7 +205,7 @@ def run_claim(
     if not again:
         ledger.whole += held_by_the_user(module, structure, ledger)
     with isolated_generators(), eval_mode(module):
-        seed_torch(derive_seed("partition", name))
+        seed_all(derive_seed("partition", name))
         with claimer.all_or_nothing():
             outcome = claimer.claim()
             check_finite(module, structure, f"The partition of task '{name}'")

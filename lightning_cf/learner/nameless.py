@@ -17,7 +17,7 @@ from lightning_cf.task_inference.read_variants import input_of
 from lightning_cf.tasks.evaluation import forward_context, on_device, predict
 from lightning_cf.tasks.task import Task, supervised
 from lightning_cf.tasks.training_batches import first_batch
-from lightning_cf.utilities.randomness import isolated_generators
+from lightning_cf.utilities.randomness import isolated_generators, seed_all
 
 
 def forward_is_told(module: LightningModule, state: ContinualState, task: Task) -> bool:
@@ -67,6 +67,7 @@ def _tensors(x: Any) -> bool:
 def _outputs(module: LightningModule, state: ContinualState, task: Task, run: Any) -> Tensor | None:
     """Raw outputs of one forward pass; None where it fails, or leaves an output layer out."""
     sites = Sites(None, (), Sites.output_layers(state.structure), torch.tensor(state.outputs_of(task)))
+    seed_all(0)
     try:
         with forward_context(module):
             found = read(module, [sites], run)

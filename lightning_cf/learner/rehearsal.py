@@ -20,7 +20,7 @@ from lightning_cf.learner.labels import Kept, positions_of, why_no_labels
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.finite import rows_finite
-from lightning_cf.network.forward import call, eval_mode, same_state
+from lightning_cf.network.forward import call, eval_mode, fresh, same_state
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
 from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference, View, read
@@ -91,7 +91,7 @@ def _rehearse(module: LightningModule, state: ContinualState, task: Task, infere
     with forward_context(module):
         x = input_of(module, on_device(module, task, batch), nested=task.evaluate is supervised)
         try:
-            call(module, x)
+            call(module, fresh(x))
         except Exception:  # what it takes is another part of the batch, which nobody can tell
             return
         _predict(kept, module, partial(call, module), x, ledger.width)

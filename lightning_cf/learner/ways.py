@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_cf.errors import ContinualError, StructureError
 from lightning_cf.functional.phases import trace
 from lightning_cf.lightning_api import LightningModule, is_overridden
-from lightning_cf.network.forward import Forward, call, eval_mode, named_tensors, same_state, samples
+from lightning_cf.network.forward import Forward, call, eval_mode, fresh, named_tensors, same_state, samples
 from lightning_cf.network.structure import Structure
 from lightning_cf.network.ways import Ways
 from lightning_cf.ownership.ledger import Isolation
@@ -21,7 +21,7 @@ from lightning_cf.tasks.evaluation import on_device
 from lightning_cf.tasks.targets import checked_pair
 from lightning_cf.tasks.task import Task, required_arguments, supervised
 from lightning_cf.tasks.training_batches import first_batch
-from lightning_cf.utilities.randomness import isolated_generators
+from lightning_cf.utilities.randomness import isolated_generators, seed_all
 
 
 def _batch(example: Any) -> int:
@@ -56,7 +56,8 @@ class _Signature(TorchDispatchMode):
         recorder = cls(module)
         try:
             with torch.no_grad(), isolated_generators(), eval_mode(module), same_state(module), recorder:
-                forward(module, samples(module, example, 2))
+                seed_all(0)
+                forward(module, fresh(samples(module, example, 2)))
         except Exception:  # whatever a user's forward pass raises
             return None
         return recorder.found
@@ -133,7 +134,7 @@ def _runs(module: LightningModule, example: Any, forward: Forward, count: int) -
     """Whether a network can be run on so many samples of an example."""
     try:
         with torch.no_grad(), eval_mode(module), same_state(module):
-            forward(module, samples(module, example, count))
+            forward(module, fresh(samples(module, example, count)))
     except Exception:  # whatever a user's forward pass raises
         return False
     return True

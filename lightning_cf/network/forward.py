@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a network on an example."""
@@ -73,6 +74,31 @@ def same_state(module: nn.Module) -> Iterator[None]:
             child._buffers[name] = x
             if not torch.equal(x, values):
                 x.detach().copy_(values)
+
+
+def fresh(batch: Any, own: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
+    """A batch in containers and tensors of its own: what runs on it may pop from the ones and write into the others.
+
+    >>> batch = {"x": torch.zeros(2), "labels": torch.ones(2)}
+    >>> run = fresh(batch)
+    >>> run.pop("labels").add_(1), batch["labels"]
+    (tensor([2., 2.]), tensor([1., 1.]))
+
+    Args:
+        batch: any nesting of lists, tuples and mappings, such as dicts, those of other libraries and graphs.
+        own: gives what stands in a tensor's place.
+    """
+
+    def apart(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return own(x)
+        named = callable(getattr(x, "keys", None)) and hasattr(x, "__setitem__")
+        twin = copy.copy(x) if named or isinstance(x, list) or hasattr(x, "__copy__") else x
+        for key in list(x.keys()) if named else range(len(x)) if isinstance(x, list) else ():
+            twin[key] = fresh(x[key], own)
+        return twin
+
+    return tree_map(apart, batch)
 
 
 def call(module: nn.Module, example: Any) -> Any:

@@ -137,7 +137,7 @@ class Freezer:
     def _follow_buffers(self) -> None:
         """Holds what stands in a buffer's place now: ``self.mean = ...`` puts another tensor there."""
         for entries, (holder, name, _) in self.buffers.items():
-            now = holder._buffers.get(name)
+            now = dict(holder._buffers.items()).get(name)  # those of scripted layers have no get
             if now is not None and now is not entries.parameter and now.shape == entries.parameter.shape:
                 now = holder._buffers[name] = now.detach().clone()  # it may be somebody's data
                 entries.parameter = now

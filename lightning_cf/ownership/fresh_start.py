@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from lightning_cf.network.structure import Structure
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
-from lightning_cf.utilities.randomness import derive_seed, seed_torch
+from lightning_cf.utilities.randomness import derive_seed, isolated_generators, seed_all
 
 
 def reinitialise_free(
@@ -55,8 +55,8 @@ def reinitialise_free(
         if not callable(reset) or not any(bool(mask.any()) for mask in masks.values()):
             continue
         kept = _Kept(layer)
-        with torch.random.fork_rng(), torch.no_grad():
-            seed_torch(derive_seed(*key, path))
+        with isolated_generators(), torch.no_grad():
+            seed_all(derive_seed(*key, path))
             reset()
             drawn = {
                 name: tensor.detach().clone() for name in masks if isinstance(tensor := getattr(layer, name), Tensor)

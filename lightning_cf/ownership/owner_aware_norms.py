@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_structure as structure_of_tree
 from lightning_cf.network.forward import Derived
 from lightning_cf.network.tracing.reductions import Reduction
 from lightning_cf.ownership.nested_norms import Nesting, nested_group_norm, nested_layer_norm, nested_rms_norm
+from lightning_cf.utilities.hooks import takes_hooks
 
 _PLAN = "_nesting"
 
@@ -212,7 +213,7 @@ def _outside_children(module: nn.Module, calls: _Calls) -> Iterator[None]:
 
     handles = [
         handle
-        for child in module.children()
+        for child in filter(takes_hooks, module.children())
         for handle in (
             child.register_forward_pre_hook(enter, prepend=True),
             child.register_forward_hook(leave, always_call=True),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_cf.network.forward import fresh
 from lightning_cf.task_inference.readout import Readout, read
 from lightning_cf.task_inference.registry import STRATEGIES
 from lightning_cf.task_inference.sites import Sites
@@ -51,7 +52,7 @@ def read_all(
 def _read(module: nn.Module, tasks: Sequence[Sites], run: Callable[[Any], Any], batch: Any, alone: bool) -> Readout:
     calls: list[Any] = []
     with module.register_forward_pre_hook(lambda _, *given: calls.append(given), with_kwargs=True):
-        found = read(module, tasks, partial(run, batch))
+        found = read(module, tasks, partial(run, fresh(batch)))
     device, count = found.outputs.device, len(found.outputs)
     x = _given(module, *calls[-1]) if calls else batch if alone else input_of(module, batch)
     x = tree_map_only(Tensor, lambda leaf: leaf.detach().to(device), x)

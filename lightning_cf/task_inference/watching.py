@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_cf.network.finite import sample_axis
-from lightning_cf.network.forward import eval_mode, same_state
+from lightning_cf.network.forward import eval_mode, fresh, same_state
 from lightning_cf.network.structure import layer_of
 from lightning_cf.task_inference.readout import Recorder
 from lightning_cf.task_inference.sites import Watched
@@ -73,7 +73,7 @@ def _trial(
             handles.append(layer.register_forward_pre_hook(see))
     try:
         with recorder.watching():
-            run(batch)
+            run(fresh(batch))
     finally:
         for handle in handles:
             handle.remove()

@@ -11,17 +11,14 @@ import numpy as np
 import torch
 
 from lightning_cf.lightning_api import LightningModule
-from lightning_cf.utilities.randomness import derive_seed, isolated_generators, seed_torch
+from lightning_cf.utilities.randomness import derive_seed, isolated_generators, seed_all
 
 
 @contextmanager
 def seeded(*key: int | str) -> Iterator[None]:
     """Global generators that depend on the key alone; afterwards they are as they were."""
-    seed = derive_seed(*key)
     with isolated_generators():
-        seed_torch(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
+        seed_all(derive_seed(*key))
         yield
 
 

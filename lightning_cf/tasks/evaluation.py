@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.lightning_api import LightningModule
-from lightning_cf.network.forward import eval_mode, in_precision_of
+from lightning_cf.network.forward import eval_mode, fresh, in_precision_of
 from lightning_cf.tasks.reading import samples_in
 from lightning_cf.tasks.targets import (
     IGNORED,
@@ -33,8 +33,11 @@ from lightning_cf.tasks.task import Batches, Task, supervised
 
 
 def on_device(module: LightningModule, task: Task, batch: Any) -> Any:
-    """A batch as a training step would get it: in the network's precision, through the data's or module's hooks."""
-    return transferred(module, task, in_precision_of(module, batch))
+    """A batch as a training step would get it: in the network's precision, through the data's or module's hooks.
+
+    What runs on it may change it: the batch stays as it is.
+    """
+    return transferred(module, task, in_precision_of(module, fresh(batch)))
 
 
 def transferred(module: LightningModule, task: Task, batch: Any) -> Any:
@@ -67,9 +70,10 @@ def predict(module: LightningModule, task: Task, batch: Any) -> tuple[Tensor, Te
     """
     with forward_context(module):
         given = on_device(module, task, batch)
+        whole = fresh(given, lambda x: x)  # which an evaluate= that pops leaves as it is
         predictions, target = checked_pair(task, task.evaluate(module, given))
     if task.task_loaders.place_of_targets is None and task.evaluate is not supervised:
-        task.task_loaders.place_of_targets = place_of(target, given)
+        task.task_loaders.place_of_targets = place_of(target, whole)
     if task.metric is None and predictions.shape == target.shape:
         labels = one_hot_labels(target)
         target = target if labels is None else labels

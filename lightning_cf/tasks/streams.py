@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.tasks.copies import copied, twin_of
 from lightning_cf.tasks.reading import flat, several
 from lightning_cf.tasks.shared_iterators import gives_back, gives_itself, queue_of, read_by, shared
-from lightning_cf.utilities.randomness import isolated_generators, seed_torch
+from lightning_cf.utilities.randomness import isolated_generators, seed_all
 
 _NOTHING = "a second pass over it gives nothing"
 _LOOKED_AT = 256
@@ -175,9 +174,7 @@ def _count(loader: Iterable[Any], most: int) -> int:
 
 
 def _started(loader: Iterable[Any]) -> Iterator[Any]:
-    seed_torch(0)
-    np.random.seed(0)
-    random.seed(0)
+    seed_all(0)
     return iter(loader)
 
 

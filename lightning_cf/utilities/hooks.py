@@ -7,7 +7,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch.jit._trace import is_tracing
+
+
+def takes_hooks(module: nn.Module) -> bool:
+    """Whether a hook can be hung on a module: scripted and traced ones refuse."""
+    return not isinstance(module, torch.jit.ScriptModule)
 
 
 class Hook:

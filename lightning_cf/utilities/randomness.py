@@ -36,6 +36,13 @@ def seed_torch(seed: int) -> None:
         torch.default_generator.manual_seed(seed)
 
 
+def seed_all(seed: int) -> None:
+    """Seeds the global generators of torch, numpy and Python."""
+    seed_torch(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 @contextmanager
 def isolated_generators() -> Iterator[None]:
     """Whatever is drawn meanwhile, the global generators of torch, numpy and Python are as before afterwards.

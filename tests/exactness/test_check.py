@@ -1,3 +1,4 @@
+import random
 import warnings
 from contextlib import nullcontext
 
@@ -104,9 +105,19 @@ def test_an_operation_without_a_rule_is_warned_of():
         check(network, networks.flat())
 
 
-def test_a_network_that_draws_random_numbers_is_no_leak():
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: nn.functional.dropout(x, 0.5, True),
+        lambda x: x * random.random(),
+        lambda x: x * np.random.rand(),
+        lambda x: x + torch.from_numpy(np.random.randn(*x.shape)).float(),
+    ],
+    ids=["torch", "python", "numpy", "noise"],
+)
+def test_a_network_that_draws_random_numbers_is_no_leak(draw):
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    network[1].register_forward_hook(lambda layer, inputs, output: nn.functional.dropout(output, 0.5, True))
+    network[1].register_forward_hook(lambda layer, inputs, output: draw(output))
     check(network, networks.flat())
 
 

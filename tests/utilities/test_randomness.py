@@ -1,9 +1,12 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_cf.utilities.randomness import derive_seed, keyed_generator, seed_torch
+from lightning_cf.utilities.randomness import derive_seed, isolated_generators, keyed_generator, seed_all, seed_torch
 
 keys = st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=4)
 
@@ -53,3 +56,16 @@ def test_seeding_notes_nothing_for_devices_that_are_not_there():
     with torch.random.fork_rng():
         seed_torch(7)
     assert len(torch.cuda._queued_calls) == before
+
+
+def test_all_global_generators_draw_the_same_from_one_seed():
+    before = drawn()
+    with isolated_generators():
+        seed_all(2**40)
+        first = drawn()
+        seed_all(2**40)
+        assert drawn() == first != before
+
+
+def drawn():
+    return float(torch.rand(())), float(np.random.rand()), random.random()

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from lightning_cf.network.forward import Forward, call, eval_mode, plain_forms, same_state, samples
+from lightning_cf.network.forward import Forward, call, eval_mode, fresh, plain_forms, same_state, samples
 from lightning_cf.network.structure import LAYERS, Structure
 from lightning_cf.network.tracing.functions import FunctionRules
 from lightning_cf.network.tracing.reaching import Reaching
 from lightning_cf.network.tracing.tracer import LabelTracer, Shape
 from lightning_cf.network.tracing.watching import following, plain_kernels
 from lightning_cf.network.ways import ways_of
+from lightning_cf.utilities.randomness import isolated_generators
 
 
 def trace(
@@ -101,18 +102,19 @@ def _follow_once(
     sliced: Set[Shape],
     turned: int | None,
 ) -> tuple[Structure, list[TracedResult], Set[Shape]]:
-    example = samples(module, example, 2)
+    inputs = samples(module, example, 2)
+    example, again = fresh(inputs), fresh(inputs)
     with ExitStack() as stack:
         stack.enter_context(plain_forms(module))
         stack.enter_context(eval_mode(module))
         stack.enter_context(torch.no_grad())
         stack.enter_context(plain_kernels())
         if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
-            forward(module, example)
+            forward(module, fresh(inputs))
         stack.enter_context(same_state(module))
         recorder = Reaching()
-        with torch.random.fork_rng(), same_state(module), recorder.functions, recorder:
-            reached = forward(module, example)
+        with isolated_generators(), same_state(module), recorder.functions, recorder:
+            reached = forward(module, again)
         reaching = recorder.operations([x for x in tree_leaves(reached) if isinstance(x, Tensor)])
         tracer = LabelTracer(module, tree_leaves(example), apart, log, sliced, reaching)
         for path, layer in module.named_modules():

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_cf.utilities.hooks import takes_hooks
+
 
 @contextmanager
 def following(
@@ -41,8 +43,8 @@ def following(
 
     with ExitStack() as stack:
         for path, child in module.named_modules():
-            if child is module or isinstance(child, torch.jit.ScriptModule):
-                continue  # which takes no hooks
+            if child is module or not takes_hooks(child):
+                continue
             before = child.register_forward_pre_hook(partial(enter, path), prepend=True, with_kwargs=True)
             stack.callback(before.remove)
             stack.callback(child.register_forward_hook(leave, always_call=True).remove)

@@ -1,0 +1,106 @@
+"""What forward passes and `evaluate=` do besides predicting, while we look: each look is as if it were the only one."""
+
+from collections import UserDict
+
+import pytest
+import torch
+import toys
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_cf import Task
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
+
+
+def fitted(net, collate=None, evaluate=None):
+    """Two tasks, one after another; that the first one's outputs stay."""
+    seen = []
+    for name, classes in (("a", [0, 1]), ("b", [2, 3])):
+        dataset = TensorDataset(*toys.numbers(48, classes))
+        loaders = {stage: DataLoader(dataset, 16, collate_fn=collate) for stage in ("train", "val")}
+        toys.fit(net, Task(name, loaders, classes=classes, evaluate=evaluate), max_epochs=2)
+        seen.append(net.eval()(toys.numbers()[0])[:, :2].detach())
+        net.train()
+    assert torch.equal(*seen)
+
+
+class Named(toys.Net):
+    def training_step(self, batch, batch_idx):
+        return self.loss(self(batch.pop("x")), batch.pop("labels"))
+
+    validation_step = training_step
+
+
+class Encoding(UserDict):
+    """As tokenizers give: no dict, which moves itself."""
+
+    def to(self, device):
+        self.data = {name: x.to(device) for name, x in self.data.items()}
+        return self
+
+
+def pops(net, batch):
+    labels = batch.pop("labels")
+    return net(batch.pop("x")), labels
+
+
+def writes(net, batch):
+    batch["x"] /= 2
+    return net(batch["x"]), batch["labels"]
+
+
+@pytest.mark.parametrize("evaluate", [pops, writes])
+@pytest.mark.parametrize("kind", [dict, Encoding])
+def test_evaluate_may_take_from_its_batch_and_write_into_it(kind, evaluate):
+    def collate(samples):
+        x, labels = zip(*samples, strict=True)
+        return kind(x=torch.stack(x), labels=torch.stack(labels))
+
+    fitted(Named(), collate, evaluate)
+
+
+def test_evaluate_may_pop_from_a_list():
+    fitted(
+        toys.Net(),
+        lambda samples: [torch.stack(x) for x in zip(*samples, strict=True)],
+        lambda net, batch: (net(batch[0]), batch.pop()),
+    )
+
+
+def test_a_forward_pass_may_write_into_its_input():
+    class InPlace(toys.Net):
+        def forward(self, x):
+            x -= 1
+            return self.net(x)
+
+    fitted(InPlace())
+
+
+class AroundScripted(nn.Module):
+    """A norm of its own after a scripted layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.weight = torch.jit.script(nn.ReLU()), nn.Parameter(torch.ones(16))
+
+    def forward(self, x):
+        return F.layer_norm(self.before(x), (16,), self.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: torch.jit.script(nn.Sequential(nn.ReLU(), nn.Dropout(0.1))),
+        lambda: torch.jit.trace(nn.ReLU(), torch.zeros(2, 16)),
+        lambda: torch.jit.script(nn.BatchNorm1d(16)),
+        AroundScripted,
+    ],
+    ids=["scripted", "traced", "buffers", "around"],
+)
+def test_a_scripted_layer_that_takes_no_hooks_is_run_as_it_is(layer):
+    net = toys.Net()
+    net.net = nn.Sequential(nn.Linear(6, 16), layer(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    fitted(net)
