@@ -60,7 +60,12 @@ def plain_forms(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_state(module: nn.Module) -> Iterator[None]:
-    """Puts buffers back afterwards that forward passes meanwhile wrote, or put others in the place of."""
+    """Puts back afterwards what forward passes meanwhile wrote: buffers, and plain attributes that go with them.
+
+    A flag, a count or a size may say that a buffer was built (``if not self.ready: ...``); one without the other would
+    leave a network that never builds it.
+    """
+    plain = {child: _plain(child) for child in module.modules()}
     kept = [
         (child, name, x, x.detach().clone())
         for child in module.modules()
@@ -74,6 +79,15 @@ def same_state(module: nn.Module) -> Iterator[None]:
             child._buffers[name] = x
             if not torch.equal(x, values):
                 x.detach().copy_(values)
+        for child, before in plain.items():
+            for name in _plain(child).keys() - before.keys():
+                del child.__dict__[name]
+            child.__dict__.update(before)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """Attributes of a module's own that are numbers, texts or nothing."""
+    return {name: x for name, x in vars(module).items() if x is None or isinstance(x, (bool, int, float, str))}
 
 
 def fresh(batch: Any, own: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:

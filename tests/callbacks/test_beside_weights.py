@@ -273,3 +273,29 @@ def test_parameters_in_whose_place_others_were_put_are_put_back():
     with pytest.warns(FrozenWarning, match="they were put back"):
         fit(module, clouds("b", [2, 3]))
     assert torch.equal(outputs(module), before)
+
+
+class Ready(Net):
+    """Takes statistics of the first batch that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(INPUTS))
+        self.ready, self.first = False, None
+
+    def forward(self, x):
+        if not self.ready:
+            self.mean.copy_(x.mean(dim=0))
+            self.ready, self.size = True, len(x)
+        return super().forward(x - self.mean)
+
+    def training_step(self, batch, batch_idx):
+        self.first = batch[0].mean(dim=0) if self.first is None else self.first
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_is_built_at_the_first_pass_is_built_in_training():
+    module = Ready()
+    fit(module, clouds("a", [0, 1]), epochs=1)
+    assert torch.equal(module.mean, module.first)
+    assert module.size == 32
