@@ -31,7 +31,9 @@ def shared(source: Any, depth: int = 4) -> str:
     used = _names(type(source))[0]
     for name, value in read_by(source):
         live = next((x for x in _and_items(value) if _is_live(x)), None)
-        if live is not None and not (isinstance(live, io.IOBase) and "seek" in used):
+        file = isinstance(live, io.IOBase) and "seek" in used
+        cursor = hasattr(live, "execute") and _asks(type(source), name, "execute")
+        if live is not None and not file and not cursor:
             return f"{kind}.{name} is a {type(live).__name__}, which all passes go on with"
         held = [x.dataset if isinstance(x, DataLoader) and not x.num_workers else x for x in _and_items(value)]
         within = [x for x in held if isinstance(x, IterableDataset) and x is not source] if depth else []
@@ -111,9 +113,21 @@ def gives_itself(kind: type) -> bool:
 def _is_live(value: Any) -> bool:
     if not _is_iterator(value):
         return False
-    if isinstance(value, types.GeneratorType):
-        return value.gi_frame is not None  # else it came to its end, and nothing can wait for more of it
+    if isinstance(value, types.GeneratorType):  # one at its end has no frame, and nothing can wait for more of it
+        return value.gi_frame is not None and not _is_endless(value)
     return operator.length_hint(value, 1) > 0
+
+
+def _is_endless(value: Any) -> bool:
+    """Whether a generator has no end: its code never returns or takes from others, or goes through what is endless."""
+    if isinstance(value, _ENDLESS):
+        return True
+    if not isinstance(value, types.GeneratorType):
+        return False
+    code = value.gi_code
+    ends = any(step.opname in ("RETURN_VALUE", "RETURN_CONST") for step in dis.get_instructions(code))
+    through = value.gi_frame.f_locals.get(".0") if value.gi_frame else None
+    return not (ends or {*_TAKES, "recv", "next"} & set(code.co_names)) or _is_endless(through)
 
 
 def _names(kind: type) -> tuple[set[str], set[str]]:

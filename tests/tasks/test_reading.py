@@ -1,8 +1,11 @@
 import copy
 import itertools
+import json
 import multiprocessing
 import queue
+import sqlite3
 import threading
+import weakref
 from functools import partial
 
 import numpy as np
@@ -318,6 +321,90 @@ class Named(Takes):
         yield from iter(getattr(self, "queue").get, None)  # noqa: B009
 
 
+class Selects(IterableDataset):
+    """Reads a table by one cursor, which each pass executes anew."""
+
+    def __init__(self):
+        self.base = sqlite3.connect(":memory:")
+        weakref.finalize(self, self.base.close)
+        self.base.execute("create table samples (x, y)")
+        self.base.executemany(
+            "insert into samples values (?, ?)", [(json.dumps(x.tolist()), int(y)) for x, y in stream()]
+        )
+        self.cursor = self.base.cursor()
+
+    def __iter__(self):
+        self.cursor.execute("select x, y from samples")
+        for x, y in self.cursor:
+            yield torch.tensor(json.loads(x)), y
+
+
+class GoesOnSelecting(Selects):
+    """Executes something else, and reads on where its cursor stood."""
+
+    def __init__(self):
+        super().__init__()
+        self.cursor.execute("select x, y from samples")
+
+    def __iter__(self):
+        self.base.execute("select count(*) from samples")
+        for x, y in self.cursor:
+            yield torch.tensor(json.loads(x)), y
+
+
+def without_end(samples):
+    while True:
+        yield from samples
+
+
+class Slices(IterableDataset):
+    """So many an epoch of samples without end."""
+
+    def __init__(self):
+        self.samples = without_end(list(stream()))
+
+    def __iter__(self):
+        yield from itertools.islice(self.samples, 48)
+
+
+class Counts(Yields):
+    """Numbers its samples without end, which no sample tells."""
+
+    def __init__(self):
+        self.held, self.numbers = list(stream()), (10 * i for i in itertools.count())
+
+    def __iter__(self):
+        for sample in self.held:
+            next(self.numbers)
+            yield sample
+
+
+def test_a_part_of_what_has_no_end_is_trained_on_and_told():
+    net = Net()
+    with pytest.warns(DataWarning, match="two looks at its first batch gave different ones"):
+        fit(net, Task("a", {"train": DataLoader(Slices(), 8), "val": loader()}, classes=[0, 1]), max_epochs=2)
+    assert net.steps == 12
+
+
+def taken(waiting):
+    while True:
+        yield waiting.get()
+
+
+def test_a_generator_that_takes_from_a_queue_for_ever_is_refused_unread():
+    data = Slices()
+    waiting = filled(queue.Queue)
+    data.samples = taken(waiting)
+    assert "samples is a generator, which all passes go on with" in reads_once(DataLoader(data, 8))
+    assert waiting.qsize() == 16
+
+
+def test_a_cursor_that_is_not_executed_anew_is_refused_unread():
+    data = GoesOnSelecting()
+    assert "cursor is a Cursor, which all passes go on with" in reads_once(DataLoader(data, 8))
+    assert len(list(data.cursor)) == 64
+
+
 @pytest.mark.parametrize("kind", [Takes, Aliased, Kept, Bound, Named])
 def test_a_queue_that_is_read_by_another_name_is_found_and_nothing_is_taken(kind):
     data = kind(filled(queue.Queue))
@@ -522,6 +609,8 @@ class Batches:
         lambda: DataLoader(Noted(), 8),
         lambda: DataLoader(Pool(1), 8),
         lambda: DataLoader(ChainDataset([Pool(1)]), 8),
+        lambda: DataLoader(Selects(), 8),
+        lambda: DataLoader(Counts(), 8),
     ],
     ids=[
         "its own iterator",
@@ -537,6 +626,8 @@ class Batches:
         "a queue beside",
         "a pool",
         "a chained pool",
+        "executes",
+        "counts",
     ],
 )
 def test_what_begins_anew_trains_as_many_steps_as_plain_lightning(source):
