@@ -26,16 +26,35 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Puts a module into eval mode, and afterwards every submodule back into its own mode.
 
-    Meanwhile nothing runs compiled: compiled code does not look whether hooks came or went.
+    Meanwhile nothing runs compiled: compiled code does not look whether hooks came or went. Nothing is logged.
     """
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), _unlogged(module):
             yield
     finally:
         for child, training in modes.items():
             child.training = training
+
+
+@contextmanager
+def _unlogged(module: nn.Module) -> Iterator[None]:
+    """Meanwhile ``self.log`` of Lightning's modules does nothing: a pass of ours is none of the user's loop."""
+    logs = {child: child.__dict__.get("log") for child in module.modules() if "_current_fx_name" in child.__dict__}
+    for child in logs:
+        child.__dict__["log"] = _nothing
+    try:
+        yield
+    finally:
+        for child, own in logs.items():
+            child.__dict__.pop("log", None)
+            if own is not None:
+                child.__dict__["log"] = own
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 class Derived:

@@ -21,7 +21,7 @@ def fitted(net, collate=None, evaluate=None):
         dataset = TensorDataset(*toys.numbers(48, classes))
         loaders = {stage: DataLoader(dataset, 16, collate_fn=collate) for stage in ("train", "val")}
         toys.fit(net, Task(name, loaders, classes=classes, evaluate=evaluate), max_epochs=2)
-        seen.append(net.eval()(toys.numbers()[0])[:, :2].detach())
+        seen.append(net.eval().net(toys.numbers()[0])[:, :2].detach())
         net.train()
     assert torch.equal(*seen)
 
@@ -104,3 +104,28 @@ def test_a_scripted_layer_that_takes_no_hooks_is_run_as_it_is(layer):
     net = toys.Net()
     net.net = nn.Sequential(nn.Linear(6, 16), layer(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     fitted(net)
+
+
+class Logging(toys.Net):
+    """Logs in every pass whether it trains."""
+
+    def forward(self, x):
+        self.log_dict({"sum": x.sum(), "trains": float(self.training)}, on_step=False, on_epoch=True)
+        return self.net(x)
+
+    validation_step = None
+
+
+def logs(net, batch):
+    predictions = net(batch[0])
+    net.log("mean", predictions.mean())
+    return predictions, batch[1]
+
+
+@pytest.mark.parametrize("evaluate", [None, logs])
+def test_what_a_forward_pass_or_evaluate_logs_is_of_the_users_loop_alone(evaluate):
+    net = Logging()
+    fitted(net, evaluate=evaluate)
+    assert "log" not in vars(net)
+    assert net.trainer.callback_metrics.keys() == {"sum", "trains"}
+    assert net.trainer.callback_metrics["trains"] == 1
