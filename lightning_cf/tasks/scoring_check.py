@@ -56,7 +56,7 @@ def check_scoring(module: LightningModule, task: Task) -> None:
     _find_targets(module, task)
     _check_depends(module, task)
     scorer, seen, classes = Scorer(module, task, "its judging data"), 0, set[int]()
-    with eval_mode(module), isolated_generators(), scorer.naming():
+    with eval_mode(module), same_state(module), isolated_generators(), scorer.naming():
         rows = False
         for number, batch in enumerate(task.judging_batches()):
             if number == 0 or rows or _to_be_looked_at(task, batch):
