@@ -13,7 +13,7 @@ from lightning_cf.callbacks.loading import LoadGuard, check_resumed, check_weigh
 from lightning_cf.callbacks.precision import check_inputs
 from lightning_cf.errors import ContinualError, DivergenceWarning, warn
 from lightning_cf.learner.keeping import keep_ledger, ledger_of, state_for, state_of
-from lightning_cf.learner.meeting import meet_task
+from lightning_cf.learner.meeting import make_place, meet_task
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import (
     DDPStrategy,
@@ -237,6 +237,7 @@ def reserve_outputs(module: LightningModule, task: Task) -> ContinualState:
     Raises:
         ContinualError: for outputs that another task has, or that the head does not have.
     """
+    make_place(module, task.name)
     meet_task(module, task)
     state = state_for(module, task)
     state.check_met()

@@ -109,5 +109,5 @@ def keep_ledger(module: nn.Module, ledger: NeuronLedger) -> None:
         object.__setattr__(module, _PENDING, _Pending(ledger))
     else:
         ledger.revision = state.ledger.revision + 1  # so that masks made for the other one are made anew
-        state.ledger = ledger
+        state.ledger, state.last = ledger, None
     make_owner_aware(module, ledger.norm_owners())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.learner.keeping import state_for
+from lightning_cf.learner.keeping import state_for, state_of
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.widening import add_classes, follow_head, grow, note_heads
 from lightning_cf.lightning_api import LightningModule
@@ -51,13 +51,19 @@ def _take_back(state: ContinualState, task: Task) -> None:
     begun, other = ledger.current, state.declared.get(task.name, says) != says
     if begun is not None and begun.name == task.name:
         other = not same_task(begun, *says)
-    elif begun is not None and begun.name == state.untrained and begun.phase == "learn":
-        withdraw(ledger, begun.name)
-        state.met.discard(begun.name)
     if other and (begun is None or begun.name == task.name or not ledger.knows(task.name)):
         withdraw(ledger, task.name)
         state.met.discard(task.name)
     state.declared[task.name] = says
+
+
+def make_place(module: LightningModule, name: str) -> None:
+    """Takes back a task that was refused before its first step, where one of another name is fitted instead."""
+    state = state_of(module)
+    begun = None if state is None else state.ledger.current
+    if state is not None and begun is not None and begun.name == state.untrained != name and begun.phase == "learn":
+        withdraw(state.ledger, begun.name)
+        state.met.discard(begun.name)
 
 
 def _with_new_columns(
