@@ -172,8 +172,8 @@ def _check_last(module: LightningModule, last: Memory) -> None:
         ContinualError: for such tensors; where something else is the cause, it warns.
     """
     changed, state = last.changed(), state_of(module)
-    grew = state is None or state.structure.head.size > last.structure.head.size
-    layer = last.lost(exactly=bool(changed) and not grew)
+    grew = state is None or state.structure.head.size != last.structure.head.size
+    layer = last.lost(exactly=bool(changed), outputs=not grew)
     if layer and changed:
         names = ", ".join(map(repr, changed))
         raise ContinualError(

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_cf.exactness.probe import owned_outputs
+from lightning_cf.exactness.probe import OUTPUTS, owned_outputs
 from lightning_cf.network.forward import Forward, named_tensors
 from lightning_cf.network.kept_entries import same_bits
 from lightning_cf.network.structure import NO_UNIT, Structure
 from lightning_cf.ownership.ledger import NeuronLedger
 
 CLOSE = 1e-3
-"""Off the CPU, or in a wider layer, sums may be taken in another order: there a difference counts from this share of
-the largest number."""
+"""Off the CPU, and where nothing says what changed, a difference counts from this share of the largest number: sums may
+be taken in another order."""
 
 
 class Memory:
@@ -59,16 +59,19 @@ class Memory:
         """Whether the network is where it was; on another device nothing can be said of it."""
         return _device(self.module) == self.device
 
-    def lost(self, *, exactly: bool = True) -> str:
+    def lost(self, *, exactly: bool = True, outputs: bool = True) -> str:
         """The first layer of which units of earlier tasks give something else now; empty where there is none.
 
         Args:
-            exactly: whether every bit counts, as it does as long as no layer is made wider.
+            exactly: whether every bit counts.
+            outputs: whether the outputs count, which stand elsewhere once the output layer was made wider.
         """
         if not self.here:
             return ""
         now, exactly = self._now(), exactly and self.device.type == "cpu"
-        return next((place[0] for place, x in self._before.items() if not _same(x, now[place], exactly)), "")
+        left_out = set() if outputs else {*self.structure.head.layers, OUTPUTS}
+        places = (place for place in self._before if place[0] not in left_out)
+        return next((place[0] for place in places if not _same(self._before[place], now[place], exactly)), "")
 
     def changed(self) -> list[str]:
         """Names of the tensors that are part of no unit and hold something else now."""

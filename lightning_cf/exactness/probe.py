@@ -26,6 +26,9 @@ from lightning_cf.utilities.randomness import isolated_generators, keyed_generat
 FEW = 8
 """So many samples of an example are run."""
 
+OUTPUTS = "(outputs)"
+"""Stands for a layer where the network's own outputs are meant."""
+
 SHAKEN = 2**24
 """How many entries of one tensor are randomised at once, whole rows of it; bounds the memory that a probe takes."""
 
@@ -204,5 +207,5 @@ def _owned_returned(structure: Structure, held: list[Tensor], outputs: Any) -> d
     for number, (values, units, way) in enumerate(zip(returned, structure.output_units, ways, strict=True)):
         if values.shape[1:] == units.shape[1:]:  # else the outputs are shown through a task's view
             owned_values = lookup(units, held[way], none=False).expand(values.shape)
-            found["(outputs)", str(number), way] = values[owned_values.to(values.device)]
+            found[OUTPUTS, str(number), way] = values[owned_values.to(values.device)]
     return found
