@@ -217,11 +217,7 @@ class Hold:
 
     def _check_same(self, now: Mapping[str, Tensor]) -> None:
         """Raises ContinualError where others stand in the place of the parameters that are held."""
-        changed = (name for name in {**self._held, **now} if now.get(name) is not self._held.get(name))
-        parameters = dict(self.module.named_parameters())
-        other = next(
-            (name for name in changed if name in parameters or name not in now or name not in self._held), None
-        )
+        other = next((name for name in {**self._held, **now} if now.get(name) is not self._held.get(name)), None)
         if other is not None:
             raise ContinualError(
                 f"'{other}' was replaced while it was held (load_state_dict(assign=True), pruning, a parametrisation):"

@@ -51,7 +51,7 @@ def _take_back(state: ContinualState, task: Task) -> None:
     begun, other = ledger.current, state.declared.get(task.name, says) != says
     if begun is not None and begun.name == task.name:
         other = not same_task(begun, *says)
-    if other and (begun is None or begun.name == task.name or not ledger.knows(task.name)):
+    if other and (not ledger.knows(task.name) or (begun is not None and begun.name == task.name)):
         withdraw(ledger, task.name)
         state.met.discard(task.name)
     state.declared[task.name] = says

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -96,23 +96,21 @@ class OutputView:
     def _lowest(self, output: Float[Tensor, "..."]) -> float:
         return torch.finfo(output.dtype).min if self._masks else 0.0
 
-    @contextmanager
-    def zeroed(self) -> Iterator[None]:
+    def zeroed(self) -> AbstractContextManager[None]:
         """Meanwhile what is masked is zero, so that nothing made from it overflows, and one view shows all samples."""
-        self._masks = False
-        try:
-            yield
-        finally:
-            self._masks = True
+        return self._without("_masks")
+
+    def lifted(self) -> AbstractContextManager[None]:
+        """Meanwhile all columns are seen as they stand."""
+        return self._without("_shows")
 
     @contextmanager
-    def lifted(self) -> Iterator[None]:
-        """Meanwhile all columns are seen as they stand."""
-        self._shows = False
+    def _without(self, switch: str) -> Iterator[None]:
+        setattr(self, switch, False)
         try:
             yield
         finally:
-            self._shows = True
+            setattr(self, switch, True)
 
     def _columns(self, output: Float[Tensor, "..."]) -> Int64[Tensor, "views_or_batch width"]:
         columns = self.columns.to(output.device)

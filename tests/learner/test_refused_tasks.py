@@ -90,3 +90,13 @@ def test_what_was_refused_once_is_refused_again_and_the_corrected_one_is_not():
     fit(module, headed("b", classes=[0, 1]), three(), epochs=2)
     assert ledger_of(module).reserved == {"a": [0, 1], "b": [2, 3]}
     assert all(torch.equal(p, q) for p, q in zip(module.heads["a"].parameters(), before, strict=True))
+
+
+def test_a_learned_task_keeps_its_outputs_whatever_one_of_its_name_says():
+    module = ContinualModule(Net())
+    for name, classes in (("a", [2, 3]), ("b", [4, 5])):
+        fit(module, cloud(name, classes, classes), three(), epochs=2)
+    module.ledger.seal()
+    for name in "ab":
+        refused(module, cloud(name, [6, 7], [6, 7]), "was learned before and its units are sealed")
+    assert module.ledger.reserved == {"a": [2, 3], "b": [4, 5]}
