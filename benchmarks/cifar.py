@@ -25,7 +25,7 @@ METHODS = {
 }
 """What the runner calls them."""
 
-BANKS = {"200_patches": 200, "74_patches": 74}
+BANKS = {"236_patches": 236, "70_patches": 70}
 """Classifiers in closed form, and how many patches each looks at, beside the first task's units; the first predicts."""
 
 FIRST = 0.66
@@ -108,7 +108,7 @@ def run(options: Namespace, limit: int | None, method: str, seed: int) -> dict:
     torch.manual_seed(seed)
     module = Augmented(Network(), optimizer=partial(torch.optim.AdamW, lr=options.lr, weight_decay=0.001))
     banks = [
-        Accumulated(name, features=PatchBank(filters, power=0.5) + FirstUnits(2, mirrored=True))
+        Accumulated(name, features=PatchBank(filters, power=0.5) + FirstUnits(2, mirrored=True, power=0.5))
         for name, filters in BANKS.items()
     ]
     rest = {"masking": cf.MaskedGradientCallback(mask_outputs=False)} if method.startswith("joint") else {}

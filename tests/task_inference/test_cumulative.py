@@ -9,6 +9,7 @@ from lightning_cf import ContinualError, ContinualModule, ContinualWarning, Task
 from lightning_cf.learner.accumulating import shown
 from lightning_cf.learner.inferring import inference_of
 from lightning_cf.task_inference import Cumulative, Known, Readout, Sites, TaskInference, register
+from lightning_cf.task_inference.accumulated import Accumulated
 from lightning_cf.task_inference.accumulated.sums import unpacked
 from lightning_cf.task_inference.cumulative import task_scores
 from lightning_cf.task_inference.features.base import inner
@@ -80,6 +81,13 @@ def test_a_budget_bounds_what_is_kept():
     module = learned(sequence("a", "b"), "lda", budget=5000)
     inference = inference_of(module.ledger)
     assert 1000 < inference.stored_floats() <= 5000
+
+
+def test_each_of_several_may_have_a_budget_of_its_own():
+    small, large = Accumulated("small", budget=2000), Accumulated("large", budget=5000)
+    module = learned(sequence("a", "b"), [small, large])
+    kept = [inference_of(module.ledger).stored_floats(name) for name in ("small", "large")]
+    assert 500 < kept[0] <= 2000 < kept[1] <= 5000
 
 
 def test_a_task_that_was_claimed_and_then_sealed_counts_once():

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError, check_choice, check_number
+from lightning_cf.errors import ContinualError, check_choice, check_count, check_number
 from lightning_cf.task_inference.accumulated.closed_form import Familiarity, Linear, Separation, discriminant, ridge
 from lightning_cf.task_inference.accumulated.sums import Sums, packed, products, rounded, unpacked
 from lightning_cf.task_inference.cumulative import Cumulative, Shared
@@ -48,6 +48,7 @@ class Accumulated(Cumulative):
         within: whether these are to be made of the first task's units, whatever the input is.
         shrinkage: of the covariance, towards a multiple of the identity, as a share of its mean variance. Default: what
             the features say, else :data:`SHRINKAGE` times features over samples.
+        budget: how many numbers it may keep, where that is not what the callback says.
     """
 
     at_rest = (*Cumulative.at_rest, "medium")
@@ -61,11 +62,13 @@ class Accumulated(Cumulative):
         features: Features | None = None,
         within: bool = False,
         shrinkage: float | None = None,
+        budget: int | None = None,
     ) -> None:
         self.name = name  # type: ignore[misc]
         self.form = check_choice(name, "form", form, FORMS)
         self.features, self.within = features, within
         self.shrinkage = None if shrinkage is None else check_number(name, "shrinkage", shrinkage, above=0.0)
+        self.budget = None if budget is None else check_count(name, "budget", budget)
         self.familiar = -4.0 if form == "lda" else float("inf")  # in deviations, which have long tails
         self.beside = not within if features is None else features.beside  # type: ignore[misc]
         self.needs = "frozen" if self._looks_at_units else ""  # type: ignore[misc]
@@ -73,9 +76,9 @@ class Accumulated(Cumulative):
 
     def begin(self, seen: Readout, sites: Sites, generator: torch.Generator, budget: int) -> dict[str, Tensor]:
         """What the features keep, and mean and deviation of each on these data."""
-        kept: dict[str, Tensor] = (
-            {} if self.features is not None else {"medium": medium_of(seen, budget, within=self.within)}
-        )
+        kept: dict[str, Tensor] = {}
+        if self.features is None:
+            kept["medium"] = medium_of(seen, self.budget or budget, within=self.within)
         features = self._features(kept)
         if features.shrinkage is not None:
             kept["shrinkage"] = torch.tensor(features.shrinkage)
