@@ -114,7 +114,9 @@ class ContinualState:
 
     def _same_network(self, structure: Structure) -> Structure:
         """The network traced anew, with what is known of it by other means than a trace of now."""
-        return replace(structure, rides=self.structure.rides, infinite=self.structure.infinite)
+        known = self.structure
+        infinite = known.infinite | (structure.infinite - known.entries.keys())  # what is new may hold them too
+        return replace(structure, rides=known.rides, infinite=infinite)
 
     def set_isolation(self, module: nn.Module, isolation: Isolation) -> None:
         """Under ``perturb``, operations that mix units need not unite them: where some did, the units come apart.

@@ -85,19 +85,22 @@ def same_state(module: nn.Module) -> Iterator[None]:
     leave a network that never builds it.
     """
     plain = {child: _plain(child) for child in module.modules()}
-    kept = [
-        (child, name, x, x.detach().clone())
-        for child in module.modules()
-        for name, x in child._buffers.items()
-        if x is not None and not is_lazy(x)
+    kept = {child: dict(child._buffers.items()) for child in module.modules()}
+    values = [
+        (x, x.detach().clone()) for own in kept.values() for x in own.values() if x is not None and not is_lazy(x)
     ]
     try:
         yield
     finally:
-        for child, name, x, values in kept:
-            child._buffers[name] = x
-            if not torch.equal(x, values):
-                x.detach().copy_(values)
+        for child, own in kept.items():
+            for name in dict(child._buffers.items()).keys() - own.keys():
+                del child._buffers[name]
+            for name, x in own.items():
+                if x is None or not is_lazy(x):
+                    child._buffers[name] = x
+        for x, old in values:
+            if not torch.equal(x, old):
+                x.detach().copy_(old)
         for child, before in plain.items():
             for name in _plain(child).keys() - before.keys():
                 del child.__dict__[name]
