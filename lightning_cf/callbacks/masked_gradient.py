@@ -19,7 +19,7 @@ from lightning_cf.functional.holding import Hold
 from lightning_cf.learner.following import follow_buffers
 from lightning_cf.learner.keeping import ledger_of, state_for, state_of
 from lightning_cf.learner.state import ContinualState
-from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
+from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn, counters_at_zero
 from lightning_cf.network.forward import Forward
 from lightning_cf.ownership.sealed_entries import isolated
 from lightning_cf.subspaces.subspace import Subspace, check_subspace
@@ -238,6 +238,7 @@ class MaskedGradientCallback(ContinualCallback):
 
 
 def _run_whole(state: ContinualState, forward: Forward, module: nn.Module, example: Any) -> Any:
-    """Runs the module with the outputs of all tasks in sight, whoever shows one task's meanwhile."""
-    with nullcontext() if state.shown is None else state.shown.lifted():
+    """Runs the module with the outputs of all tasks in sight, whatever of them and of the Trainer it sees meanwhile."""
+    counters = counters_at_zero(module) if isinstance(module, LightningModule) else nullcontext()
+    with counters, nullcontext() if state.shown is None else state.shown.lifted():
         return forward(module, example)

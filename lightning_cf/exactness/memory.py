@@ -61,7 +61,7 @@ class Memory:
         return _device(self.module) == self.device
 
     def lost(self, *, exactly: bool = True, outputs: bool = True) -> str:
-        """The first layer of which units of earlier tasks give something else now; empty where there is none.
+        """In words, the first layer of which units of earlier tasks give something else now; empty where there is none.
 
         Args:
             exactly: whether every bit counts.
@@ -72,7 +72,10 @@ class Memory:
         now, exactly = self._now(), exactly and self.device.type == "cpu"
         left_out = set() if outputs else {*self.structure.head.layers, OUTPUTS}
         places = (place for place in self._before if place[0] not in left_out)
-        return next((place[0] for place in places if not _same(self._before[place], now[place], exactly)), "")
+        layer = next((place[0] for place in places if not _same(self._before[place], now[place], exactly)), "")
+        return (
+            "outputs of earlier tasks" if layer == OUTPUTS else layer and f"units of earlier tasks in layer '{layer}'"
+        )
 
     def bring_back(self) -> list[str]:
         """Where units give something else, puts back what stood in buffers' places, as far as that helps.

@@ -151,8 +151,8 @@ class Hold:
 
         Where that is so since something else stands in buffers' places, these are put back.
         """
-        layer = "" if self._memory is None else self._memory.lost()
-        if not layer or self._memory is None:
+        lost = "" if self._memory is None else self._memory.lost()
+        if not lost or self._memory is None:
             return
         if names := self._memory.bring_back():
             warn(
@@ -164,7 +164,7 @@ class Hold:
         else:
             self._memory = None  # said once
             warn(
-                f"Units of earlier tasks in layer '{layer}' give something else than before this task was trained,"
+                f"Now {lost} give something else than before this task was trained,"
                 f" though their weights are what they were. Something else that {type(self.module).__name__} computes"
                 " with has changed: an attribute that is no parameter and no buffer, a layer or a buffer that is new or"
                 " of another shape, or that is not registered. Register it whole (register_buffer, nn.ModuleList)"

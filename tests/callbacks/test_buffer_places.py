@@ -12,6 +12,7 @@ from lightning_cf import (
     ContinualError,
     FrozenWarning,
     InvarianceCallback,
+    LedgerWarning,
     MaskedGradientCallback,
     PartitionCallback,
 )
@@ -179,3 +180,35 @@ def test_a_mask_of_infinities_that_is_built_for_each_length_is_none_of_divergenc
         fit(module, clouds("b", [2, 3]))
     assert torch.equal(outputs(module), before)
     assert bool(module.mask.isinf().any())
+
+
+class Counting(Net):
+    """What it gives hangs on the Trainer's counters."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 + self.current_epoch / 10 + self.global_step / 100)
+
+
+class Warming(Net):
+    """What it gives hangs on an attribute that moves with the epochs."""
+
+    warmth = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.warmth
+
+    def on_train_epoch_end(self):
+        self.warmth += 0.1
+
+
+def test_the_trainers_counters_are_none_of_what_a_task_gave():
+    module = Counting()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FrozenWarning)
+        warnings.simplefilter("error", LedgerWarning)
+        fit(module, clouds("a", [0, 1]))
+        fit(module, clouds("b", [2, 3]), epochs=4)
+    module = Warming()
+    fit(module, clouds("a", [0, 1]))
+    with pytest.warns(FrozenWarning, match=r"^Now outputs of earlier tasks give something else"):
+        fit(module, clouds("b", [2, 3]))

@@ -546,6 +546,21 @@ def test_a_learned_sub_space_is_one_of_what_the_tasks_way_reads():
     check(module, tasks, logits)
 
 
+def test_a_head_that_reads_an_earlier_tasks_outputs_is_refused_with_what_it_may_read():
+    def wire(m, name, x):
+        hidden = torch.relu(m.body(x.flatten(1)))
+        return m.heads[name](hidden + (m.mix(m.heads["a"](hidden)) if name == "b" else 0))
+
+    heads = nn.ModuleDict({name: nn.Linear(32, 10) for name in "ab"})
+    module = Wired(wire, body=nn.Linear(64, 32), mix=nn.Linear(10, 32), heads=heads)
+    tasks = sequence("stems, bodies and heads")
+    learn(module, tasks[:1], epochs=1)
+    with pytest.raises(
+        ContinualError, match=r"Task 'b' reads what the output layer 'heads\.a' .* reads, the units before"
+    ):
+        learn(module, tasks[1:2], epochs=1)
+
+
 def joining():
     """Two layers of tasks of their own, which a third task's way adds up."""
 
