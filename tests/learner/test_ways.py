@@ -242,6 +242,17 @@ def scaled():
     return Wired(wire, first=nn.Linear(64, 40), second=nn.Linear(40, 40), scales=scales, head=nn.Linear(40, 10))
 
 
+def gated():
+    """Features behind gates of the task's own, the rows of one table."""
+
+    def wire(m, name, x):
+        gates = torch.sigmoid(m.gates.weight[NAMES.index(name)])
+        return m.head(torch.relu(m.second(torch.relu(m.first(x.flatten(1))))) * gates)
+
+    layers = {"first": nn.Linear(64, 40), "second": nn.Linear(40, 40), "head": nn.Linear(40, 10)}
+    return Wired(wire, gates=nn.Embedding(3, 40), **layers)
+
+
 def two_share():
     """The third task runs the first one's stem."""
 
@@ -259,6 +270,7 @@ NETWORKS = {
     "adapters of the input": before,
     "LoRA": low_rank,
     "LayerNorm over stems": partial(normed, nn.LayerNorm, own=False),
+    "gates in one table": gated,
 }
 MORE = {
     "bottlenecks": partial(between, partial(Bottleneck, 40)),
