@@ -8,6 +8,8 @@ that and not ``lightning.pytorch``, else from ``lightning.pytorch``.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lightning_cf.errors import ContinualError
@@ -91,9 +93,29 @@ __all__ = [
     "_replace_dunder_methods",
     "_set_sampler_epoch",
     "check_same_lightning",
+    "counters_at_zero",
     "is_overridden",
     "sized_len",
 ]
+
+
+@contextmanager
+def counters_at_zero(module: LightningModule) -> Iterator[None]:
+    """Meanwhile ``current_epoch`` and ``global_step`` of a module are 0, as in a Trainer that trained nothing yet."""
+    trainer = module._trainer
+    if trainer is None:
+        yield
+        return
+    loop = trainer.fit_loop.epoch_loop
+    epochs = trainer.fit_loop.epoch_progress.current
+    steps = loop.automatic_optimization.optim_progress.optimizer.step.total
+    manual = loop.manual_optimization.optim_step_progress.total
+    before = epochs.completed, steps.completed, manual.completed
+    epochs.completed = steps.completed = manual.completed = 0
+    try:
+        yield
+    finally:
+        epochs.completed, steps.completed, manual.completed = before
 
 
 def check_same_lightning(owner: str, thing: object) -> None:

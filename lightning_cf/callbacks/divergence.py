@@ -76,6 +76,9 @@ class WatchingCallback(Callback):
         if self._watch is not None:
             self._watch.look(everything=True)
 
+    def end_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the very end of a fit, before it is noted what the weights of each task are."""
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Looks at the weights: no checkpoint holds any that are not finite."""
         if self._watch is not None:

@@ -166,7 +166,7 @@ class Watch:
         with nullcontext() if self.state.shown is None else self.state.shown.zeroed():
             layer = overflow(self.module, self.state.example, self.state.forward, self.state.safe)
         if self._any(bool(layer)):
-            where = f"layer '{layer}'" if layer else "a layer on another process"
+            where = layer or "a layer on another process"
             raise DivergenceError(
                 f"{self._who()} diverged {self._before_now()}: the weights are finite, but so large that {where}"
                 f" overflows for training data. {_UNDONE} {_WAY_OUT}"

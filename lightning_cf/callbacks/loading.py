@@ -173,16 +173,16 @@ def _check_last(module: LightningModule, last: Memory) -> None:
     """
     changed, state = last.changed(), state_of(module)
     grew = state is None or state.structure.head.size != last.structure.head.size
-    layer = last.lost(exactly=bool(changed), outputs=not grew)
-    if layer and changed:
+    lost = last.lost(exactly=bool(changed), outputs=not grew)
+    if lost and changed:
         names = ", ".join(map(repr, changed))
         raise ContinualError(
-            f"{names} of {type(module).__name__} changed since the last fit, so that units of earlier tasks in layer"
-            f" '{layer}' give something else. {_OF_BUFFERS}"
+            f"{names} of {type(module).__name__} changed since the last fit, so that {lost} give something else."
+            f" {_OF_BUFFERS}"
         )
-    if layer:
+    if lost:
         warn(
-            f"Since the last fit units of earlier tasks in layer '{layer}' give something else, though weights and"
+            f"Since the last fit {lost} give something else, though weights and"
             f" buffers are what they were: something else that {type(module).__name__} computes with has changed.",
             LedgerWarning,
         )

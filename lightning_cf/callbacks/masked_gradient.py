@@ -16,9 +16,10 @@ from lightning_cf.callbacks.session import ContinualCallback, task_of
 from lightning_cf.errors import ContinualError, ContinualWarning, check_flag, warn
 from lightning_cf.exactness.memory import Memory
 from lightning_cf.functional.holding import Hold
+from lightning_cf.learner.following import follow_buffers
 from lightning_cf.learner.keeping import ledger_of, state_for, state_of
 from lightning_cf.learner.state import ContinualState
-from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn
+from lightning_cf.lightning_api import LightningModule, Trainer, TrainerFn, counters_at_zero
 from lightning_cf.network.forward import Forward
 from lightning_cf.ownership.sealed_entries import isolated
 from lightning_cf.subspaces.subspace import Subspace, check_subspace
@@ -149,10 +150,19 @@ class MaskedGradientCallback(ContinualCallback):
         """Lets go; what callbacks behind our back did to units of earlier tasks is undone, with a warning."""
         super().on_fit_end(trainer, pl_module)
         hold = self._holding(pl_module)
-        self._release()
-        state = state_of(pl_module)
+        if hold is not None:
+            self._averages.close()
+            hold.let_go()
+            self._shown.close()
+            hold.put_back()
+
+    def end_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same once more, of what the module did at its own end of the fit; what the tasks gave is kept in mind."""
+        super().end_fit(trainer, pl_module)
+        hold, state = self._holding(pl_module), state_of(pl_module)
         if hold is not None and state is not None:
             hold.put_back()
+            follow_buffers(pl_module, state)
             if isolated(state.ledger):
                 run = partial(_run_whole, state, state.forward)
                 state.last = Memory(pl_module, state.structure, state.ledger, state.example, run, claimed=True)
@@ -228,6 +238,7 @@ class MaskedGradientCallback(ContinualCallback):
 
 
 def _run_whole(state: ContinualState, forward: Forward, module: nn.Module, example: Any) -> Any:
-    """Runs the module with the outputs of all tasks in sight, whoever shows one task's meanwhile."""
-    with nullcontext() if state.shown is None else state.shown.lifted():
+    """Runs the module with the outputs of all tasks in sight, whatever of them and of the Trainer it sees meanwhile."""
+    counters = counters_at_zero(module) if isinstance(module, LightningModule) else nullcontext()
+    with counters, nullcontext() if state.shown is None else state.shown.lifted():
         return forward(module, example)

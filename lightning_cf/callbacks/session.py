@@ -5,24 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_cf.callbacks.averaging import check_averaging
 from lightning_cf.callbacks.divergence import WatchingCallback
 from lightning_cf.callbacks.loading import LoadGuard, check_resumed, check_weights, end_evaluation, warn_of_traces
 from lightning_cf.callbacks.precision import check_inputs
+from lightning_cf.callbacks.strategies import check_callbacks, check_strategy
 from lightning_cf.errors import ContinualError, DivergenceWarning, warn
 from lightning_cf.learner.keeping import keep_ledger, ledger_of, state_for, state_of
 from lightning_cf.learner.meeting import make_place, meet_task
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import (
-    DDPStrategy,
     LightningModule,
-    ModelPruning,
-    SingleDeviceStrategy,
     Trainer,
     TrainerFn,
-    _MultiProcessingLauncher,
     check_same_lightning,
     is_overridden,
 )
@@ -148,6 +143,8 @@ class ContinualCallback(WatchingCallback):
         super().teardown(trainer, pl_module, stage)
         state = state_of(pl_module)
         if stage == "fit" and state is not None and self._leads(trainer):
+            for callback in _ours(trainer):
+                callback.end_fit(trainer, pl_module)
             keep_fingerprints(pl_module, state.structure, state.ledger)
             state.ledger.origin = ""  # it is another one than was read
         self._release_guard(trainer, evaluated=stage != "fit")
@@ -159,8 +156,7 @@ class ContinualCallback(WatchingCallback):
 
     def _leads(self, trainer: Trainer) -> bool:
         """Whether this is the first of our callbacks in the list: it does what is to be done once."""
-        ours = (callback for callback in trainer.callbacks if isinstance(callback, ContinualCallback))  # type: ignore[attr-defined]
-        return self is next(ours, None)
+        return self is next(iter(_ours(trainer)), None)
 
     def _check_weights(self, trainer: Trainer, module: LightningModule, task: Task) -> None:
         """Checks that weights and ledger belong together, once they are loaded and before a fit changes them."""
@@ -185,14 +181,18 @@ class ContinualCallback(WatchingCallback):
                 guard.release()
 
 
+def _ours(trainer: Trainer) -> list[ContinualCallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, ContinualCallback)]  # type: ignore[attr-defined]
+
+
 def take_up_ledgers(trainer: Trainer, module: LightningModule) -> None:
     """Takes up the ledger that a callback was given, where the module has none that knows tasks.
 
     Raises:
         ContinualError: where the module has one that knows less.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ContinualCallback) and callback.ledger is not None:
+    for callback in _ours(trainer):
+        if callback.ledger is not None:
             found, known = NeuronLedger.from_checkpoint(callback.ledger), ledger_of(module)
             if known is None or not known.tasks:
                 keep_ledger(module, found)
@@ -261,40 +261,3 @@ def mend(module: LightningModule, task: Task) -> None:
             " anew. What earlier tasks own is as it was.",
             DivergenceWarning,
         )
-
-
-def check_strategy(trainer: Trainer) -> None:
-    """Raises ContinualError for strategies that would lose the ledger or shard what it guards.
-
-    Also where other processes run than the strategy expects, once they are launched.
-    """
-    check_launch(trainer)
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if processes != trainer.world_size:
-        raise ContinualError(
-            f"The Trainer expects {trainer.world_size} processes, but {processes} are running: it would train on part"
-            " of the data. Start each distributed job in a fresh process (unset LOCAL_RANK and WORLD_SIZE)."
-        )
-
-
-def check_launch(trainer: Trainer) -> None:
-    """The part of :func:`check_strategy` that can be said before any process is launched."""
-    strategy = trainer.strategy
-    name = type(strategy).__name__
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
-        raise ContinualError(
-            "strategy='ddp_spawn' and its relatives run the fit in processes whose callback state and ledger are lost"
-            " at its end. Use strategy='ddp'."
-        )
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise ContinualError(f"strategy {name} shards or moves the weights that the ledger guards. Use 'ddp'.")
-
-
-def check_callbacks(trainer: Trainer) -> None:
-    """Raises ContinualError for callbacks of Lightning's that change what the ledger guards."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelPruning):
-            raise ContinualError(
-                f"{type(callback).__name__} sets weights to zero, those of owned units too, and renames parameters."
-                " Take it out; what no task needs is free: NeuronLedger.capacity() says how much."
-            )

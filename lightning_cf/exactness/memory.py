@@ -11,6 +11,7 @@ from lightning_cf.exactness.probe import OUTPUTS, owned_outputs
 from lightning_cf.network.forward import Forward, named_tensors
 from lightning_cf.network.kept_entries import same_bits
 from lightning_cf.network.structure import NO_UNIT, Structure
+from lightning_cf.ownership.buffer_places import BufferPlaces
 from lightning_cf.ownership.ledger import NeuronLedger
 
 CLOSE = 1e-3
@@ -51,7 +52,7 @@ class Memory:
             for name, x in named_tensors(module).items()
             if any(bool((use.target == NO_UNIT).any()) for use in structure.entries.get(name, ()))
         }
-        self.device = _device(module)
+        self.device, self._places = _device(module), BufferPlaces(module)
         self._before = self._now()
 
     @property
@@ -60,7 +61,7 @@ class Memory:
         return _device(self.module) == self.device
 
     def lost(self, *, exactly: bool = True, outputs: bool = True) -> str:
-        """The first layer of which units of earlier tasks give something else now; empty where there is none.
+        """In words, the first layer of which units of earlier tasks give something else now; empty where there is none.
 
         Args:
             exactly: whether every bit counts.
@@ -71,7 +72,18 @@ class Memory:
         now, exactly = self._now(), exactly and self.device.type == "cpu"
         left_out = set() if outputs else {*self.structure.head.layers, OUTPUTS}
         places = (place for place in self._before if place[0] not in left_out)
-        return next((place[0] for place in places if not _same(self._before[place], now[place], exactly)), "")
+        layer = next((place[0] for place in places if not _same(self._before[place], now[place], exactly)), "")
+        return (
+            "outputs of earlier tasks" if layer == OUTPUTS else layer and f"units of earlier tasks in layer '{layer}'"
+        )
+
+    def bring_back(self) -> list[str]:
+        """Where units give something else, puts back what stood in buffers' places, as far as that helps.
+
+        Returns:
+            names of the places; none, and nothing is put back, where that does not help.
+        """
+        return self._places.bring_back(self.lost, self.structure.entries)
 
     def changed(self) -> list[str]:
         """Names of the tensors that are part of no unit and hold something else now."""

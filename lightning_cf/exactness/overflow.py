@@ -26,7 +26,7 @@ _OUTPUTS = "(outputs)"
 
 @torch.no_grad()
 def overflow(module: nn.Module, example: Any, forward: Forward, before: Snapshot) -> str:
-    """The first layer whose outputs overflow for an example, where they did not before; empty if there is none.
+    """In words, the first layer whose outputs overflow for an example, where they did not before; empty if none does.
 
     What overflows with the earlier weights too, such as masks that hold the lowest number, does so on purpose.
 
@@ -47,7 +47,8 @@ def overflow(module: nn.Module, example: Any, forward: Forward, before: Snapshot
             known = _overflowing(module, example, forward)
         finally:
             now.put_back(module)
-    return next((path for path, kind in found if (path, kind) not in known), "")
+    path = next((path for path, kind in found if (path, kind) not in known), "")
+    return "what the network returns" if path == _OUTPUTS else path and f"layer '{path}'"
 
 
 def _overflowing(module: nn.Module, example: Any, forward: Forward) -> dict[tuple[str, str], None]:

@@ -132,8 +132,8 @@ def _shaken(module: nn.Module, structure: Structure, levels: Levels, draw: int, 
     tensors = named_tensors(module)
     with ExitStack() as stack:
         for name, uses in structure.entries.items():
-            tensor = tensors[name]
-            if not (tensor.is_floating_point() or tensor.is_complex()):
+            tensor = tensors.get(name)  # a buffer may have gone since the trace
+            if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()):
                 continue
             mask = torch.ones((), dtype=torch.bool)
             for use in uses:

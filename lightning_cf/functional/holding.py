@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -16,13 +16,12 @@ from lightning_cf.errors import ContinualError, FrozenWarning, warn
 from lightning_cf.exactness.memory import Memory
 from lightning_cf.functional.belonging import check_parts, check_weights
 from lightning_cf.network.forward import Forward, call, named_tensors
-from lightning_cf.network.structure import Structure, UnitGroup
+from lightning_cf.network.structure import Structure
 from lightning_cf.ownership.freezing import Freezer
 from lightning_cf.ownership.ledger import NeuronLedger
-from lightning_cf.ownership.levels import FREE
 from lightning_cf.ownership.owner_aware_norms import make_owner_aware
 from lightning_cf.ownership.sealed_entries import SealedEntries, cut_again, isolated
-from lightning_cf.subspaces.bases import bases_of, current_groups
+from lightning_cf.subspaces.bases import bases_to_train_in
 from lightning_cf.subspaces.projection import Projection
 from lightning_cf.subspaces.subspace import Subspace
 
@@ -90,7 +89,8 @@ class Hold:
         optimizers, tensors = list(optimizers), named_tensors(self.module)
         self._held = dict(self.module.named_parameters())
         # Before the freezer, whose hook then runs later and has the last word.
-        self._projection = Projection(tensors, self._in_subspace(tensors)).attach(optimizers)
+        bases = bases_to_train_in(self.structure, self.ledger, self.subspace, tensors)
+        self._projection = Projection(tensors, bases).attach(optimizers)
         read = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) or n in self.structure.entries}
         self.frozen = self.ledger.frozen(self.structure, read)
         with undisturbed or nullcontext():
@@ -122,7 +122,6 @@ class Hold:
     def put_back(self) -> None:
         """Checks that what earlier tasks own is what it was, and what was cut zero; else puts it back, and warns."""
         moved = [] if self._sealed is None else self._sealed.put_back()
-        self._sealed = None
         moved = list(dict.fromkeys([*moved, *cut_again(self.module, self.structure, self.ledger)]))
         for name, by in self.structure.written.items():
             if name in moved:
@@ -148,12 +147,24 @@ class Hold:
         self.look_back()
 
     def look_back(self) -> None:
-        """Warns where earlier tasks' units give something else for the example than in the beginning."""
-        layer = "" if self._memory is None else self._memory.lost()
-        if layer:
+        """Warns where earlier tasks' units give something else for the example than in the beginning.
+
+        Where that is so since something else stands in buffers' places, these are put back.
+        """
+        lost = "" if self._memory is None else self._memory.lost()
+        if not lost or self._memory is None:
+            return
+        if names := self._memory.bring_back():
+            warn(
+                f"In the place of {', '.join(map(repr, names))} training put something else, with which earlier tasks"
+                " compute: it was put back in the end. Let a task write what only it computes with, such as a buffer"
+                " of its own.",
+                FrozenWarning,
+            )
+        else:
             self._memory = None  # said once
             warn(
-                f"Units of earlier tasks in layer '{layer}' give something else than before this task was trained,"
+                f"Now {lost} give something else than before this task was trained,"
                 f" though their weights are what they were. Something else that {type(self.module).__name__} computes"
                 " with has changed: an attribute that is no parameter and no buffer, a layer or a buffer that is new or"
                 " of another shape, or that is not registered. Register it whole (register_buffer, nn.ModuleList)"
@@ -167,6 +178,9 @@ class Hold:
             self.restore()
             if self._sealed is not None:
                 self._sealed.put_back()
+            if self._memory is not None:
+                with suppress(Exception):  # whatever a forward pass raises: there is an exception already
+                    self._memory.bring_back()
         finally:
             self._sealed = None
             self.let_go()
@@ -223,24 +237,6 @@ class Hold:
                 f"'{other}' was replaced while it was held (load_state_dict(assign=True), pruning, a parametrisation):"
                 " what stands there now is not held. Do that outside of 'with hold(...)', and trace the network again."
             )
-
-    def _in_subspace(self, tensors: dict[str, Tensor]) -> list[tuple[UnitGroup, Tensor, Tensor]]:
-        """The free units of a later task, with the basis that holds them."""
-        if self.subspace is None or self.ledger.phase != "learn" or len(self.ledger.tasks) == 1:
-            return []
-        bases = bases_of(self.structure, self.ledger, self.subspace, tensors)
-        if not bases:
-            name = self.ledger.tasks[-1].name
-            raise ContinualError(
-                f"masking: nothing was learned yet of the sub-space that task '{name}' is to train in. Give"
-                " InvarianceCallback the same subspace, in the fit of the task before; in a loop of your own, where"
-                " nothing learns one, use RandomSubspace or GivenSubspace."
-            )
-        return [
-            (group, (self.ledger.owners[group.name] == FREE).nonzero().flatten(), bases[group.name])
-            for group in current_groups(self.structure, self.ledger)
-            if group.name in bases
-        ]
 
 
 def hold(

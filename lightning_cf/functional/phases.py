@@ -23,7 +23,7 @@ from lightning_cf.functional.belonging import check_parts, check_weights
 from lightning_cf.functional.inputs import Inputs, number_of
 from lightning_cf.network.finite import check_finite, infinite_on_purpose
 from lightning_cf.network.forward import Example, Forward, call, eval_mode
-from lightning_cf.network.structure import Structure
+from lightning_cf.network.structure import Structure, buffer_shapes
 from lightning_cf.network.tracing.trace import trace as follow
 from lightning_cf.ownership.fingerprints import keep_fingerprints
 from lightning_cf.ownership.ledger import ISOLATIONS, Isolation, NeuronLedger
@@ -50,7 +50,8 @@ def trace(module: nn.Module, example: Any, forward: Forward = call, *, isolation
     check_kind("trace", "module", module, nn.Module, "the network")
     check_choice("trace", "isolation", isolation, ISOLATIONS)
     structure = follow(module, example, forward, apart=isolation == "perturb")
-    return replace(structure, infinite=infinite_on_purpose(structure, module), example=Example.of(example, forward))
+    infinite, buffers = infinite_on_purpose(structure, module), buffer_shapes(module)
+    return replace(structure, infinite=infinite, buffers=buffers, example=Example.of(example, forward))
 
 
 def new_ledger(structure: Structure, *, isolation: Isolation = "exact") -> NeuronLedger:

@@ -139,7 +139,8 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
         readout = read(module, [sites], partial(forward, batch))
     predictions, target = forward.found
     if readout.missing:
-        return f"no forward pass computes the outputs of all tasks: '{readout.missing[0]}' does not run.", []
+        state.tell("No task is inferred: no pass by which a task is scored runs the output layers of all tasks.")
+        return f"the output layer '{readout.missing[0]}' does not run where task '{task.name}' is scored.", []
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
     pair = pair and not task.task_loaders.side_by_side  # else a training step's batch is no pair
     if positions_of(task.classes, target, len(predictions)) is None:

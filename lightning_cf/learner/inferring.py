@@ -18,7 +18,7 @@ from lightning_cf.learner.labels import Kept, positions_of
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.together import Everyone
 from lightning_cf.lightning_api import LightningModule
-from lightning_cf.network.forward import call
+from lightning_cf.network.forward import call, eval_mode, fresh, same_state
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference, View
 from lightning_cf.task_inference.read_variants import input_of, read_all, variants_of
@@ -151,11 +151,14 @@ def watch_task(module: LightningModule, task: Task, state: ContinualState, batch
     """Of which layers one can see what they read: as the task is scored, and as predictions without a name run."""
     weights = [name for name, _ in module.named_parameters() if name in state.structure.entries]
     heads = Sites.output_layers(state.structure)
-    found = watch(module, weights, heads, partial(predict, module, task), batch)
+    run = partial(predict, module, task)
+    with eval_mode(module), same_state(module):
+        count = len(run(fresh(batch))[0])
+    found = watch(module, weights, heads, run, batch, count)
     with suppress(Exception):  # whatever a user's forward pass raises for inputs that it does not take
         with forward_context(module):
             x = input_of(module, on_device(module, task, batch), nested=task.evaluate is supervised)
-            alone = watch(module, weights, heads, partial(call, module), x)
+            alone = watch(module, weights, heads, partial(call, module), x, count, found)
         if alone.whole:
             found = found.both(alone)
     return found

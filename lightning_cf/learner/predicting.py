@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -41,6 +42,7 @@ def predict_any(
     ledger, inference = _known(module)
     x = as_called(module, in_precision_of(module, x), nested=inference.nested)
     chosen = _positions(inference, among)
+    _check_arguments(module, x)
     turned = any(task.sites.turned for task in inference.tasks)
 
     def found_of(x: Any) -> Prediction:
@@ -92,6 +94,21 @@ def _known(module: LightningModule) -> tuple[NeuronLedger, TaskInference]:
             " forward(self, x): it takes a batch of inputs and computes the outputs of all tasks."
         )
     return ledger, inference
+
+
+def _check_arguments(module: LightningModule, x: Any) -> None:
+    """Raises ContinualError for an input that is not all that the forward pass takes."""
+    parts = x if isinstance(x, tuple) else (x,)
+    try:
+        inspect.signature(module.forward).bind(*parts)
+    except TypeError as error:
+        raise ContinualError(
+            f"Predictions without a task's name run the forward pass of {type(module).__name__} on x, which it cannot:"
+            f" {error}. Give all that it takes, as a tuple. If it takes the task's name, name the task instead and read"
+            " its outputs, which outputs_of(NAME) of a ContinualModule numbers."
+        ) from error
+    except ValueError:  # as where it is no function of Python's
+        return
 
 
 def _positions(inference: TaskInference, among: str | Sequence[str] | None) -> list[int] | None:

@@ -17,7 +17,7 @@ from lightning_cf.exactness.memory import Memory
 from lightning_cf.functional.phases import trace
 from lightning_cf.functional.showing import view_of
 from lightning_cf.invariance.disturbance import Disturbance
-from lightning_cf.learner.ways import _alike, _batch, _check_returned, _own_way, _same_way, _traced
+from lightning_cf.learner.ways import _alike, _batch, _check_known, _check_returned, _own_way, _same_way, _traced
 from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.foreign_heads import check_foreign_heads
 from lightning_cf.network.forward import Forward, samples
@@ -114,7 +114,9 @@ class ContinualState:
 
     def _same_network(self, structure: Structure) -> Structure:
         """The network traced anew, with what is known of it by other means than a trace of now."""
-        return replace(structure, rides=self.structure.rides, infinite=self.structure.infinite)
+        known = self.structure
+        infinite = known.infinite | (structure.infinite - known.entries.keys())  # what is new may hold them too
+        return replace(structure, rides=known.rides, infinite=infinite)
 
     def set_isolation(self, module: nn.Module, isolation: Isolation) -> None:
         """Under ``perturb``, operations that mix units need not unite them: where some did, the units come apart.
@@ -219,18 +221,7 @@ class ContinualState:
         examples = tuple(samples(module, example, count) for example, _ in ways)
         forward = Ways([run for _, run in ways])
         structure = _traced(module, task, examples, forward, isolation=self.ledger.isolation)
-        layers = self.structure.head.layers
-        if (
-            not structure.entries.keys() >= self.structure.entries.keys()
-            or structure.head.layers[: len(layers)] != layers
-        ):
-            raise ContinualError(
-                f"Task '{task.name}': the way in which earlier tasks run {type(module).__name__} is another one now. A"
-                " forward pass that chooses its layers by something that changes, such as an attribute, cannot be"
-                " followed: let evaluate= of each task name its own, as"
-                " lambda module, batch: (module(batch[0], task='a'), batch[1]), or with heads"
-                " lambda module, batch: (module.heads['a'](module(batch[0])), batch[1])."
-            )
+        _check_known(module, task, self.structure, structure)
         number = len(ways) - 1
         same = next((n for n in range(number) if _same_way(structure, n, number)), number)
         if same == number:

@@ -14,7 +14,7 @@ from lightning_cf.errors import ContinualError, StructureError
 from lightning_cf.functional.phases import trace
 from lightning_cf.lightning_api import LightningModule, is_overridden
 from lightning_cf.network.forward import Forward, call, eval_mode, fresh, named_tensors, same_state, samples
-from lightning_cf.network.structure import Structure
+from lightning_cf.network.structure import Structure, layer_of
 from lightning_cf.network.ways import Ways
 from lightning_cf.ownership.ledger import Isolation
 from lightning_cf.tasks.evaluation import on_device
@@ -114,6 +114,26 @@ def _check_returned(task: Task, columns: list[int], returned: list[int], size: i
             f"Task '{task.name}' says {said}, which are outputs of another head: counted through all heads, the one"
             f" that it runs gives outputs {returned[0]} to {returned[-1]}. Leave {said.split('=')[0]}= out: a"
             " task's outputs are then those that its evaluate returns, and a label counts within them."
+        )
+
+
+def _check_known(module: LightningModule, task: Task, known: Structure, now: Structure) -> None:
+    """Raises ContinualError where the ways of earlier tasks are not what they were, once a further one is followed."""
+    before, layers = known.head.layers, now.head.layers
+    read = [layer for layer in before if layer not in layers and any(layer_of(name) == layer for name in now.entries)]
+    if read:
+        raise ContinualError(
+            f"Task '{task.name}' reads what the output layer '{read[0]}' of an earlier task gives. Outputs belong to"
+            " their task alone; later tasks read hidden units only. Let it read what"
+            f" '{read[0]}' reads, the units before it."
+        )
+    if layers[: len(before)] != before or not now.entries.keys() >= known.entries.keys():
+        raise ContinualError(
+            f"Task '{task.name}': the way in which earlier tasks run {type(module).__name__} is another one now. A"
+            " forward pass that chooses its layers by something that changes, such as an attribute, cannot be"
+            " followed: let evaluate= of each task name its own, as"
+            " lambda module, batch: (module(batch[0], task='a'), batch[1]), or with heads"
+            " lambda module, batch: (module.heads['a'](module(batch[0])), batch[1])."
         )
 
 

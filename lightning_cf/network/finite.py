@@ -129,9 +129,16 @@ def infinite_rows(rows: Iterable[Shaped[Tensor, "rows ..."]]) -> Bool[Tensor, "r
 
 
 def watched(module: nn.Module, structure: Structure) -> dict[str, Tensor]:
-    """What must be finite, in the order of the forward pass: all but masks and bounds that hold infinity on purpose."""
+    """What must be finite, in the order of the forward pass: all but masks and bounds that hold infinity on purpose.
+
+    Of a buffer that no operation was seen to read, such as a mask that is built for each length, nobody knows.
+    """
     tensors = in_forward_order(structure, named_tensors(module))
-    return {name: x for name, x in tensors.items() if name not in structure.infinite}
+    return {
+        name: x
+        for name, x in tensors.items()
+        if name not in structure.infinite and (name in structure.entries or isinstance(x, nn.Parameter))
+    }
 
 
 def check_finite(module: nn.Module, structure: Structure, when: str) -> None:

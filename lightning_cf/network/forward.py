@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -26,12 +27,13 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Puts a module into eval mode, and afterwards every submodule back into its own mode.
 
-    Meanwhile nothing runs compiled: compiled code does not look whether hooks came or went. Nothing is logged.
+    Meanwhile nothing runs compiled: compiled code does not look whether hooks came or went. Nothing is logged, and
+    ``torch.distributions`` do not look at their arguments, which would be numbers read into Python.
     """
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
-        with torch.compiler.set_stance("force_eager"), _unlogged(module):
+        with torch.compiler.set_stance("force_eager"), _unlogged(module), _unvalidated():
             yield
     finally:
         for child, training in modes.items():
@@ -51,6 +53,17 @@ def _unlogged(module: nn.Module) -> Iterator[None]:
             child.__dict__.pop("log", None)
             if own is not None:
                 child.__dict__["log"] = own
+
+
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Meanwhile ``torch.distributions`` check arguments only where they are told to."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -85,19 +98,22 @@ def same_state(module: nn.Module) -> Iterator[None]:
     leave a network that never builds it.
     """
     plain = {child: _plain(child) for child in module.modules()}
-    kept = [
-        (child, name, x, x.detach().clone())
-        for child in module.modules()
-        for name, x in child._buffers.items()
-        if x is not None and not is_lazy(x)
+    kept = {child: dict(child._buffers.items()) for child in module.modules()}
+    values = [
+        (x, x.detach().clone()) for own in kept.values() for x in own.values() if x is not None and not is_lazy(x)
     ]
     try:
         yield
     finally:
-        for child, name, x, values in kept:
-            child._buffers[name] = x
-            if not torch.equal(x, values):
-                x.detach().copy_(values)
+        for child, own in kept.items():
+            for name in dict(child._buffers.items()).keys() - own.keys():
+                del child._buffers[name]
+            for name, x in own.items():
+                if x is None or not is_lazy(x):
+                    child._buffers[name] = x
+        for x, old in values:
+            if not torch.equal(x, old):
+                x.detach().copy_(old)
         for child, before in plain.items():
             for name in _plain(child).keys() - before.keys():
                 del child.__dict__[name]

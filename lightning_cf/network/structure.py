@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_cf.network.forward import Example
 
@@ -196,6 +197,7 @@ class Structure:
         output_ways: for each tensor that the network returns, the way that returns it.
         idle: calls of layers that reach nothing that the network returns: path, way, and which call it is from 0 on.
         infinite: names of tensors that held infinite numbers when the network was traced, and may: masks, bounds.
+        buffers: shapes of all buffers when it was traced.
         example: how many inputs it was traced with, where that is known.
     """
 
@@ -216,6 +218,7 @@ class Structure:
     output_ways: tuple[int, ...] = ()
     idle: frozenset[tuple[str, int, int]] = frozenset()
     infinite: frozenset[str] = frozenset()
+    buffers: Mapping[str, torch.Size] = field(default_factory=dict)
     example: Example | None = None
 
     def way_of(self, task: str) -> int:
@@ -266,6 +269,11 @@ class Structure:
     def head_layer(self) -> str:
         """Path of the layer whose outputs are the network's outputs."""
         return self.head.name
+
+
+def buffer_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """The shape of each buffer that has one, by name; one that is shared appears once, under its first name."""
+    return {name: x.shape for name, x in module.named_buffers() if not is_lazy(x)}
 
 
 def lookup(index: Int64[Tensor, "..."], values: Shaped[Tensor, "units"], *, none: int) -> Shaped[Tensor, "..."]:

@@ -81,7 +81,9 @@ class Masks:
             if name in self.structure.entries:
                 uses = self.structure.entries[name]
                 masks[name] = _any(
-                    torch.where(use.target == NO_UNIT, levels.first(use) >= 0, levels.owners(use) >= 0) for use in uses
+                    torch.where(use.target == NO_UNIT, levels.first(use) >= 0, levels.owners(use) >= 0)
+                    & (True if use.used is None else use.used)
+                    for use in uses
                 )
         return masks
 

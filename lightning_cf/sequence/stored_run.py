@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_cf.callbacks.precision import check_inputs
-from lightning_cf.callbacks.session import check_launch, check_strategy
+from lightning_cf.callbacks.strategies import check_launch, check_strategy
 from lightning_cf.errors import ContinualError
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.steps import synchronise

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.structure import Structure, UnitGroup
 from lightning_cf.ownership.ledger import NeuronLedger
+from lightning_cf.ownership.levels import FREE
 from lightning_cf.subspaces.subspace import GivenSubspace, Subspace
 
 
@@ -49,3 +50,28 @@ def bases_of(
         if basis is not None:
             found[group.name] = basis
     return found
+
+
+def bases_to_train_in(
+    structure: Structure, ledger: NeuronLedger, subspace: Subspace | None, tensors: Mapping[str, Tensor]
+) -> list[tuple[UnitGroup, Int64[Tensor, "_"], Float[Tensor, "_ _"]]]:
+    """The free units of a later task that learns, with the basis that holds them; arguments as in :func:`bases_of`.
+
+    Raises:
+        ContinualError: where nothing was learned yet of the sub-space.
+    """
+    if subspace is None or ledger.phase != "learn" or len(ledger.tasks) == 1:
+        return []
+    bases = bases_of(structure, ledger, subspace, tensors)
+    if not bases:
+        name = ledger.tasks[-1].name
+        raise ContinualError(
+            f"masking: nothing was learned yet of the sub-space that task '{name}' is to train in. Give"
+            " InvarianceCallback the same subspace, in the fit of the task before; in a loop of your own, where"
+            " nothing learns one, use RandomSubspace or GivenSubspace."
+        )
+    return [
+        (group, (ledger.owners[group.name] == FREE).nonzero().flatten(), bases[group.name])
+        for group in current_groups(structure, ledger)
+        if group.name in bases
+    ]

@@ -167,6 +167,7 @@ def read(module: nn.Module, tasks: Iterable[Sites], run: Callable[[], Any], *, k
     producers = {site.producer for sites in tasks for site in sites.hidden if site.producer is not None}
     second = {name for sites in tasks for name in sites.second}
     recorder = Recorder(module, {*names, *producers, *([] if first is None else [first])}, tasks[-1].heads, second)
+    recorder.behind = tasks[-1].behind
     with ExitStack() as stack:
         if not keep_graph:
             stack.enter_context(torch.no_grad())
@@ -189,6 +190,8 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         parameters = dict(module.named_parameters())
         self.module, self.heads, self.parameters, self.second = module, heads, parameters, frozenset(second)
+        self.behind = False
+        """Whether the output layers compute samples along their second axis, behind tokens."""
         self.names = {id(parameters[name]): name for name in names}
         self.found: dict[str, Tensor] = {}
         self.given: dict[str, Tensor] = {}
@@ -204,7 +207,8 @@ class Recorder(TorchFunctionMode):
         return stack
 
     def _keep(self, path: str, layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.columns[path] = output.movedim(column_axis(layer, output), -1)
+        columns = output.movedim(column_axis(layer, output), -1)
+        self.columns[path] = columns.movedim(1, 0) if self.behind and columns.ndim > 2 else columns
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

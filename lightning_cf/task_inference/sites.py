@@ -76,6 +76,7 @@ class Watched:
         hooked: those whose input their module's hooks see too.
         whole: whether every output layer ran.
         turned: whether the network's input has the samples along its second axis, behind tokens.
+        behind: whether what the output layers compute has.
     """
 
     weights: frozenset[str]
@@ -83,13 +84,14 @@ class Watched:
     hooked: frozenset[str] = frozenset()
     whole: bool = True
     turned: bool = False
+    behind: bool = False
 
     def both(self, other: Watched) -> Watched:
         """What held in this trial and in another one: only that is taken for a property of the network."""
         apart = self.second ^ other.second
         weights = (self.weights & other.weights) - apart
         turned = self.turned or other.turned
-        return Watched(weights, self.second & weights, self.hooked & other.hooked, self.whole, turned)
+        return Watched(weights, self.second & weights, self.hooked & other.hooked, self.whole, turned, self.behind)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Sites:
         chain: linear layers from the input on, each of which reads the units of the one before and nothing else.
         second: the weights among these whose layers read the samples along their input's second axis, behind tokens.
         turned: whether the network's input has them there too.
+        behind: whether what the output layers compute has them there too.
     """
 
     inputs: str | None
@@ -114,6 +117,7 @@ class Sites:
     chain: tuple[Link, ...] = ()
     second: frozenset[str] = frozenset()
     turned: bool = False
+    behind: bool = False
 
     @classmethod
     def of(
@@ -158,8 +162,8 @@ class Sites:
         chain = _chain(module, structure, owner, number, first)
         used = {first, *(site.weight for site in hidden)}
         second = frozenset() if watched is None else watched.second & used
-        turned = watched is not None and watched.turned
-        return cls(first, tuple(hidden), heads, outputs, chain, second, turned)
+        turned, behind = (False, False) if watched is None else (watched.turned, watched.behind)
+        return cls(first, tuple(hidden), heads, outputs, chain, second, turned, behind)
 
     @staticmethod
     def output_layers(structure: Structure) -> dict[str, Int64[Tensor, "_"]]:
@@ -180,6 +184,7 @@ class Sites:
             "chain": [(link.weight, kept(link.rows), kept(link.columns)) for link in self.chain],
             "second": sorted(self.second),
             "turned": self.turned,
+            "behind": self.behind,
         }
 
     @classmethod
@@ -188,8 +193,8 @@ class Sites:
         hidden = tuple(map(Site.from_state, state["hidden"]))
         heads = {path: columns.cpu() for path, columns in state["heads"].items()}
         chain = tuple(Link(weight, rows.cpu(), columns.cpu()) for weight, rows, columns in state["chain"])
-        second, turned = frozenset(state.get("second", ())), bool(state.get("turned", False))
-        return cls(state["inputs"], hidden, heads, state["outputs"].cpu(), chain, second, turned)
+        second, turned, behind = frozenset(state.get("second", ())), state.get("turned"), state.get("behind")
+        return cls(state["inputs"], hidden, heads, state["outputs"].cpu(), chain, second, bool(turned), bool(behind))
 
 
 def kept(value: Tensor) -> Tensor:

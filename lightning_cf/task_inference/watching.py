@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ def watch(
     heads: Mapping[str, Int64[Tensor, "_"]],
     run: Callable[[Any], Any],
     batch: Any,
+    count: int | None = None,
+    like: Watched | None = None,
 ) -> Watched:
     """Runs a network on a batch, and on one of another size, and sees which axis of what the layers read follows.
 
@@ -34,26 +37,36 @@ def watch(
         heads: path of each output layer, with the output columns that it computes.
         run: runs the network on a batch.
         batch: whose tensors have the samples along their first axis, or along the second, behind tokens.
+        count: how many samples there are, where that is known: output layers may compute them behind tokens too.
+        like: what a trial on the same batch showed; without one, ``run`` gives predictions and targets where samples
+            are counted.
     """
     names = list(weights)
     with eval_mode(module), same_state(module):
         found, hooked = _trial(module, names, heads, run, batch)
         if not found.columns:
             return Watched(frozenset(), whole=False)
-        count = _count(found)
-        other = count - 1 if count > 2 else count + 1
-        again, turned = found, False
-        for axis in (0, 1):
+        shape = found.columns[next(iter(found.columns))].shape
+        places = [place for place in range(min(2, len(shape) - 1)) if count == shape[place]] or [0]
+        again, turned, behind = found, False, places == [1]
+        known = (False, 0) if like is None else (like.turned, int(like.behind))
+        for axis, place in sorted(product((0, 1), places), key=known.__ne__):
             with suppress(Exception):  # whatever a user's forward pass raises for a batch of another size
-                tried = _trial(module, names, heads, run, _resized(batch, count, other, axis))[0]
-                follows = bool(tried.columns) and _count(tried) == other
-                again, turned = (tried, axis == 1) if follows or axis == 0 else (again, turned)
+                other = shape[place] - 1 if shape[place] > 2 else shape[place] + 1
+                resized = _resized(batch, shape[place], other, axis)
+                tried = _trial(module, names, heads, run, resized)[0]
+                follows = bool(tried.columns) and _count(tried, place) == other
+                if like is None and count == shape[place]:
+                    follows = follows and len(run(fresh(resized))[0]) == other
+                if follows or (place == places[0] and axis == 0):
+                    again, turned, behind = tried, axis == 1, place == 1
                 if follows:
                     break
-    axes = {name: _axis(found, again, name) for name in found.found}
+    axes = {name: _axis(found, again, name, int(behind)) for name in found.found}
     seen = frozenset(name for name, axis in axes.items() if axis is not None)
     second = frozenset(name for name in seen if axes[name] == 1)
-    return Watched(seen, second, hooked & seen, whole=found.columns.keys() >= set(heads), turned=turned)
+    whole = found.columns.keys() >= set(heads)
+    return Watched(seen, second, hooked & seen, whole=whole, turned=turned, behind=behind)
 
 
 def _trial(
@@ -83,9 +96,9 @@ def _trial(
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _count(recorder: Recorder) -> int:
-    """How many samples a batch had, by what the first output layer computed."""
-    return len(next(iter(recorder.columns.values())))
+def _count(recorder: Recorder, place: int) -> int:
+    """How many samples a batch had, by what the first output layer computed, along one of its axes."""
+    return next(iter(recorder.columns.values())).shape[place]
 
 
 def _resized(batch: Any, count: int, other: int, axis: int) -> Any:
@@ -99,18 +112,18 @@ def _resized(batch: Any, count: int, other: int, axis: int) -> Any:
     return tree_map_only(Tensor, cut, batch)
 
 
-def _axis(one: Recorder, other: Recorder, name: str) -> int | None:
+def _axis(one: Recorder, other: Recorder, name: str, place: int) -> int | None:
     """The axis along which the samples lie in what a layer reads; None where none follows the size of the batch."""
-    shape, samples = one.found[name].shape, _count(one)
+    shape, samples = one.found[name].shape, _count(one, place)
     if len(shape) < 2:
         return None
-    if other is one or not other.columns or _count(other) == samples:  # no telling but by size
+    if other is one or not other.columns or _count(other, place) == samples:  # no telling but by size
         return 0 if shape[0] % samples == 0 else (1 if len(shape) > 2 and shape[1] == samples else None)
     if name not in other.found or other.found[name].ndim != len(shape):
         return None
     changed = [axis for axis, (a, b) in enumerate(zip(shape, other.found[name].shape, strict=True)) if a != b]
     if changed == [0] and shape[0] % samples == 0:
-        return 0 if other.found[name].shape[0] * samples == shape[0] * _count(other) else None
-    if changed == [1] and len(shape) > 2 and shape[1] == samples and other.found[name].shape[1] == _count(other):
+        return 0 if other.found[name].shape[0] * samples == shape[0] * _count(other, place) else None
+    if changed == [1] and len(shape) > 2 and shape[1] == samples and other.found[name].shape[1] == _count(other, place):
         return 1
     return None

@@ -6,6 +6,7 @@ import pytest
 import torch
 import toys
 from torch import nn
+from torch.distributions import Distribution, Normal
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -129,3 +130,24 @@ def test_what_a_forward_pass_or_evaluate_logs_is_of_the_users_loop_alone(evaluat
     assert "log" not in vars(net)
     assert net.trainer.callback_metrics.keys() == {"sum", "trains"}
     assert net.trainer.callback_metrics["trains"] == 1
+
+
+class Drawn(nn.Module):
+    """Draws what it computes with from a distribution, whose arguments torch looks at where nobody says otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.spread, self.head = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        spread = F.softplus(self.spread(x)) + 1e-3
+        drawn = Normal(self.mean(x), spread)
+        return self.head(drawn.rsample() if self.training else drawn.mean + 0 * drawn.rsample())
+
+
+def test_distributions_in_a_forward_pass_read_nothing_into_python():
+    before, net = Distribution._validate_args, toys.Net()
+    net.net = Drawn()
+    fitted(net)
+    assert before
+    assert Distribution._validate_args

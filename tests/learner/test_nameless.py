@@ -76,3 +76,37 @@ def test_a_module_without_a_forward_pass_predicts_with_a_sentence():
     fit(module, task, [*three(max_claim=0.3), TaskInferenceCallback("statistics")], 1)
     with pytest.raises(ContinualError, match=r"run the forward pass, but ContinualWithout has none\. Define forward"):
         module.predict(points([0, 1])[0])
+
+
+class Headed(Net):
+    """Has a head a task, and takes the task's name."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(self.b.out_features, 2) for name in "ab"})
+
+    def forward(self, x, name):
+        return self.heads[name](F.relu(self.b(F.relu(self.a(x)))))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0], self.trainer.datamodule.name), batch[1])
+
+
+def test_heads_by_the_tasks_name_are_left_out_and_predicted_with_a_sentence():
+    module = ContinualModule(Headed())
+    for name, classes in (("a", [0, 1]), ("b", [2, 3])):
+        x, y = points(classes)
+        task = Task(
+            name,
+            loaders(x, y - min(classes)),
+            classes=[0, 1],
+            evaluate=lambda m, b, name=name: (m(b[0], name), b[1]),
+        )
+        callbacks = [*three(max_claim=0.3), TaskInferenceCallback("statistics")]
+        if name == "a":
+            fit(module, task, callbacks, 1)
+        else:
+            with pytest.warns(ContinualWarning, match=r"Task 'b' will not be inferred: its evaluate= tells"):
+                fit(module, task, callbacks, 1)
+    with pytest.raises(ContinualError, match=r"missing a required argument: 'name'\. Give all"):
+        module.predict(points([0, 1])[0])

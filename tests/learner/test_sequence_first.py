@@ -73,3 +73,23 @@ def test_where_the_samples_lie_is_kept(both):
     for module in both:
         sites = TaskInference.from_state_dict(inference_of(module.ledger).state_dict()).tasks[-1].sites
         assert sites.turned is not module.batch_first
+
+
+class Averaged(Recurrent):
+    """Averages over tokens what its output layer gives, which has the samples behind tokens."""
+
+    def forward(self, x):
+        found = self.a(x)[0]
+        return self.c(found.transpose(0, 1) if self.batch_first else found).mean(dim=0)
+
+
+@pytest.mark.parametrize("size", [16, TIME])
+def test_an_output_layer_may_compute_samples_behind_tokens(size):
+    x, found = points([0, 1, 2, 3], 16)[0], []
+    for batch_first in (True, False):
+        two = [task(name, classes, size, batch_first) for name, classes in (("a", [0, 1]), ("b", [2, 3]))]
+        module = learned(Averaged(batch_first), two, ["lda_units"], epochs=2)
+        found.append(module.predict_any(sequences(x, batch_first)))
+    assert torch.equal(found[0].classes, found[1].classes)
+    torch.testing.assert_close(found[0].probabilities, found[1].probabilities, rtol=1e-3, atol=1e-4)
+    assert (found[0].tasks == torch.arange(16) % 4 // 2).double().mean() > 0.7

@@ -242,6 +242,17 @@ def scaled():
     return Wired(wire, first=nn.Linear(64, 40), second=nn.Linear(40, 40), scales=scales, head=nn.Linear(40, 10))
 
 
+def gated():
+    """Features behind gates of the task's own, the rows of one table."""
+
+    def wire(m, name, x):
+        gates = torch.sigmoid(m.gates.weight[NAMES.index(name)])
+        return m.head(torch.relu(m.second(torch.relu(m.first(x.flatten(1))))) * gates)
+
+    layers = {"first": nn.Linear(64, 40), "second": nn.Linear(40, 40), "head": nn.Linear(40, 10)}
+    return Wired(wire, gates=nn.Embedding(3, 40), **layers)
+
+
 def two_share():
     """The third task runs the first one's stem."""
 
@@ -259,6 +270,7 @@ NETWORKS = {
     "adapters of the input": before,
     "LoRA": low_rank,
     "LayerNorm over stems": partial(normed, nn.LayerNorm, own=False),
+    "gates in one table": gated,
 }
 MORE = {
     "bottlenecks": partial(between, partial(Bottleneck, 40)),
@@ -544,6 +556,21 @@ def test_a_learned_sub_space_is_one_of_what_the_tasks_way_reads():
         quiet_trainer(max_epochs=4, callbacks=callbacks).fit(module, datamodule=task)
         logits.append(predictions(module, task))
     check(module, tasks, logits)
+
+
+def test_a_head_that_reads_an_earlier_tasks_outputs_is_refused_with_what_it_may_read():
+    def wire(m, name, x):
+        hidden = torch.relu(m.body(x.flatten(1)))
+        return m.heads[name](hidden + (m.mix(m.heads["a"](hidden)) if name == "b" else 0))
+
+    heads = nn.ModuleDict({name: nn.Linear(32, 10) for name in "ab"})
+    module = Wired(wire, body=nn.Linear(64, 32), mix=nn.Linear(10, 32), heads=heads)
+    tasks = sequence("stems, bodies and heads")
+    learn(module, tasks[:1], epochs=1)
+    with pytest.raises(
+        ContinualError, match=r"Task 'b' reads what the output layer 'heads\.a' .* reads, the units before"
+    ):
+        learn(module, tasks[1:2], epochs=1)
 
 
 def joining():
