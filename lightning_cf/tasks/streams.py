@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_cf.errors import ContinualError, DataWarning, warn
+from lightning_cf.network.forward import attributes, tensors_of
 from lightning_cf.tasks.copies import copied, twin_of
 from lightning_cf.tasks.reading import flat, several
 from lightning_cf.tasks.shared_iterators import gives_back, gives_itself, queue_of, read_by, shared
@@ -204,8 +205,13 @@ def _alike(one: Any, other: Any) -> bool:
     """Whether two batches are the same."""
     if isinstance(one, Sequence) and isinstance(other, Sequence) and len(one) != len(other):
         return False
-    a, b = tree_leaves(one), tree_leaves(other)
+    a, b = _parts(one), _parts(other)
     return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _parts(batch: Any) -> list[Any]:
+    """What is in a batch, of its objects the tensors."""
+    return [*tensors_of(batch), *(x for x in tree_leaves(batch) if not isinstance(x, Tensor) and not attributes(x))]
 
 
 def _same(x: Any, y: Any) -> bool:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.finite import stored
+from lightning_cf.network.forward import tensors_of
 from lightning_cf.tasks.declared import Declared
 
 IGNORED = -100
@@ -137,7 +137,7 @@ def strange(labels: Int64[Tensor, "_"], classes: Collection[int], besides: Colle
 
 def finite(batch: Any) -> bool:
     """Whether all numbers of a batch are finite."""
-    numbers = (x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point())
+    numbers = (x for x in tensors_of(batch) if x.is_floating_point())
     return all(bool(stored(x).isfinite().all()) for x in numbers)
 
 
