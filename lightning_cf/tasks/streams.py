@@ -17,7 +17,7 @@ from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.network.forward import attributes, tensors_of
 from lightning_cf.tasks.copies import copied, twin_of
 from lightning_cf.tasks.reading import flat, several
-from lightning_cf.tasks.shared_iterators import gives_back, gives_itself, queue_of, read_by, shared
+from lightning_cf.tasks.shared_iterators import gives_back, gives_itself, queue_of, read_by, shared, sought
 from lightning_cf.utilities.randomness import isolated_generators, seed_all
 
 _NOTHING = "a second pass over it gives nothing"
@@ -139,7 +139,7 @@ def _looked_at(loader: Any, source: Any) -> Passes:
     if gives_itself(kind):
         return Passes(f"{kind.__name__}.__iter__ gives the object as it stands")
     for name, value in read_by(source):
-        if gives_itself(type(value)) and copied(value) is None:
+        if gives_itself(type(value)) and copied(value) is None and not sought(source, value):
             return Passes(f"{kind.__name__}.{name} is a {type(value).__name__}, which all passes go on with")
     with isolated_generators():
         first, second = _begun(loader), _begun(loader)
