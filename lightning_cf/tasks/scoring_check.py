@@ -95,6 +95,7 @@ def _find_targets(module: LightningModule, task: Task) -> None:
             suppress(Exception),
         ):  # what it raises on judging data is said there
             predict(module, task, batch)
+        task.check_labels(batch)
 
 
 def _check_depends(module: LightningModule, task: Task) -> None:
@@ -178,8 +179,9 @@ def _try_score(scorer: Scorer) -> None:
 
 def _to_be_looked_at(task: Task, batch: Any) -> bool:
     """Whether a batch holds labels of other tasks, or no targets where others have theirs, or is not finite."""
-    if not isinstance(part_at(batch, task.task_loaders.place_of_targets), Tensor):
+    loaders = task.task_loaders
+    if loaders.renumbered or not isinstance(part_at(batch, loaders.place_of_targets), Tensor):
         return True
-    labels = task.task_loaders.labels_of(batch)
+    labels = loaders.labels_of(batch)
     other = task.classes is not None and labels is not None and strange(labels, task.classes, [])
     return bool(other) or not finite(batch)
