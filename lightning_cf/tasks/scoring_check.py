@@ -67,8 +67,8 @@ def check_scoring(module: LightningModule, task: Task) -> None:
             if number == 0:
                 rows = scorer.one_hot or scorer.apart  # those of a later batch may be none
                 _try_score(scorer)
-            if seen >= SCANNED:
-                return
+            if seen >= SCANNED and (len(classes) != 1 or len(task.classes or []) == 1):
+                return  # else they may be sorted: it goes on to the next class
         if scorer.metric is None:
             scorer.score()  # says that no batch came
     _tell_one_class(task, classes & {*(task.classes or [])}, seen)

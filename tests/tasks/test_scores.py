@@ -447,12 +447,14 @@ def test_a_metric_that_tells_networks_apart_is_not_warned_of(recwarn):
     assert not [each for each in recwarn if issubclass(each.category, DataWarning)]
 
 
-def test_judging_data_of_one_class_are_said():
-    x, y = numbers()
+@pytest.mark.parametrize(("size", "batch"), [(64, 16), (6000, 1400)])
+def test_judging_data_of_one_class_are_said(size, batch):
+    x, y = numbers(size)
     order = y.argsort(stable=True)
-    task = Task("a", {"train": loader(), "val": of(x[order], y[order])}, classes=[0, 1])
-    with pytest.warns(DataWarning, match=r"but the 32 samples that judge its partition are all of class 0: the others"):
-        fit(Net(), task, limit_val_batches=2)
+    task = Task("a", {"train": loader(), "val": of(x[order], y[order], batch)}, classes=[0, 1])
+    told = rf"but the {2 * batch} samples that judge its partition are all of class 0: the others"
+    with pytest.warns(DataWarning, match=told):
+        fit(Net(), task, limit_val_batches=2, max_epochs=1)
 
 
 def test_an_evaluate_may_number_labels_anew():
