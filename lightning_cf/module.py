@@ -75,6 +75,7 @@ class ContinualModule(LightningModule):
         if not isinstance(module, ContinualModule):
             module.__class__ = _derived(type(module))  # type: ignore[arg-type]
         assert isinstance(module, ContinualModule)
+        module.__dict__.pop("installs_callbacks", None)  # of a runner, which installs its own
         return module
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -252,3 +253,11 @@ def _derived(base: type[LightningModule]) -> type[ContinualModule]:
     # Scripting compiles properties, but for these; the wrapped class may list its own.
     unused = {"__jit_unused_properties__": [*base.__jit_unused_properties__, "ledger"]}
     return type(f"Continual{base.__name__}", (ContinualModule, base), {"__module__": base.__module__, **unused})
+
+
+def wrapped_for_run(module: LightningModule) -> ContinualModule:
+    """A module wrapped for a run, which gives each fit its callbacks: the user's own fits get those that they got."""
+    installs = isinstance(module, ContinualModule) and module.installs_callbacks
+    wrapped = ContinualModule(module)
+    wrapped.installs_callbacks = installs
+    return wrapped

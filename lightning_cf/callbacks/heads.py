@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_cf.learner.labels import positions_of
 from lightning_cf.lightning_api import LightningModule, Trainer
-from lightning_cf.network.forward import eval_mode
+from lightning_cf.network.forward import eval_mode, fresh
 from lightning_cf.network.output_heads import column_axis
 from lightning_cf.network.structure import layer_of
 from lightning_cf.task_inference import Readout, Sites, View, read
@@ -88,8 +88,9 @@ class Heads:
             self.hooks.callback(hook.remove)
 
     def begin_batch(self, batch: Any, key: tuple[int | str, ...]) -> None:
-        """A batch comes; what is drawn for it depends on the key."""
-        self.batch = tuple(batch) if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+        """A batch comes, into which the training step may write; what is drawn for it depends on the key."""
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        self.batch = fresh((batch[0] if self.changes else None, batch[1])) if pair else None
         self.key, self.generator, self.place, self.loss = key, None, None, None
 
     def weigh(self, scale: float, unscale: float) -> None:

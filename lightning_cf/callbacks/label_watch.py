@@ -52,8 +52,10 @@ class LabelWatch:
         if self.seen == _NONE and batch_idx != 0:
             self.missing = None  # a fit that goes on in the middle of an epoch
         self.seen = count
-        whole = self.task.task_loaders.labels_of(batch, self.columns)
-        parts = [whole] if whole is not None else [labels_of(pair, self.columns) for pair in pairs_in(batch)]
+        loaders = self.task.task_loaders
+        whole = loaders.labels_of(batch, self.columns)
+        pairs = [] if loaders.renumbered else pairs_in(batch)
+        parts = [whole] if whole is not None else [labels_of(pair, self.columns) for pair in pairs]
         if not parts or any(labels is None for labels in parts):
             self.missing = None
         for labels in parts:

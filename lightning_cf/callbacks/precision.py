@@ -9,12 +9,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.lightning_api import LightningModule, Trainer
-from lightning_cf.network.forward import fresh, in_precision_of
+from lightning_cf.network.forward import fresh, in_precision_of, tensors_of
 from lightning_cf.utilities.randomness import isolated_generators
 
 
@@ -33,7 +31,7 @@ def check_inputs(trainer: Trainer, module: LightningModule, task: str, batch: An
         ContinualError: if the step fails on the batch as it is, and not on a converted one.
     """
     own = {p.dtype for p in module.parameters() if p.is_floating_point()}
-    found = {x.dtype for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point()}
+    found = {x.dtype for x in tensors_of(batch) if x.is_floating_point()}
     if not own or found <= own:
         return
     error = _failure(trainer, module, batch)

@@ -90,6 +90,11 @@ def state_for(module: LightningModule, task: Task) -> ContinualState:
     return state
 
 
+def forget_state(module: nn.Module) -> None:
+    """Takes the state off a module: its next task is its first."""
+    module.__dict__.pop(_ATTRIBUTE, None)
+
+
 def ledger_of(module: nn.Module) -> NeuronLedger | None:
     """The ledger kept beside a module, also one that was loaded before the module's first fit."""
     state = state_of(module)

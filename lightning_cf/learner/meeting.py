@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from lightning_cf.errors import ContinualError
-from lightning_cf.learner.keeping import state_for, state_of
+from lightning_cf.learner.keeping import forget_state, ledger_of, state_for, state_of
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.widening import add_classes, follow_head, grow, note_heads
 from lightning_cf.lightning_api import LightningModule
+from lightning_cf.network.output_heads import fit_head, head_of
 from lightning_cf.ownership.forgetting import withdraw
 from lightning_cf.ownership.refusals import one_column, same_task
 from lightning_cf.tasks.task import Task
@@ -64,6 +68,33 @@ def make_place(module: LightningModule, name: str) -> None:
     if state is not None and begun is not None and begun.name == state.untrained != name and begun.phase == "learn":
         withdraw(state.ledger, begun.name)
         state.met.discard(begun.name)
+
+
+@contextmanager
+def unless_refused(module: LightningModule) -> Iterator[None]:
+    """Whatever is raised meanwhile, a module forgets the tasks that it met meanwhile, and columns that they added."""
+    ledger = ledger_of(module)
+    before = None if ledger is None else set(ledger.reserved)
+    try:
+        yield
+    except BaseException:
+        state = state_of(module)
+        if state is not None:
+            _leave(module, state, before)
+        raise
+
+
+def _leave(module: LightningModule, state: ContinualState, before: set[str] | None) -> None:
+    """Takes back tasks that were not known before and have not begun; where none was or has, nothing is left."""
+    if before is None and not state.ledger.tasks:
+        if len(state.ledger.outputs) > state.ledger.width:
+            fit_head(head_of(module, state.structure), state.ledger.width)
+        forget_state(module)
+        return
+    for name in [name for name in state.ledger.reserved if name not in (before or ()) and not state.ledger.knows(name)]:
+        withdraw(state.ledger, name)
+        state.met.discard(name)
+        state.declared.pop(name, None)
 
 
 def _with_new_columns(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -134,7 +135,8 @@ def fresh(batch: Any, own: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
     (tensor([2., 2.]), tensor([1., 1.]))
 
     Args:
-        batch: any nesting of lists, tuples and mappings, such as dicts, those of other libraries and graphs.
+        batch: any nesting of lists, tuples and mappings, such as dicts, those of other libraries and graphs, and of
+            objects, such as dataclasses, whose attributes are copied.
         own: gives what stands in a tensor's place.
     """
 
@@ -142,12 +144,35 @@ def fresh(batch: Any, own: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
         if isinstance(x, Tensor):
             return own(x)
         named = callable(getattr(x, "keys", None)) and hasattr(x, "__setitem__")
-        twin = copy.copy(x) if named or isinstance(x, list) or hasattr(x, "__copy__") else x
+        has = [] if named or hasattr(x, "__copy__") else attributes(x)
+        twin = copy.copy(x) if named or has or isinstance(x, list) or hasattr(x, "__copy__") else x
         for key in list(x.keys()) if named else range(len(x)) if isinstance(x, list) else ():
             twin[key] = fresh(x[key], own)
+        for name in has:
+            object.__setattr__(twin, name, fresh(getattr(x, name), own))
         return twin
 
     return tree_map(apart, batch)
+
+
+def attributes(x: Any) -> list[str]:
+    """The names of what an object keeps that is a batch or a part of one: of a dataclass, and of what has ``to``."""
+    if is_dataclass(x) and not isinstance(x, type):
+        return [field.name for field in fields(x) if hasattr(x, field.name)]
+    moves = callable(getattr(x, "to", None)) and not isinstance(x, (Tensor, nn.Module, type))
+    return list(vars(x)) if type(x) is SimpleNamespace or (moves and hasattr(x, "__dict__")) else []
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """All tensors of a batch, in order, also those that its objects keep."""
+    found = list[Tensor]()
+
+    def note(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    fresh(batch, note)
+    return found
 
 
 def call(module: nn.Module, example: Any) -> Any:
@@ -209,11 +234,14 @@ def in_precision_of(module: nn.Module, batch: Any) -> Any:
     def convert(x: Tensor) -> Tensor:
         return x.to(dtype) if dtype is not None and x.is_floating_point() else x
 
-    return tree_map_only(Tensor, convert, batch)
+    return fresh(batch, convert)
 
 
 def samples(module: nn.Module, example: Any, count: int, start: int = 0) -> Any:
-    """Some samples of a batch, on the module's device; tensors of another length than the first stay whole."""
+    """Some samples of a batch, on the module's device; tensors of another length than the first stay whole.
+
+    So do objects, whose tensors may be of nodes and edges.
+    """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     example = in_precision_of(module, example)
     batch = next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim), None)

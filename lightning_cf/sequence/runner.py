@@ -17,7 +17,7 @@ from lightning_cf.learner.meeting import meet_task
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.steps import decide_together, seal_task, weights_sha256
 from lightning_cf.lightning_api import Callback, LightningModule, Trainer
-from lightning_cf.module import ContinualModule
+from lightning_cf.module import wrapped_for_run
 from lightning_cf.network.finite import check_finite
 from lightning_cf.ownership.ledger import Isolation
 from lightning_cf.sequence.class_incremental import score_strategies
@@ -92,7 +92,7 @@ class SequentialTaskRunner(StoredRun):
         root: str | Path,
         allow: Sequence[str] = (),
     ) -> None:
-        module = ContinualModule(module)
+        module = wrapped_for_run(module)
         check_parts(trainer, partition, invariance, masking, task_inference, pretrained)
         check_choices(isolation=isolation, method=method, score_on=score_on)
         self.isolation, self.method, self.score_on = isolation, method, score_on

@@ -133,6 +133,12 @@ class RunStore:
                 os.replace(aside, older)
         write_bytes(newest, buffer.getbuffer())
 
+    def clear(self) -> None:
+        """Removes the states, so that the next run in the folder starts anew."""
+        for path in self._states:
+            with writing(path):
+                path.unlink(missing_ok=True)
+
     # What was found damaged
 
     def damaged(self, progress: RunProgress) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from lightning_cf.callbacks.precision import check_inputs
 from lightning_cf.callbacks.strategies import check_launch, check_strategy
 from lightning_cf.errors import ContinualError
+from lightning_cf.learner.meeting import unless_refused
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.learner.steps import synchronise
 from lightning_cf.lightning_api import Trainer
@@ -109,10 +110,21 @@ class StoredRun(ABC):
         except BaseException as error:
             if self._host is not None and not isinstance(error, Exception):
                 end_processes(self._host)
+            if isinstance(error, Exception) and self.lock.busy:
+                self._start_anew()
             self._host = None  # so that another call takes up what was stored, not a phase half done
             raise
         finally:
             self.lock.release()
+
+    def _start_anew(self) -> None:
+        """A run that failed before it took a step binds nobody: a corrected one may have the folder."""
+        if len(self.progress.finished) > 1 or self.module.trainer.global_step:
+            return
+        with suppress(ContinualError):  # as where another run has taken the folder over
+            self.lock.check()
+            if self.lock.held:
+                self.store.clear()
 
     # The start
 
@@ -138,15 +150,21 @@ class StoredRun(ABC):
         self._host.precision_plugin.convert_module(self.module)
         folders = [self.folder_of(task) for task in self.tasks]
         self.first_only(partial(take_folder, self.lock, self.store, self.phases, folders))
+        installs = self.module.installs_callbacks
         try:
-            with seeded(self.seed, "outputs"):
-                self.state = self.prepare_module()
-            for task, batch in zip(self.tasks, batches, strict=True):
-                given = self._host.precision_plugin.convert_input(batch)
-                with placed_on(self.module, self._host.strategy.root_device), self.state.showing(self.module, [task]):
-                    check_inputs(self._host, self.module, task.name, transferred(self.module, task, given))
-            self.take_up()
+            with unless_refused(self.module):
+                with seeded(self.seed, "outputs"):
+                    self.state = self.prepare_module()
+                for task, batch in zip(self.tasks, batches, strict=True):
+                    given = self._host.precision_plugin.convert_input(batch)
+                    with (
+                        placed_on(self.module, self._host.strategy.root_device),
+                        self.state.showing(self.module, [task]),
+                    ):
+                        check_inputs(self._host, self.module, task.name, transferred(self.module, task, given))
+                self.take_up()
         except BaseException:
+            self.module.installs_callbacks = installs
             self.lock.release()
             raise
         self.notes[:] = dict.fromkeys([*self.progress.warnings, *self.notes])

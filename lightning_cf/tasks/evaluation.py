@@ -26,6 +26,7 @@ from lightning_cf.tasks.targets import (
     left_out,
     one_hot_labels,
     place_of,
+    renumbered,
     strange,
     unreachable,
 )
@@ -72,11 +73,14 @@ def predict(module: LightningModule, task: Task, batch: Any) -> tuple[Tensor, Te
         given = on_device(module, task, batch)
         whole = fresh(given, lambda x: x)  # which an evaluate= that pops leaves as it is
         predictions, target = checked_pair(task, task.evaluate(module, given))
-    if task.task_loaders.place_of_targets is None and task.evaluate is not supervised:
-        task.task_loaders.place_of_targets = place_of(target, whole)
-    if task.metric is None and predictions.shape == target.shape:
-        labels = one_hot_labels(target)
+    loaders = task.task_loaders
+    if loaders.place_of_targets is None and task.evaluate is not supervised:
+        loaders.place_of_targets = place_of(target, whole)
+        loaders.renumbered = loaders.renumbered or renumbered(task, loaders.labels_of(batch), target)
+    if task.metric is None:
+        labels = one_hot_labels(target) if predictions.shape == target.shape else None
         target = target if labels is None else labels
+        target = target.long() if target.dtype in (torch.uint16, torch.uint32) else target  # which no metric compares
     half = predictions.dtype in (torch.float16, torch.bfloat16)
     return (predictions.float() if half else predictions).contiguous(), target.contiguous()
 

@@ -57,6 +57,7 @@ class Loaders:
             ("whole"), the pairs in them ("pairs"), or validation data only ("val"). None until it was tried.
         place_of_targets: where in a batch the targets are that the task's own ``evaluate`` gives back as they are. None
             until it was tried, and where they are the second of a pair or computed.
+        renumbered: whether they are computed from labels that are no classes of the task, and are classes of it.
 
     Args:
         task: whose.
@@ -69,6 +70,7 @@ class Loaders:
         self.place = 0
         self.batches: str | None = None
         self.place_of_targets: Place | None = None
+        self.renumbered = False
         self.held_out_of: tuple[Any, ...] | None = None
         self.told: set[str] = set()
 
@@ -145,7 +147,7 @@ class Loaders:
 
     def labels_of(self, batch: Any, columns: int | None = None) -> Tensor | None:
         """The labels of a batch, one a sample, as far as it is known where they are; see ``targets.labels_of``."""
-        return labels_of(batch, columns, self.place_of_targets)
+        return None if self.renumbered else labels_of(batch, columns, self.place_of_targets)
 
     # How
 

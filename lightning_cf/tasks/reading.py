@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 from lightning_cf.errors import DataWarning, warn
 from lightning_cf.lightning_api import CombinedLoader, Trainer, _set_sampler_epoch, sized_len
+from lightning_cf.network.forward import tensors_of
 from lightning_cf.tasks.copies import twin_of
 
 WITHOUT_LENGTH = 50_000
@@ -191,7 +192,7 @@ def empty(batch: Any) -> bool:
     >>> empty((torch.zeros(0, 3), torch.zeros(0))), empty((torch.zeros(2, 3), torch.zeros(2))), empty(None)
     (True, False, True)
     """
-    tensors = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
+    tensors = tensors_of(batch)
     return batch is None or (bool(tensors) and not any(x.numel() for x in tensors))
 
 

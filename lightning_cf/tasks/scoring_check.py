@@ -67,8 +67,8 @@ def check_scoring(module: LightningModule, task: Task) -> None:
             if number == 0:
                 rows = scorer.one_hot or scorer.apart  # those of a later batch may be none
                 _try_score(scorer)
-            if seen >= SCANNED:
-                return
+            if seen >= SCANNED and (len(classes) != 1 or len(task.classes or []) == 1):
+                return  # else they may be sorted: it goes on to the next class
         if scorer.metric is None:
             scorer.score()  # says that no batch came
     _tell_one_class(task, classes & {*(task.classes or [])}, seen)
@@ -95,6 +95,7 @@ def _find_targets(module: LightningModule, task: Task) -> None:
             suppress(Exception),
         ):  # what it raises on judging data is said there
             predict(module, task, batch)
+        task.check_labels(batch)
 
 
 def _check_depends(module: LightningModule, task: Task) -> None:
@@ -178,8 +179,9 @@ def _try_score(scorer: Scorer) -> None:
 
 def _to_be_looked_at(task: Task, batch: Any) -> bool:
     """Whether a batch holds labels of other tasks, or no targets where others have theirs, or is not finite."""
-    if not isinstance(part_at(batch, task.task_loaders.place_of_targets), Tensor):
+    loaders = task.task_loaders
+    if loaders.renumbered or not isinstance(part_at(batch, loaders.place_of_targets), Tensor):
         return True
-    labels = task.task_loaders.labels_of(batch)
+    labels = loaders.labels_of(batch)
     other = task.classes is not None and labels is not None and strange(labels, task.classes, [])
     return bool(other) or not finite(batch)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dis
+import gc
 import io
 import itertools
 import operator
@@ -14,6 +16,9 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 _ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
+
+_FOLLOWS = (type(csv.reader([])), csv.DictReader, map, zip, enumerate, filter)
+"""What goes through another iterator and, after its end, on with what that gives then."""
 
 _TAKES, _PUTS = ("get", "get_nowait"), ("put", "put_nowait")
 
@@ -28,12 +33,10 @@ def shared(source: Any, depth: int = 4) -> str:
     kind = type(source).__name__
     if _is_iterator(source):
         return f"it is a {kind}"
-    used = _names(type(source))[0]
     for name, value in read_by(source):
         live = next((x for x in _and_items(value) if _is_live(x)), None)
-        file = isinstance(live, io.IOBase) and "seek" in used
         cursor = hasattr(live, "execute") and _asks(type(source), name, "execute")
-        if live is not None and not file and not cursor:
+        if live is not None and not cursor and not sought(source, live):
             return f"{kind}.{name} is a {type(live).__name__}, which all passes go on with"
         held = [x.dataset if isinstance(x, DataLoader) and not x.num_workers else x for x in _and_items(value)]
         within = [x for x in held if isinstance(x, IterableDataset) and x is not source] if depth else []
@@ -98,6 +101,18 @@ def _is_iterator(value: Any) -> bool:
     """Whether it is an iterator that is not made in Python, such as a generator: these never start again."""
     python = isinstance(getattr(type(value), "__iter__", None), types.FunctionType)
     return isinstance(value, Iterator) and not isinstance(value, _ENDLESS) and not python
+
+
+def sought(source: Any, value: Any) -> bool:
+    """Whether a value is or reads a file that the passes over an object that holds it set to another place."""
+    return "seek" in _names(type(source))[0] and _reads_file(value)
+
+
+def _reads_file(value: Any) -> bool:
+    if isinstance(value, io.IOBase):
+        return True
+    parts = vars(value).values() if isinstance(value, csv.DictReader) else gc.get_referents(value)
+    return isinstance(value, (tuple, *_FOLLOWS)) and any(map(_reads_file, parts))
 
 
 def gives_itself(kind: type) -> bool:

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_cf.errors import ContinualError, DataWarning, warn
+from lightning_cf.network.forward import attributes, tensors_of
 from lightning_cf.tasks.copies import copied, twin_of
 from lightning_cf.tasks.reading import flat, several
-from lightning_cf.tasks.shared_iterators import gives_back, gives_itself, queue_of, read_by, shared
+from lightning_cf.tasks.shared_iterators import gives_back, gives_itself, queue_of, read_by, shared, sought
 from lightning_cf.utilities.randomness import isolated_generators, seed_all
 
 _NOTHING = "a second pass over it gives nothing"
@@ -138,7 +139,7 @@ def _looked_at(loader: Any, source: Any) -> Passes:
     if gives_itself(kind):
         return Passes(f"{kind.__name__}.__iter__ gives the object as it stands")
     for name, value in read_by(source):
-        if gives_itself(type(value)) and copied(value) is None:
+        if gives_itself(type(value)) and copied(value) is None and not sought(source, value):
             return Passes(f"{kind.__name__}.{name} is a {type(value).__name__}, which all passes go on with")
     with isolated_generators():
         first, second = _begun(loader), _begun(loader)
@@ -204,8 +205,13 @@ def _alike(one: Any, other: Any) -> bool:
     """Whether two batches are the same."""
     if isinstance(one, Sequence) and isinstance(other, Sequence) and len(one) != len(other):
         return False
-    a, b = tree_leaves(one), tree_leaves(other)
+    a, b = _parts(one), _parts(other)
     return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _parts(batch: Any) -> list[Any]:
+    """What is in a batch, of its objects the tensors."""
+    return [*tensors_of(batch), *(x for x in tree_leaves(batch) if not isinstance(x, Tensor) and not attributes(x))]
 
 
 def _same(x: Any, y: Any) -> bool:

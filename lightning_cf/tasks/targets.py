@@ -7,12 +7,12 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, Integer
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.finite import stored
+from lightning_cf.network.forward import tensors_of
 from lightning_cf.tasks.declared import Declared
 
 IGNORED = -100
@@ -130,14 +130,22 @@ def left_out(task: Declared, module: nn.Module | None = None) -> set[int]:
     return found
 
 
-def strange(labels: Int64[Tensor, "_"], classes: Collection[int], besides: Collection[int]) -> list[int]:
+def strange(labels: Integer[Tensor, "_"], classes: Collection[int], besides: Collection[int]) -> list[int]:
     """Labels that are no class of the task and are not left out, in order."""
     return sorted(set(labels.tolist()) - set(classes) - set(besides))
 
 
+def renumbered(task: Declared, labels: Int64[Tensor, "samples"] | None, target: Tensor) -> bool:
+    """Whether targets are classes of the task, and the labels of the batch that they are computed from are not."""
+    if task.classes is None or labels is None or target.is_floating_point():
+        return False
+    ignored = left_out(task)
+    return bool(strange(labels, task.classes, ignored)) and not strange(target.flatten(), task.classes, ignored)
+
+
 def finite(batch: Any) -> bool:
     """Whether all numbers of a batch are finite."""
-    numbers = (x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.is_floating_point())
+    numbers = (x for x in tensors_of(batch) if x.is_floating_point())
     return all(bool(stored(x).isfinite().all()) for x in numbers)
 
 

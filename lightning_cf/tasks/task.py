@@ -157,14 +157,16 @@ class Task(LightningDataModule):
     def check_data(self) -> Any:
         """Raises ContinualError if the task has no training data that can be read again; returns the first batch."""
         for batch in self.task_loaders.training():
-            self._check_labels(batch)
+            if self.evaluate is supervised or self.task_loaders.place_of_targets is not None:
+                self.check_labels(batch)  # else it may number them anew
             return batch
         raise ContinualError(
             f"Task '{self.name}' has no training data: its train_dataloader() yields no batch with samples. Check the"
             " data set's length, its filter of classes, and drop_last with the batch size."
         )
 
-    def _check_labels(self, batch: Any) -> None:
+    def check_labels(self, batch: Any) -> None:
+        """Raises ContinualError for a batch with labels that are no classes of the task's."""
         labels = self.task_loaders.labels_of(batch)
         found = [] if self.classes is None or labels is None else strange(labels, self.classes, left_out(self))
         if found:

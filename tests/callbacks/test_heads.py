@@ -64,6 +64,29 @@ def still():
     return Task("still", {"train": loader, "val": loader}, classes=[0, 1])
 
 
+class Halving(Own):
+    """Writes into its batch."""
+
+    def training_step(self, batch, batch_idx):
+        batch[0].div_(2)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_head_over_changed_inputs_gets_the_batch_as_it_came():
+    seen = []
+
+    def evaluate(module, batch):
+        if torch.is_grad_enabled():
+            seen.append(batch[0][:32].clone())
+        return module(batch[0].div_(2)), batch[1]
+
+    task = still()
+    task.evaluate = evaluate
+    steps(Halving(), task, "neither")
+    (x,) = seen
+    assert torch.equal(x, task.data.train_dataloader().dataset.tensors[0][:32])
+
+
 def steps(module, task, strategy, count=1, **options):
     """The tensors after some batches of LEARN."""
     with warnings.catch_warnings():

@@ -1,6 +1,8 @@
 """What forward passes and `evaluate=` do besides predicting, while we look: each look is as if it were the only one."""
 
 from collections import UserDict
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_cf import Task
+from lightning_cf.network.forward import in_precision_of
+from lightning_cf.tasks.reading import empty
+from lightning_cf.tasks.targets import finite
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no claim within the budget")
 
@@ -60,6 +65,55 @@ def test_evaluate_may_take_from_its_batch_and_write_into_it(kind, evaluate):
         return kind(x=torch.stack(x), labels=torch.stack(labels))
 
     fitted(Named(), collate, evaluate)
+
+
+@dataclass
+class Record:
+    x: torch.Tensor
+    labels: torch.Tensor
+
+
+class Movable:
+    """What moves itself."""
+
+    def __init__(self, x, labels):
+        self.x, self.labels = x, labels
+
+    def to(self, device):
+        return Movable(self.x.to(device), self.labels.to(device))
+
+
+class Attributes(toys.Net):
+    def training_step(self, batch, batch_idx):
+        batch.x -= 1
+        return self.loss(self(batch.x), batch.labels)
+
+    validation_step = None
+
+
+def takes(net, batch):
+    batch.x -= 1
+    x = batch.x
+    del batch.x
+    return net(x), batch.labels
+
+
+@pytest.mark.parametrize("kind", [Record, Movable, SimpleNamespace])
+def test_evaluate_may_take_from_an_object_and_write_into_it(kind):
+    def collate(samples):
+        x, labels = zip(*samples, strict=True)
+        return kind(x=torch.stack(x), labels=torch.stack(labels))
+
+    fitted(Attributes(), collate, takes)
+
+
+def test_what_an_object_keeps_is_converted_and_looked_at_as_a_pair_is():
+    batch = Record(torch.ones(3, 6, dtype=torch.float64), torch.tensor([0, 1, 1]))
+    assert in_precision_of(toys.Net(), batch).x.dtype == torch.float32
+    assert finite(batch)
+    batch.x[0] = torch.nan
+    assert not finite(batch)
+    assert empty(Record(torch.ones(0, 6), torch.ones(0)))
 
 
 def test_evaluate_may_pop_from_a_list():

@@ -1,13 +1,15 @@
 """A task that was refused leaves nothing behind: once it is corrected, it is met as if for the first time."""
 
+from functools import partial
+
 import pytest
 import torch
 from clouds import Net, loaders, points
-from learning import fit, three
+from learning import fit, quiet_trainer, three
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_cf import ContinualError, ContinualModule, Task
+from lightning_cf import ContinualError, ContinualModule, SequentialTaskRunner, Task
 from lightning_cf.learner.keeping import ledger_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -100,3 +102,49 @@ def test_a_learned_task_keeps_its_outputs_whatever_one_of_its_name_says():
     for name in "ab":
         refused(module, cloud(name, [6, 7], [6, 7]), "was learned before and its units are sealed")
     assert module.ledger.reserved == {"a": [2, 3], "b": [4, 5]}
+
+
+def run(module, tasks, root, **options):
+    make = partial(quiet_trainer, logger=False)
+    SequentialTaskRunner(module, tasks, trainer=make, epochs=1, invariance_epochs=1, root=root, **options).run()
+
+
+def misjudged(name, classes, data):
+    """A task whose validation labels are of another one."""
+    train, val = loaders(*points(classes)), loaders(*points(data))
+    return Task(name, {"train": train["train"], "val": val["val"]}, classes=classes)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, ContinualModule])
+def test_a_refused_runner_leaves_its_module_as_it_was(wrap, tmp_path):
+    module = wrap(Net())
+    with pytest.raises(ContinualError, match="holds label 5"):
+        run(module, [cloud("a", [0, 1], [0, 1]), misjudged("b", [0, 1], [0, 5])], tmp_path, isolation="perturb")
+    assert ledger_of(module) is None
+    assert module.c.weight.shape == (10, 32)
+    fit(module, cloud("first", [4, 5], [4, 5]), three(), epochs=1)
+    ledger = ledger_of(module)
+    assert ledger.isolation == "exact"
+    assert ledger.reserved == {"first": [4, 5]}
+
+
+def test_a_refused_runner_leaves_what_was_learned_before(tmp_path):
+    module = Net()
+    fit(module, cloud("a", [0, 1], [0, 1]), three(), epochs=1)
+    with pytest.raises(ContinualError, match="holds label 5"):
+        run(module, [cloud("b", [2, 3], [2, 3]), misjudged("c", [6, 7], [6, 5])], tmp_path)
+    ledger = ledger_of(module)
+    assert ledger.reserved == {"a": [0, 1]}
+    assert [task.name for task in ledger.tasks] == ["a"]
+
+
+def test_fits_after_a_refused_runner_install_what_they_installed(tmp_path):
+    wrapped, plain = ContinualModule(Net()), Net()
+    for module in (wrapped, plain):
+        with pytest.raises(ContinualError, match="holds label"):
+            run(module, [misjudged("a", [0, 1], [6, 5])], tmp_path)
+        fit(module, cloud("a", [0, 1], [0, 1]), [], epochs=1)
+    assert [task.name for task in ledger_of(wrapped).tasks] == ["a"]
+    assert ledger_of(plain) is None
+    fit(ContinualModule(plain), cloud("a", [0, 1], [0, 1]), [], epochs=1)
+    assert [task.name for task in ledger_of(plain).tasks] == ["a"]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, TensorDataset, WeightedRandomSampler, random_split
 from torchmetrics.classification import MulticlassF1Score
 
-from lightning_cf import ContinualError, InvarianceCallback, PartitionCallback, RunWarning, Task
+from lightning_cf import ContinualError, InvarianceCallback, PartitionCallback, RunWarning, SequentialTaskRunner, Task
 from lightning_cf.sequence.comparison import VARIABLE, differences
 from lightning_cf.utilities.content import content_sha256
 from lightning_cf.utilities.describing import describe
@@ -536,3 +536,19 @@ def test_objects_that_know_one_another_are_described_in_no_time():
     assert len(text) < 100_000
     assert text == json.dumps(describe(others[0]))
     assert json.loads(text)["number"] == 0
+
+
+class Unready(Net):
+    """Whose optimiser cannot be made."""
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=-1.0)
+
+
+def test_a_run_that_failed_before_it_trained_leaves_its_folder_to_a_corrected_one(tmp_path):
+    make = partial(quiet_trainer, logger=False)
+    options = {"trainer": make, "epochs": 1, "invariance_epochs": 1, "root": tmp_path}
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        SequentialTaskRunner(net(kind=Unready), pair(), **options).run()
+    result = SequentialTaskRunner(net(), pair(), **options).run()
+    assert len(result.accuracy.matrix) == 2

@@ -1,4 +1,5 @@
 import copy
+import csv
 import itertools
 import json
 import multiprocessing
@@ -397,6 +398,56 @@ def test_a_generator_that_takes_from_a_queue_for_ever_is_refused_unread():
     data.samples = taken(waiting)
     assert "samples is a generator, which all passes go on with" in reads_once(DataLoader(data, 8))
     assert waiting.qsize() == 16
+
+
+class Lines(IterableDataset):
+    """Reads the lines of a file by something that it keeps."""
+
+    def __init__(self, file, by):
+        self.file, self.lines = file, by(file)
+
+    def __iter__(self):
+        self.file.seek(0)
+        return self.rows()
+
+    def rows(self):
+        for line in self.lines:
+            values = list(line.values() if isinstance(line, dict) else line)
+            yield torch.tensor([float(x) for x in values[:6]]), torch.tensor(int(values[6]))
+
+
+class GoesOnReading(Lines):
+    def __iter__(self):
+        return self.rows()
+
+
+def cut(line):
+    return line.split(",")
+
+
+LINES = [csv.reader, partial(csv.DictReader, fieldnames="abcdefg"), partial(map, cut)]
+
+
+@pytest.fixture
+def written(tmp_path):
+    x, y = numbers()
+    np.savetxt(tmp_path / "lines", torch.column_stack([x, y]), fmt="%g", delimiter=",")
+    with (tmp_path / "lines").open() as file:
+        yield file
+
+
+@pytest.mark.parametrize("by", LINES)
+def test_lines_of_a_file_that_each_pass_sets_to_its_beginning_are_read_again(by, written):
+    net = Net()
+    fit(net, Task("a", {"train": DataLoader(Lines(written, by), 16), "val": loader()}, classes=[0, 1]), max_epochs=3)
+    assert net.steps == 12
+
+
+@pytest.mark.parametrize("by", LINES)
+def test_lines_of_a_file_that_goes_on_are_refused_unread(by, written):
+    data = GoesOnReading(written, by)
+    assert "which all passes go on with" in reads_once(DataLoader(data, 16))
+    assert written.tell() == 0
 
 
 def test_a_cursor_that_is_not_executed_anew_is_refused_unread():

@@ -233,7 +233,7 @@ def other(y):
     [
         (rows(), rows(other), "batch 2 of its judging data holds label 3, for which its predictions .* hold no output"),
         (rows(other), rows(), "batch 2 of its training data holds label 3; correct"),
-        (rows(lambda y: y + 2), rows(), "batch 0 of its training data holds label 2; correct"),
+        (rows(lambda y: y + 2), rows(), "but its data holds label 2; correct"),
     ],
     ids=["validation", "training", "all of training"],
 )
@@ -447,12 +447,14 @@ def test_a_metric_that_tells_networks_apart_is_not_warned_of(recwarn):
     assert not [each for each in recwarn if issubclass(each.category, DataWarning)]
 
 
-def test_judging_data_of_one_class_are_said():
-    x, y = numbers()
+@pytest.mark.parametrize(("size", "batch"), [(64, 16), (6000, 1400)])
+def test_judging_data_of_one_class_are_said(size, batch):
+    x, y = numbers(size)
     order = y.argsort(stable=True)
-    task = Task("a", {"train": loader(), "val": of(x[order], y[order])}, classes=[0, 1])
-    with pytest.warns(DataWarning, match=r"but the 32 samples that judge its partition are all of class 0: the others"):
-        fit(Net(), task, limit_val_batches=2)
+    task = Task("a", {"train": loader(), "val": of(x[order], y[order], batch)}, classes=[0, 1])
+    told = rf"but the {2 * batch} samples that judge its partition are all of class 0: the others"
+    with pytest.warns(DataWarning, match=told):
+        fit(Net(), task, limit_val_batches=2, max_epochs=1)
 
 
 def test_an_evaluate_may_number_labels_anew():
@@ -629,3 +631,59 @@ def test_data_of_empty_batches_alone_are_refused(stage, message, nothing):
     with pytest.raises(ContinualError, match=message):
         fit(net, Task("a", {"train": loader(), "val": loader(), stage: without(range(64), nothing)}, classes=[0, 1]))
     assert net.steps == 0
+
+
+class Numbered(Net):
+    """Learns labels as it numbers them itself."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        return self.loss(self(batch[0]), self.number(batch[1]))
+
+    validation_step = None
+
+
+def from_hundred(y):
+    return y - 100
+
+
+def in_place(y):
+    return y.sub_(100)
+
+
+def fives(y):
+    return y.div(5, rounding_mode="floor")
+
+
+@pytest.mark.parametrize(
+    ("number", "change"),
+    [(from_hundred, lambda y: y + 100), (in_place, lambda y: y + 100), (fives, lambda y: 7 * y)],
+)
+@pytest.mark.filterwarnings("error::lightning_cf.errors.DataWarning")
+def test_labels_that_evaluate_numbers_anew_are_classes_by_their_new_numbers(number, change):
+    x, y = numbers(64)
+    data = TensorDataset(x, change(y))
+    loaders = {stage: DataLoader(data, 16) for stage in ("train", "val")}
+    task = Task("a", loaders, classes=[0, 1], evaluate=lambda net, batch: (net(batch[0]), number(batch[1])))
+    net = Numbered(number)
+    fit(net, task, max_epochs=3)
+    assert (net(x)[:, :2].argmax(1) == y).float().mean() > 0.9
+
+
+def test_a_label_that_evaluate_makes_no_class_is_refused():
+    data = TensorDataset(numbers(64)[0], numbers(64)[1] + 100)
+    loaders = {stage: DataLoader(data, 16) for stage in ("train", "val")}
+    task = Task("a", loaders, classes=[0, 1], evaluate=lambda net, batch: (net(batch[0]), batch[1] - 99))
+    with pytest.raises(ContinualError, match=r"declares classes \[0, 1\], but its data holds label 10[01]; correct"):
+        fit(Net(), task)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32])
+def test_labels_without_a_sign_are_scored(dtype):
+    data = TensorDataset(numbers(64)[0], numbers(64)[1].to(dtype))
+    loaders = {stage: DataLoader(data, 16) for stage in ("train", "val")}
+    fit(Numbered(torch.Tensor.long), Task("a", loaders, classes=[0, 1]), max_epochs=1)
