@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -36,10 +37,12 @@ def predict_any(
         among: names of the tasks that the inputs can be of, or the one task's; default all that were learned.
 
     Raises:
-        ContinualError: if no task was learned that can be inferred, or a name is not one of these.
+        ContinualError: if no task was learned that can be inferred, a name is not one of these, or the forward pass
+            takes other inputs.
     """
     ledger, inference = _known(module)
     x = as_called(module, in_precision_of(module, x), nested=inference.nested)
+    _check_call(module, x)
     chosen = _positions(inference, among)
     turned = any(task.sites.turned for task in inference.tasks)
 
@@ -92,6 +95,21 @@ def _known(module: LightningModule) -> tuple[NeuronLedger, TaskInference]:
             " forward(self, x): it takes a batch of inputs and computes the outputs of all tasks."
         )
     return ledger, inference
+
+
+def _check_call(module: LightningModule, x: Any) -> None:
+    """Raises ContinualError where a module's forward pass takes more inputs than these, or fewer."""
+    parts = x if isinstance(x, tuple) else (x,)
+    try:
+        inspect.signature(module.forward).bind(*parts)
+    except TypeError as error:
+        raise ContinualError(
+            f"{type(module).__name__}.forward does not take what it is to predict for: {error}."
+            " Give all that forward takes, several in a tuple: predict((x, y)). What only a loss reads, such as labels,"
+            " may have a default: forward(self, x, y=None)."
+        ) from error
+    except ValueError:  # nothing says what it takes
+        pass
 
 
 def _positions(inference: TaskInference, among: str | Sequence[str] | None) -> list[int] | None:
