@@ -16,6 +16,7 @@ from lightning_cf.learner.nameless import forward_is_told
 from lightning_cf.learner.rehearsal import rehearse
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule
+from lightning_cf.network.foreign_heads import idle_heads, of_idle
 from lightning_cf.network.forward import eval_mode
 from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, check_strategies, read
 from lightning_cf.task_inference.strategies import CHOICES, NEEDS, Keep
@@ -131,6 +132,9 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     bare = bare_heads(state)
     if bare:
         return f"the output layer '{bare[0]}' has no weight of its own.", []
+    if idle := idle_heads(module, state.structure, state.example, state.forward):
+        state.tell(f"No task is inferred: {of_idle(idle[0])}")
+        return of_idle(idle[0]), []
     with eval_mode(module), torch.no_grad(), isolated_generators():
         batch = first_batch(module, task)
         watched = watch_task(module, task, state, batch)
