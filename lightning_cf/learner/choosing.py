@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,8 +147,8 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
         return f"no forward pass computes the outputs of all tasks: '{readout.missing[0]}' does not run.", []
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
     pair = pair and not task.task_loaders.side_by_side  # else a training step's batch is no pair
-    if positions_of(task.classes, target, len(predictions)) is None:
-        return f"{why_no_labels(task, target, len(predictions))}", []
+    if reason := _why_no_rows(state, task, target, len(predictions), len(readout.outputs)):
+        return reason, []
     has = {"": True, "inputs": sites.inputs is not None, "hidden": bool(sites.hidden)}
     has["frozen"] = has["hidden"] and state.ledger.exact
     # A layer that reads a sample in pieces, such as row by row, shows no row of values a sample.
@@ -162,6 +163,17 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     has["samples"] = bool(sites.hidden) and x.ndim > 1 and x[0].numel() > 1
     has["square"] = has["samples"] and x.ndim > 2 and x.shape[-1] == x.shape[-2]
     return "", [name for name, strategy in STRATEGIES.items() if has[strategy.needs]]
+
+
+def _why_no_rows(state: ContinualState, task: Task, target: Any, scored: int, rows: int) -> str:
+    """Why targets do not say what each row of outputs is, if so."""
+    if positions_of(task.classes or [], target, scored) is None:
+        return why_no_labels(task, target, scored)
+    if scored == rows:
+        return ""
+    reason = f"evaluate= of task '{task.name}' scores {scored} of {rows} rows of outputs."
+    state.tell(f"No task is inferred: {reason}")
+    return reason
 
 
 def prepare(
