@@ -178,10 +178,17 @@ def _check_branches(module: nn.Module, structure: Structure, example: Any, forwa
     unseen = [n for n, p in module.named_parameters() if p.requires_grad and n not in structure.entries]
     if unseen:
         layers = list(dict.fromkeys(map(layer_of, unseen)))
+        tried = all(branch.operation in OPERATIONS for branch in structure.branches)
+        if tried and decides_nothing(module, example, forward):
+            return (
+                f"{_looks(found)}. With other numbers in their place every output stayed the same, and"
+                f" {_names(layers)} did not run either, so what is read is taken to be looked at only, as for a log."
+            )
         raise StructureError(
             f"isolation='exact' cannot hold: {_looks(found)}, and {_names(layers)} did not run for the samples that"
             " were followed, so nobody knows what these layers read. Run every branch and choose with torch.where, or"
-            " run them all for the trace (evaluate= of a Task, forward= of trace); or use isolation='perturb'."
+            " run them all for the trace (evaluate= of a Task, forward= of trace); take layers out that never run; or"
+            " use isolation='perturb'."
         )
     count = next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.ndim), 0)
     for start in range(2, min(count, 2 * PATHS), 2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from lightning_cf.learner.nameless import forward_is_told
 from lightning_cf.learner.rehearsal import rehearse
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.lightning_api import LightningModule
+from lightning_cf.network.foreign_heads import idle_heads, of_idle
 from lightning_cf.network.forward import eval_mode
-from lightning_cf.task_inference import STRATEGIES, Sites, TaskInference, check_strategies, read
+from lightning_cf.task_inference import STRATEGIES, Readout, Sites, TaskInference, check_strategies, read
+from lightning_cf.task_inference.sites import Watched
 from lightning_cf.task_inference.strategies import CHOICES, NEEDS, Keep
 from lightning_cf.task_inference.trained import changes_input, trained_heads
 from lightning_cf.tasks.evaluation import predict
@@ -131,6 +134,9 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     bare = bare_heads(state)
     if bare:
         return f"the output layer '{bare[0]}' has no weight of its own.", []
+    if idle := idle_heads(module, state.structure, state.example, state.forward):
+        state.tell(f"No task is inferred: {of_idle(idle[0])}")
+        return of_idle(idle[0]), []
     with eval_mode(module), torch.no_grad(), isolated_generators():
         batch = first_batch(module, task)
         watched = watch_task(module, task, state, batch)
@@ -141,24 +147,44 @@ def _possible(module: LightningModule, state: ContinualState, task: Task) -> tup
     if readout.missing:
         state.tell("No task is inferred: no pass by which a task is scored runs the output layers of all tasks.")
         return f"the output layer '{readout.missing[0]}' does not run where task '{task.name}' is scored.", []
+    if reason := _why_no_rows(state, task, target, len(predictions), len(readout.outputs)):
+        return reason, []
+    has = _shown(state, task, batch, (sites, readout, watched), len(predictions))
+    return "", [name for name, strategy in STRATEGIES.items() if has[strategy.needs]]
+
+
+def _shown(
+    state: ContinualState, task: Task, batch: Any, seen: tuple[Sites, Readout, Watched], samples: int
+) -> dict[str, bool]:
+    """Which of the needs of strategies a network and the batches of its task meet."""
+    sites, readout, watched = seen
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)
     pair = pair and not task.task_loaders.side_by_side  # else a training step's batch is no pair
-    if positions_of(task.classes, target, len(predictions)) is None:
-        return f"{why_no_labels(task, target, len(predictions))}", []
     has = {"": True, "inputs": sites.inputs is not None, "hidden": bool(sites.hidden)}
     has["frozen"] = has["hidden"] and state.ledger.exact
     # A layer that reads a sample in pieces, such as row by row, shows no row of values a sample.
     one_row = sites.inputs in readout.given
     has["first"] = one_row and bool(sites.hidden) and sites.hidden[0].producer == sites.inputs
     # The heads train on the labels in the batch, whatever the task's evaluate= makes of them.
-    pair = pair and positions_of(task.classes, batch[1], len(predictions)) is not None
+    pair = pair and positions_of(task.classes or [], batch[1], samples) is not None
     has["chain"] = one_row and bool(sites.chain) and pair and len(sites.hidden) >= len(sites.chain)
     hooked = {sites.inputs, *(site.weight for site in sites.hidden[: len(sites.chain)])}
     has["chain"] = has["chain"] and hooked <= watched.hooked
-    x = batch[0] if pair and isinstance(batch[0], Tensor) and len(batch[0]) == len(predictions) else torch.empty(0)
+    x = batch[0] if pair and isinstance(batch[0], Tensor) and len(batch[0]) == samples else torch.empty(0)
     has["samples"] = bool(sites.hidden) and x.ndim > 1 and x[0].numel() > 1
     has["square"] = has["samples"] and x.ndim > 2 and x.shape[-1] == x.shape[-2]
-    return "", [name for name, strategy in STRATEGIES.items() if has[strategy.needs]]
+    return has
+
+
+def _why_no_rows(state: ContinualState, task: Task, target: Any, scored: int, rows: int) -> str:
+    """Why targets do not say what each row of outputs is, if so."""
+    if positions_of(task.classes or [], target, scored) is None:
+        return why_no_labels(task, target, scored)
+    if scored == rows:
+        return ""
+    reason = f"evaluate= of task '{task.name}' scores {scored} of {rows} rows of outputs."
+    state.tell(f"No task is inferred: {reason}")
+    return reason
 
 
 def prepare(

@@ -37,12 +37,13 @@ def predict_any(
         among: names of the tasks that the inputs can be of, or the one task's; default all that were learned.
 
     Raises:
-        ContinualError: if no task was learned that can be inferred, or a name is not one of these.
+        ContinualError: if no task was learned that can be inferred, a name is not one of these, or the forward pass
+            takes other inputs.
     """
     ledger, inference = _known(module)
     x = as_called(module, in_precision_of(module, x), nested=inference.nested)
+    _check_call(module, x)
     chosen = _positions(inference, among)
-    _check_arguments(module, x)
     turned = any(task.sites.turned for task in inference.tasks)
 
     def found_of(x: Any) -> Prediction:
@@ -96,19 +97,20 @@ def _known(module: LightningModule) -> tuple[NeuronLedger, TaskInference]:
     return ledger, inference
 
 
-def _check_arguments(module: LightningModule, x: Any) -> None:
-    """Raises ContinualError for an input that is not all that the forward pass takes."""
+def _check_call(module: LightningModule, x: Any) -> None:
+    """Raises ContinualError for an input that is not all that the forward pass takes, or more."""
     parts = x if isinstance(x, tuple) else (x,)
     try:
         inspect.signature(module.forward).bind(*parts)
     except TypeError as error:
         raise ContinualError(
             f"Predictions without a task's name run the forward pass of {type(module).__name__} on x, which it cannot:"
-            f" {error}. Give all that it takes, as a tuple. If it takes the task's name, name the task instead and read"
-            " its outputs, which outputs_of(NAME) of a ContinualModule numbers."
+            f" {error}. Give all that forward takes, several in a tuple: predict((x, y)). What only a loss reads, such"
+            " as labels, may have a default: forward(self, x, y=None). If it takes the task's name, name the task"
+            " instead and read its outputs, which outputs_of(NAME) of a ContinualModule numbers."
         ) from error
     except ValueError:  # as where it is no function of Python's
-        return
+        pass
 
 
 def _positions(inference: TaskInference, among: str | Sequence[str] | None) -> list[int] | None:

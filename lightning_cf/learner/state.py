@@ -19,7 +19,7 @@ from lightning_cf.functional.showing import view_of
 from lightning_cf.invariance.disturbance import Disturbance
 from lightning_cf.learner.ways import _alike, _batch, _check_known, _check_returned, _own_way, _same_way, _traced
 from lightning_cf.lightning_api import LightningModule
-from lightning_cf.network.foreign_heads import check_foreign_heads
+from lightning_cf.network.foreign_heads import check_foreign_heads, check_unmoved, idle_heads
 from lightning_cf.network.forward import Forward, samples
 from lightning_cf.network.kept_entries import Snapshot
 from lightning_cf.network.structure import Structure
@@ -55,7 +55,8 @@ class ContinualState:
         fitted: the task of the last fit, which holds that fit's Trainer.
         mixed: what mixes the columns of the network's outputs, so that only ``perturb`` works; empty if nothing does.
         said: warnings about the network that were given.
-        checked: the structure whose output layers of other libraries' classes were looked at.
+        checked: the structure whose output layers were looked at.
+        idle: those of them that do not run themselves.
     """
 
     structure: Structure
@@ -78,6 +79,7 @@ class ContinualState:
     said: set[str] = field(default_factory=set)
     fitted: ReferenceType[Task] | None = None
     checked: Structure | None = None
+    idle: list[str] = field(default_factory=list)
 
     def set_mask_outputs(self, mask_outputs: bool) -> None:
         """Whether each task sees its own outputs only.
@@ -262,7 +264,10 @@ class ContinualState:
         ]
         if self.checked is not self.structure:
             check_foreign_heads(module, self.structure, self.example, self.forward)
+            self.idle = idle_heads(module, self.structure, self.example, self.forward)
             self.checked = self.structure
+        if self.idle:
+            self.tell(check_unmoved(self.idle[0], views))
         with view_of(module, self.structure, self.ledger, views) as view:
             self.shown = view
             try:
@@ -272,8 +277,6 @@ class ContinualState:
 
 
 _MIXED = "Or use isolation='perturb' with MaskedGradientCallback(mask_outputs=False)."
-
-
 _TRAVELLING = ("structure", "example", "forward", "mask_outputs", "start", "met", "mixed")
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from lightning_cf.errors import ContinualError, StructureError
 from lightning_cf.functional.phases import trace
@@ -75,7 +77,7 @@ def _way(module: LightningModule, task: Task) -> tuple[Any, Forward]:
     batch = first_batch(module, task)
     inputs = _inputs(module, task, batch)
     if task.evaluate is supervised and inputs is not None and required_arguments(module.forward) == 1:
-        return inputs, call
+        return _in_parts(module, task, inputs, call)
     _check_pairs(module, task, batch)
     example, evaluated = _scored(module, task, batch)
     if inputs is None or not _runs(module, inputs, call, 2):
@@ -88,13 +90,33 @@ def _own_way(module: LightningModule, task: Task) -> tuple[Any, Forward]:
     batch = task.check_data()
     _check_pairs(module, task, batch)
     if task.evaluate is supervised and required_arguments(module.forward) == 1:
-        return on_device(module, task, batch)[0], call
+        return _in_parts(module, task, on_device(module, task, batch)[0], call)
     return _scored(module, task, batch)
 
 
 def _scored(module: LightningModule, task: Task, batch: Any) -> tuple[Any, Forward]:
     """A batch, and what the task makes of it to be scored."""
-    return on_device(module, task, batch), lambda net, batch: checked_pair(task, task.evaluate(net, batch))[0]
+
+    def evaluated(net: nn.Module, batch: Any) -> Tensor:
+        return checked_pair(task, task.evaluate(net, batch))[0]  # type: ignore[arg-type]
+
+    return _in_parts(module, task, on_device(module, task, batch), evaluated)
+
+
+@dataclass
+class _Whole:
+    """A batch that is one thing, such as a graph with its adjacency: nothing cuts samples out of it."""
+
+    batch: Any
+
+
+def _in_parts(module: LightningModule, task: Task, example: Any, forward: Forward) -> tuple[Any, Forward]:
+    """An example of which a few samples do too; whole where it is no collection of samples and they do not."""
+    loader = task.task_loaders.given("train")["train"]
+    one = isinstance(loader, DataLoader) and loader.batch_size is None and loader.batch_sampler is None
+    if not one or _runs(module, example, forward, 2):
+        return example, forward
+    return _Whole(example), lambda net, whole: forward(net, fresh(on_device(module, task, whole.batch)))
 
 
 def _check_pairs(module: LightningModule, task: Task, batch: Any) -> None:

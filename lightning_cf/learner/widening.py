@@ -92,7 +92,8 @@ def grow(module: nn.Module, state: ContinualState, count: int) -> list[int]:
         raise ContinualError(
             f"ContinualModule adds columns to '{state.structure.head.name}' for a further task, but"
             f" {type(module).__name__} cannot run with {len(known) + count} of them: {str(error).rstrip('.')}. Give the"
-            " head as many columns as all tasks need, and each task outputs=[...] of its own."
+            " head as many columns as all tasks need, and each task outputs=[...] of its own; or let evaluate= of each"
+            " task return a head of its own alone."
         ) from error
     note_heads(state)
     return added

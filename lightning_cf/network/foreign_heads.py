@@ -1,16 +1,20 @@
-"""Output layers of classes that are not torch's own: whether what they give is one column a row of their weight."""
+"""Whether what output layers give is one column a row of their weight, of whatever class they are, and runs at all."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.network.forward import Forward, call
+from lightning_cf.network.forward import Forward, call, eval_mode, fresh, same_state, samples
 from lightning_cf.network.output_heads import column_axis, head_columns, is_known
 from lightning_cf.network.structure import Structure
 from lightning_cf.network.tracing.trace import traced_results
+from lightning_cf.utilities.randomness import isolated_generators
 
 
 def check_foreign_heads(module: nn.Module, structure: Structure, example: Any, forward: Forward = call) -> None:
@@ -43,3 +47,45 @@ def check_foreign_heads(module: nn.Module, structure: Structure, example: Any, f
                 " Linear or a convolution, or do without: MaskedGradientCallback(mask_outputs=False), in a loop of your"
                 " own no show(...)."
             )
+
+
+@torch.no_grad()
+def idle_heads(module: nn.Module, structure: Structure, example: Any, forward: Forward = call) -> list[str]:
+    """Output layers that do not run themselves: something else reads their weight, so nothing can be shown of them.
+
+    Args:
+        module: the network.
+        structure: of it.
+        example: an input to run it with.
+        forward: how to run it.
+    """
+    layers = {path: layer for path, layer in module.named_modules() if path in structure.head.layers}
+    ran: set[str] = set()
+    with ExitStack() as hooks, isolated_generators(), eval_mode(module), same_state(module):
+        for path, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(lambda *_, path=path: ran.add(path)))
+        forward(module, fresh(samples(module, example, 2)))
+    return [path for path in layers if path not in ran]
+
+
+def of_idle(head: str) -> str:
+    """Why nothing can be shown of an output layer that does not run itself, and what to do; for messages."""
+    return (
+        f"the output layer '{head}' does not run itself, since something else reads its weight. Let the forward pass"
+        f" call it, as self.{head}(x), or a layer of your own that holds the weight."
+    )
+
+
+def check_unmoved(head: str, views: Sequence[Sequence[tuple[int, int]]]) -> str:
+    """What it means for views of outputs that their layer does not run itself; for a warning.
+
+    Args:
+        head: the layer's path.
+        views: pairs (class, column).
+
+    Raises:
+        ContinualError: for a class that is to be seen where another column stands.
+    """
+    if any(at != column for view in views for at, column in view):
+        raise ContinualError(f"No column can be shown as another class: {of_idle(head)}")
+    return f"Outputs of other tasks are not masked: {of_idle(head)}"

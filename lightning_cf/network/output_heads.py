@@ -64,8 +64,9 @@ def _head(module: nn.Module, path: str) -> Head:
     weight = getattr(head, "weight", None)
     transposed = isinstance(head, nn.modules.conv._ConvTransposeNd)
     if head is None or not isinstance(weight, Tensor) or weight.ndim < 2 or transposed:
+        kind = "parameter of no layer" if head is None else type(head).__name__
         raise ContinualError(
-            f"The output head '{path}' is a {type(head).__name__}; outputs of their own for each task"
+            f"The output head '{path}' is a {kind}; outputs of their own for each task"
             " need a Linear or a convolution. Use MaskedGradientCallback(mask_outputs=False) to do without, in a loop"
             " of your own the columns of its output instead of show(...)."
         )

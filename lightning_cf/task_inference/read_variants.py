@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from lightning_cf.network.forward import fresh
+from lightning_cf.network.forward import eval_mode, fresh, same_state
 from lightning_cf.task_inference.readout import Readout, read
 from lightning_cf.task_inference.registry import STRATEGIES
 from lightning_cf.task_inference.sites import Sites
 from lightning_cf.task_inference.variants import changed
+from lightning_cf.utilities.randomness import isolated_generators, seed_all
 
 
 def variants_of(names: Sequence[str]) -> tuple[str, ...]:
@@ -85,6 +86,45 @@ def _sorted(x: Any) -> Any:
     """A dictionary in the order of its names, whoever made it; else what it is."""
     plain = type(x) is dict and all(isinstance(name, str) for name in x)
     return {name: x[name] for name in sorted(x)} if plain else x
+
+
+@torch.no_grad()
+def reads_all(module: nn.Module, run: Callable[[Any], Tensor], batch: Any) -> bool:
+    """Whether predictions hang on each tensor that the forward pass is given.
+
+    Not so on labels for a loss of its own, in whatever form they come. Each is tried with other numbers in its place.
+
+    Args:
+        module: the network.
+        run: gives predictions for a batch, by the module's forward pass.
+        batch: of the task's data.
+    """
+    count = 0
+
+    def found(place: int | None = None) -> Tensor:
+        def swap(_: nn.Module, *given: Any) -> Any:
+            nonlocal count
+            leaves, form = tree_flatten(given)
+            places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+            count = len(places)
+            if place is not None:
+                leaf = leaves[places[place]]
+                leaves[places[place]] = (leaf == 0).to(leaf.dtype)
+            return tree_unflatten(leaves, form)
+
+        seed_all(0)
+        with module.register_forward_pre_hook(swap, with_kwargs=True):
+            return run(fresh(batch))
+
+    def hangs(place: int) -> bool:
+        try:
+            return not torch.equal(found(place), plain)
+        except Exception:  # whatever a forward pass raises for such numbers, such as samples of length 0
+            return True
+
+    with isolated_generators(), eval_mode(module), same_state(module):
+        plain = found()
+        return count < 2 or all(map(hangs, range(count)))
 
 
 def input_of(module: nn.Module, batch: Any, *, nested: bool = False) -> Any:

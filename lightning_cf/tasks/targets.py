@@ -68,7 +68,8 @@ def place_of(target: Tensor, batch: Any) -> Place | None:
     ('labels',)
     """
     if isinstance(batch, Tensor):
-        same = batch.data_ptr() == target.data_ptr() and batch.dtype == target.dtype
+        plain = batch.layout == target.layout == torch.strided  # a sparse one has no place in memory of its own
+        same = plain and batch.data_ptr() == target.data_ptr() and batch.dtype == target.dtype
         return () if same and batch.numel() == target.numel() > 0 else None
     for key, part in _parts(batch):
         found = place_of(target, part)

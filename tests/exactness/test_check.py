@@ -256,6 +256,20 @@ def test_a_layer_that_the_input_chooses_and_that_did_not_run_is_refused():
         check(network, torch.randn(16, 6))
 
 
+def test_a_number_of_the_input_that_is_only_looked_at_leaves_a_layer_that_never_runs_alone():
+    class Looked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.spare, self.c = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            self.largest = x.max().item()  # to be shown in a report
+            return self.c(self.a(x).relu())
+
+    with pytest.warns(StructureWarning, match=r"every output stayed the same, and 'spare' did not run either"):
+        check(Looked(), torch.randn(6, 4))
+
+
 def test_another_way_through_the_layers_that_a_later_sample_takes_is_refused():
     def wire(net, x):
         z = net.first(x).relu()

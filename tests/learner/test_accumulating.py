@@ -218,6 +218,62 @@ def test_no_feature_is_made_of_labels_that_forward_gets_too():
     assert torch.equal(other.probabilities, found.probabilities)
 
 
+class WithLabels(Net):
+    """Its forward pass gives a loss and scores, as published modules have it."""
+
+    def forward(self, x, y=None):
+        scores = super().forward(x)
+        labels = None if y is None else y.argmax(1) if y.shape[1:] == (10,) else y.flatten().long()
+        return None if y is None else F.cross_entropy(scores, labels), scores
+
+    def training_step(self, batch, batch_idx):
+        return self(*batch)[0]
+
+
+FORMS = {
+    "one-hot": (lambda y: F.one_hot(y, 10).float(), lambda y: y.argmax(1)),
+    "a column of floats": (lambda y: y.float()[:, None], lambda y: y.squeeze(1).long()),
+    "other whole numbers": (lambda y: y.int(), lambda y: y.long()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_labels_that_forward_gets_in_another_form_are_no_features(form):
+    given, label = FORMS[form]
+    evaluate = lambda module, batch: (module(*batch)[1], label(batch[1]))  # noqa: E731
+    rows = {name: points(classes) for name, classes in (("a", [0, 1]), ("b", [7, 3]))}
+    sequence = [
+        Task(name, loaders(x, given(y)), classes=y.unique().tolist(), evaluate=evaluate)
+        for name, (x, y) in rows.items()
+    ]
+    module = learned(WithLabels(), sequence, epochs=3)
+    assert medium(module) == UNITS
+    x, y = points([7, 3], seed=5)
+    found = module.predict((x, given(y)), strategy="lda")
+    assert torch.equal(module.predict((x, given(0 * y)), strategy="lda").probabilities, found.probabilities)
+    assert torch.equal(module.predict(x, strategy="lda").classes, found.classes)
+
+
+def test_several_inputs_that_outputs_hang_on_are_features():
+    class Two(Net):
+        def forward(self, x, more):
+            return super().forward(x + more)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(*batch[:2]), batch[2])
+
+    def of(name, classes):
+        x, y = points(classes)
+        loader = DataLoader(list(zip(x / 2, x / 2, y, strict=True)), SIZE)
+        evaluate = lambda module, batch: (module(*batch[:2]), batch[2])  # noqa: E731
+        return Task(name, {"train": loader, "val": loader}, classes=classes, evaluate=evaluate)
+
+    module = learned(Two(), [of("a", [0, 1]), of("b", [7, 3])], epochs=3)
+    assert medium(module) == VALUES
+    with pytest.raises(ContinualError, match=r"missing a required argument: 'more'.*predict\(\(x, y\)\)"):
+        module.predict(points([0, 1])[0])
+
+
 def test_the_input_is_what_forward_is_given_out_of_a_dictionary():
     class Values(Net):
         def training_step(self, batch, batch_idx):

@@ -2,11 +2,12 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from learning import images, judged, predictions, quiet_trainer, three
+from learning import fit, images, judged, predictions, quiet_trainer, three
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -798,3 +799,54 @@ def test_outputs_that_are_products_with_an_embedding_are_refused_by_name():
         ContinualError, match=r"output head 'words' is a Embedding, which gives something else than one"
     ):
         learn(module, sequence()[:1], epochs=1)
+
+
+class Nodes(LightningModule):
+    """Graph convolutions over a graph that is a batch whole: features, adjacency, labels, and which nodes count."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(12, 24), nn.Linear(24, 24), nn.Linear(24, 10)
+
+    def forward(self, x, near):
+        hidden = (near @ self.second((near @ self.first(x)).relu())).relu()
+        return self.head(hidden)
+
+    def training_step(self, batch, batch_idx):
+        x, near, labels, chosen = batch
+        return nn.functional.cross_entropy(self(x, near)[chosen], labels[chosen])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.02)
+
+
+def graph(classes, *, sparse):
+    labels = torch.arange(60) % 4
+    g = torch.Generator().manual_seed(0)
+    x = 2 * torch.randn(4, 12, generator=g)[labels] + torch.randn(60, 12, generator=g)
+    near = torch.eye(60) + (torch.rand(60, 60, generator=g) < 0.1) * (labels[:, None] == labels)
+    near = near / near.sum(1, keepdim=True)
+    whole = (x, near.to_sparse() if sparse else near, labels, torch.isin(labels, torch.tensor(classes)))
+    return DataLoader([whole], batch_size=None)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize(("sparse", "wrap"), [(False, False), (True, False), (False, True)])
+def test_a_graph_that_is_a_batch_whole_is_learned(sparse, wrap):
+    """No samples can be cut out of it: what is near what would be another thing."""
+    module, before = Nodes(), None
+    module = ContinualModule(module) if wrap else module
+    evaluate = lambda net, batch: (net(batch[0], batch[1])[batch[3]], batch[2][batch[3]])  # noqa: E731
+    for name, classes in (("a", [0, 1]), ("b", [2, 3])):
+        loader = graph(classes, sparse=sparse)
+        task = Task(name, {"train": loader, "val": loader}, classes=classes, evaluate=evaluate)
+        says = pytest.warns(StructureWarning, match=r"scores 30 of 60 rows") if wrap else nullcontext()
+        with says:
+            fit(module, task, three(), epochs=30)
+        x, near, labels, chosen = loader.dataset[0]
+        logits = module.eval()(*graph([0, 1], sparse=sparse).dataset[0][:2])
+        own = module(x, near)[chosen][:, classes].argmax(1) + classes[0]
+        assert float((own == labels[chosen]).float().mean()) > 0.8
+        before = logits[:, :2] if before is None else before
+        assert torch.equal(logits[:, :2], before)

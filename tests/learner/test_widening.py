@@ -18,6 +18,7 @@ from lightning_cf import (
     LedgerWarning,
     MaskedGradientCallback,
     NeuronLedger,
+    StructureWarning,
     Task,
     TaskInferenceCallback,
     keep_ledger,
@@ -164,7 +165,9 @@ def test_a_network_that_cannot_run_with_more_columns_is_refused_and_stays_as_it_
     module, (first, second) = ContinualModule(Counts()), tasks(2)
     fit(module, first, three(max_claim=0.3), epochs=2)
     before = {name: tensor.clone() for name, tensor in module.named_parameters()}
-    with pytest.raises(ContinualError, match=r"adds columns to .* ContinualCounts cannot run with 4 of them: "):
+    with pytest.raises(
+        ContinualError, match=r"ContinualCounts cannot run with 4 of them: .*return a head of its own alone"
+    ):
         fit(module, second, three(), epochs=2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.named_parameters())
     assert module.network[-1].out_features == 2
@@ -439,3 +442,35 @@ def test_a_foreign_head_that_gives_something_else_than_its_rows_is_refused():
     with pytest.raises(ContinualError, match=r"'network\.3' is a Turned, which gives something else than one column"):
         fit(module, first, three(), epochs=1)
     fit(module, first, [*three()[:2], MaskedGradientCallback(mask_outputs=False)], epochs=1)
+
+
+class Apart(Classifier):
+    """A function reads its output layer's weight; the layer itself does not run."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU()))
+        self.head = nn.Linear(40, 10)
+
+    def forward(self, x):
+        return nn.functional.linear(self.network(x), self.head.weight, self.head.bias)
+
+
+@pytest.mark.filterwarnings("ignore:.*and so it is with random weights")
+def test_a_head_that_does_not_run_itself_is_told_where_it_cannot_mask():
+    module = Apart()
+    with pytest.warns(
+        StructureWarning, match=r"not masked: the output layer 'head' does not run itself.*self\.head\(x\)"
+    ):
+        fit(module, tasks(2)[0], three(), epochs=2)
+
+
+def test_a_head_that_does_not_run_itself_shows_no_class_at_another_column():
+    """Training would move what the first task owns, and scores would read it."""
+    module, sequence = ContinualModule(Apart()), permuted_tasks(images(), count=2, batch_size=32)
+    for task in sequence:
+        module.add_task(task)
+    with pytest.warns(StructureWarning):  # the first one's are where they are, and it is not inferred
+        fit(module, sequence[0], three(max_claim=0.5), epochs=2)
+    with pytest.raises(ContinualError, match=r"No column can be shown as another class: the output layer 'head'"):
+        fit(module, sequence[1], three(max_claim=0.5), epochs=2)

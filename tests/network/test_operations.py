@@ -22,6 +22,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:index_reduce")  # a beta functio
 aten = torch.ops.aten
 
 
+def packed_and_padded(x):
+    """Sequences, the first of which is whole, as recurrent layers take them and give them back."""
+    lengths = (x.shape[1] - torch.arange(len(x))).clamp_min(1)
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+    return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0]
+
+
 class Net(nn.Module):
     """One unit an element, an operation on them, and outputs that read all that it gives."""
 
@@ -121,6 +128,7 @@ EXACT = {
     "take": (ROW, lambda x: torch.take(x, torch.arange(x.numel()).reshape(x.shape).flip(1))),
     "tril": ((3, 3), lambda x: x.tril()),
     "triu": ((3, 3), lambda x: x.triu()),
+    "_pack_padded_sequence": (TOKENS, packed_and_padded),
     "unfold_copy": (ROW, lambda x: torch.unfold_copy(x, 1, 3, 1)),
     "unfold": (ROW, lambda x: x.unfold(1, 3, 2)),
     "unsafe_chunk": (ROW, lambda x: torch.unsafe_chunk(x, 2, 1)),

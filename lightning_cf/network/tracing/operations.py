@@ -13,7 +13,7 @@ from lightning_cf.network.tracing.rules.call import Rule
 from lightning_cf.network.tracing.rules.contractions import bilinear, contract, convolution, embedding
 from lightning_cf.network.tracing.rules.elementwise import as_complex, as_real, constant, fill, glu, pointwise, state
 from lightning_cf.network.tracing.rules.mixtures import along, col2im, sample, scatter, unpool, weight_norm, windows
-from lightning_cf.network.tracing.rules.movements import move
+from lightning_cf.network.tracing.rules.movements import move, pack
 from lightning_cf.network.tracing.rules.norms import batch_norm, group_norm, layer_norm
 from lightning_cf.network.tracing.rules.unknown import read, unite
 
@@ -21,6 +21,7 @@ aten = torch.ops.aten
 
 TABLE: dict[Any, Rule] = {
     # movements
+    aten._pack_padded_sequence: pack,
     aten._to_copy: move(),
     aten._unsafe_view: move(),
     aten.cat: move(),

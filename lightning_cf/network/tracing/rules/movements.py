@@ -49,6 +49,13 @@ def move(index: str | None = None) -> Rule:
     return rule
 
 
+def pack(tracer: Tracer, call: Call) -> None:
+    """Sequences of a batch, one step of all of them after the other; how many there are in each is a shape."""
+    move(index="lengths")(tracer, call)
+    for sizes in call.results[1:]:
+        tracer.shadows[sizes] = Shadow(sizes, torch.zeros(sizes.shape, dtype=torch.int64))
+
+
 def _run(call: Call, values: Callable[[Tensor], Tensor], fixed: Sequence[Tensor]) -> list[Tensor]:
     try:
         return call.run(values, fixed)
