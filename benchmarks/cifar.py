@@ -25,8 +25,9 @@ METHODS = {
 }
 """What the runner calls them."""
 
-BANKS = {"236_patches": 236, "70_patches": 70}
-"""Classifiers in closed form, and how many patches each looks at, beside the first task's units; the first predicts."""
+BANKS = {"236_patches": (236, 2), "134_patches": (134, (2, 1))}
+"""Classifiers in closed form: how many patches each looks at, in how many cells, beside the first task's units; the first
+predicts."""
 
 FIRST = 0.66
 """The first task's share of the units, at which these look; later tasks claim about a twelfth each."""
@@ -107,9 +108,10 @@ def run(options: Namespace, limit: int | None, method: str, seed: int) -> dict:
     tasks = split_tasks(splits, batch_size=100)
     torch.manual_seed(seed)
     module = Augmented(Network(), optimizer=partial(torch.optim.AdamW, lr=options.lr, weight_decay=0.001))
+    units = FirstUnits(2, mirrored=True, power=0.5)
     banks = [
-        Accumulated(name, features=PatchBank(filters, power=0.5) + FirstUnits(2, mirrored=True, power=0.5))
-        for name, filters in BANKS.items()
+        Accumulated(name, features=PatchBank(filters, grid=grid, power=0.5) + units)
+        for name, (filters, grid) in BANKS.items()
     ]
     rest = {"masking": cf.MaskedGradientCallback(mask_outputs=False)} if method.startswith("joint") else {}
     if METHODS[method] == "partition":

@@ -45,12 +45,13 @@ def images(count=6, channels=3, side=12, seed=0):
     return torch.rand(count, channels, side, side, generator=generator(seed))
 
 
-@pytest.mark.parametrize(("channels", "size", "grid"), [(3, 4, 2), (1, 3, 3)])
+@pytest.mark.parametrize(("channels", "size", "grid"), [(3, 4, (2, 2)), (1, 3, (3, 3)), (3, 6, (2, 1))])
 def test_a_bank_matches_each_patch_with_its_filters(channels, size, grid):
-    bank = PatchBank(5, size=size, grid=grid, threshold=0.2, mirrored=False)
+    given = grid if grid[0] != grid[1] else grid[0]
+    bank = PatchBank(5, size=size, grid=given, threshold=0.2, mirrored=False)
     x = images(4, channels)
     fixed = bank.begin(seen(images(50, channels, seed=1)), nowhere(), generator())
-    found = bank.of(fixed, seen(x), nowhere()).reshape(4, 2, 5, grid, grid)
+    found = bank.of(fixed, seen(x), nowhere()).reshape(4, 2, 5, *grid)
     places = x.shape[-1] - size + 1
     matches = torch.zeros(4, 5, places, places)
     for row in range(places):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -40,7 +42,7 @@ class PatchBank(Features):
     Args:
         filters: how many patches.
         size: of a patch, in pixels.
-        grid: cells along each side of the image.
+        grid: cells along each side of the image, or along its height and along its width.
         threshold: of a match.
         mirrored: whether to average over the image and its mirror image.
         power: to which the averages are raised; below 1, a few strong matches count for less (Perronnin et al. 2010).
@@ -51,14 +53,15 @@ class PatchBank(Features):
         filters: int = 200,
         *,
         size: int = 6,
-        grid: int = 2,
+        grid: int | tuple[int, int] = 2,
         threshold: float = 0.25,
         mirrored: bool = True,
         power: float = 1.0,
     ) -> None:
         self.filters = check_count("PatchBank", "filters", filters)
         self.size = check_count("PatchBank", "size", size)
-        self.grid = check_count("PatchBank", "grid", grid)
+        sides = grid if isinstance(grid, Sequence) and len(grid) == 2 else (grid, grid)
+        self.grid = tuple(check_count("PatchBank", "grid", cells) for cells in sides)
         self.threshold = check_number("PatchBank", "threshold", threshold, least=0.0)
         self.mirrored = check_flag("PatchBank", "mirrored", mirrored)
         self.power = check_number("PatchBank", "power", power, above=0.0)
@@ -124,8 +127,11 @@ def _matches(
     return F.conv2d(images, weight).mul_((variance + NOISE).rsqrt()).add_(bias[:, None, None])
 
 
-def _means(values: Float[Tensor, "batch filters rows columns"], grid: int) -> Float[Tensor, "batch filters _ _"]:
+def _means(
+    values: Float[Tensor, "batch filters rows columns"], grid: tuple[int, ...]
+) -> Float[Tensor, "batch filters _ _"]:
     """Over the cells of a grid, as ``adaptive_avg_pool2d`` has them, which takes longer."""
-    rows, columns = (F.adaptive_avg_pool1d(torch.eye(size).to(values), grid) for size in values.shape[2:])
+    sides = zip(values.shape[2:], grid, strict=True)
+    rows, columns = (F.adaptive_avg_pool1d(torch.eye(size).to(values), cells) for size, cells in sides)
     found: Tensor = rows.T @ (values @ columns)
     return found
