@@ -26,7 +26,7 @@ METHODS = {
 """What the runner calls them."""
 
 BANKS = {"236_patches": (236, 2), "134_patches": (134, (2, 1))}
-"""Classifiers in closed form: how many patches each looks at, in how many cells, beside the first task's units; the first
+"""Classifiers in closed form: how many patches each looks at, in which cells, beside the first task's units; the first
 predicts."""
 
 FIRST = 0.66
