@@ -139,20 +139,33 @@ def fresh(batch: Any, own: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
             objects, such as dataclasses, whose attributes are copied.
         own: gives what stands in a tensor's place.
     """
+    seen: dict[int, tuple[Any, Any]] = {}  # objects, with what stands in their place: one may lead back to itself
 
     def apart(x: Any) -> Any:
         if isinstance(x, Tensor):
             return own(x)
+        if id(x) in seen:
+            return seen[id(x)][1]
         named = callable(getattr(x, "keys", None)) and hasattr(x, "__setitem__")
         has = [] if named or hasattr(x, "__copy__") else attributes(x)
-        twin = copy.copy(x) if named or has or isinstance(x, list) or hasattr(x, "__copy__") else x
+        twin = _copied(x) if has else copy.copy(x) if named or isinstance(x, list) or hasattr(x, "__copy__") else x
+        if named or (has and twin is not x):
+            seen[id(x)] = x, twin
         for key in list(x.keys()) if named else range(len(x)) if isinstance(x, list) else ():
-            twin[key] = fresh(x[key], own)
-        for name in has:
-            object.__setattr__(twin, name, fresh(getattr(x, name), own))
+            twin[key] = tree_map(apart, x[key])
+        for name in has if twin is not x else ():
+            object.__setattr__(twin, name, tree_map(apart, getattr(x, name)))
         return twin
 
     return tree_map(apart, batch)
+
+
+def _copied(x: Any) -> Any:
+    """A copy of an object, or the object itself where it takes none, as one that holds a lock or a file may not."""
+    try:
+        return copy.copy(x)
+    except Exception:
+        return x
 
 
 def attributes(x: Any) -> list[str]:

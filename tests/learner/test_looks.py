@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_cf import Task
-from lightning_cf.network.forward import in_precision_of
+from lightning_cf.network.forward import fresh, in_precision_of
 from lightning_cf.tasks.reading import empty
 from lightning_cf.tasks.targets import finite
 
@@ -114,6 +114,46 @@ def test_what_an_object_keeps_is_converted_and_looked_at_as_a_pair_is():
     batch.x[0] = torch.nan
     assert not finite(batch)
     assert empty(Record(torch.ones(0, 6), torch.ones(0)))
+
+
+class Rooted(Movable):
+    """Leads back to itself, as a tree whose nodes know their parent does."""
+
+    def __init__(self, x, labels):
+        super().__init__(x, labels)
+        self.nodes = [SimpleNamespace(parent=self)]
+
+    def to(self, device):
+        return Rooted(self.x.to(device), self.labels.to(device))
+
+
+class Uncopied(Movable):
+    """Takes no copy, as what holds a lock or a file does not."""
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("cannot be copied")
+
+    def to(self, device):
+        return self
+
+
+@pytest.mark.parametrize("kind", [Rooted, Uncopied])
+def test_an_object_that_leads_back_to_itself_or_takes_no_copy_may_be_a_batch(kind):
+    class Reads(toys.Net):
+        def training_step(self, batch, batch_idx):
+            return self.loss(self(batch.x), batch.labels)
+
+        validation_step = None
+
+    def collate(samples):
+        x, labels = zip(*samples, strict=True)
+        return kind(torch.stack(x), torch.stack(labels))
+
+    fitted(Reads(), collate, lambda net, batch: (net(batch.x), batch.labels))
+    batch = kind(torch.ones(2), torch.ones(2))
+    twin = fresh(batch)
+    assert (twin is batch) == (kind is Uncopied)
+    assert kind is Uncopied or twin.nodes[0].parent is twin
 
 
 def test_evaluate_may_pop_from_a_list():
