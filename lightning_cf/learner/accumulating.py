@@ -20,7 +20,7 @@ from lightning_cf.network.finite import infinite_rows, rows_finite, rows_of
 from lightning_cf.task_inference import STRATEGIES, Known, Readout, Sites, TaskInference
 from lightning_cf.task_inference.cumulative import Labelled, Shared, cumulative
 from lightning_cf.task_inference.gathering import Shares, add_batch, gather, summed
-from lightning_cf.task_inference.read_variants import read_all, reads_all, variants_of
+from lightning_cf.task_inference.read_variants import read_all, variants_of
 from lightning_cf.tasks.evaluation import predict
 from lightning_cf.tasks.sharing import order_of
 from lightning_cf.tasks.task import Task
@@ -165,7 +165,6 @@ def shown(
     Raises:
         ContinualError: for targets that are not one of the task's classes for each sample.
     """
-    whole: bool | None = None
     for batch in batches:
         forward = Kept(partial(predict, module, task))
         readout = read_all(module, [sites, known.sites], forward, batch, variants)  # whose outputs may be more by now
@@ -173,9 +172,7 @@ def shown(
         own = positions_of(known.classes, target, len(readout.outputs))
         if own is None:
             raise ContinualError(why_no_labels(task, target, len(readout.outputs)))
-        if whole is None:
-            whole = readout.x is None or reads_all(module, lambda given: predict(module, task, given)[0], batch)
-        if not whole or any(_same(leaf, target) for leaf in tree_leaves(readout.x)):
+        if any(_same(leaf, target) for leaf in tree_leaves(readout.x)):
             readout = replace(readout, x=None)  # a forward pass that is given labels too, as for a loss of its own
         fine = rows_finite([readout.outputs, *([] if readout.inputs is None else [readout.inputs])])
         rows = rows_of(readout.x, len(fine)) if readout.inputs is None else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -21,7 +22,7 @@ from lightning_cf.lightning_api import LightningModule
 from lightning_cf.network.forward import call, eval_mode, fresh, same_state
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference, View
-from lightning_cf.task_inference.read_variants import input_of, read_all, variants_of
+from lightning_cf.task_inference.read_variants import input_of, read_all, unread, variants_of
 from lightning_cf.task_inference.sites import Watched
 from lightning_cf.task_inference.trained import trained_heads
 from lightning_cf.task_inference.watching import watch
@@ -161,7 +162,7 @@ def watch_task(module: LightningModule, task: Task, state: ContinualState, batch
             alone = watch(module, weights, heads, partial(call, module), x, count, found)
         if alone.whole:
             found = found.both(alone)
-    return found
+    return replace(found, unread=unread(module, lambda given: run(given)[0], batch))
 
 
 def unseen(state: ContinualState, task: Task) -> str | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map, tree_map_only
 
 from lightning_cf.network.forward import eval_mode, fresh, same_state
 from lightning_cf.task_inference.readout import Readout, read
@@ -56,9 +56,16 @@ def _read(module: nn.Module, tasks: Sequence[Sites], run: Callable[[Any], Any], 
         found = read(module, tasks, partial(run, fresh(batch)))
     device, count = found.outputs.device, len(found.outputs)
     x = _given(module, *calls[-1]) if calls else batch if alone else input_of(module, batch)
-    x = tree_map_only(Tensor, lambda leaf: leaf.detach().to(device), x)
+    x = _without(tasks[0].unread, tree_map_only(Tensor, lambda leaf: leaf.detach().to(device), x))
     whole = not any(sites.turned for sites in tasks) and all(_by_rows(leaf, count) for leaf in tree_leaves(x))
     return replace(found, x=x if whole else None)
+
+
+def _without(places: Collection[str], x: Any) -> Any:
+    """An input without the tensors at some places."""
+    leaves = tree_leaves_with_path(x)
+    kept = tuple(leaf for path, leaf in leaves if keystr(path) not in places)
+    return x if len(kept) == len(leaves) else kept[0] if len(kept) == 1 else kept or None
 
 
 def _by_rows(leaf: Any, count: int) -> bool:
@@ -89,34 +96,31 @@ def _sorted(x: Any) -> Any:
 
 
 @torch.no_grad()
-def reads_all(module: nn.Module, run: Callable[[Any], Tensor], batch: Any) -> bool:
-    """Whether predictions hang on each tensor that the forward pass is given.
+def unread(module: nn.Module, run: Callable[[Any], Tensor], batch: Any) -> frozenset[str]:
+    """Places of the tensors, among those that the forward pass is given, on which no prediction hangs.
 
-    Not so on labels for a loss of its own, in whatever form they come. Each is tried with other numbers in its place.
+    Labels for a loss of its own are such, in whatever form they come. Each is tried with other numbers in its place.
 
     Args:
         module: the network.
         run: gives predictions for a batch, by the module's forward pass.
         batch: of the task's data.
     """
-    count = 0
+    places: list[str] = []
 
-    def found(place: int | None = None) -> Tensor:
+    def found(place: str | None = None) -> Tensor:
         def swap(_: nn.Module, *given: Any) -> Any:
-            nonlocal count
-            leaves, form = tree_flatten(given)
-            places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-            count = len(places)
-            if place is not None:
-                leaf = leaves[places[place]]
-                leaves[places[place]] = (leaf == 0).to(leaf.dtype)
-            return tree_unflatten(leaves, form)
+            leaves = {keystr(path): leaf for path, leaf in tree_leaves_with_path(_given(module, *given))}
+            if place is None:
+                places[:] = leaves
+                return None
+            return tree_map(lambda leaf: (leaf == 0).to(leaf.dtype) if leaf is leaves[place] else leaf, given)
 
         seed_all(0)
         with module.register_forward_pre_hook(swap, with_kwargs=True):
             return run(fresh(batch))
 
-    def hangs(place: int) -> bool:
+    def hangs(place: str) -> bool:
         try:
             return not torch.equal(found(place), plain)
         except Exception:  # whatever a forward pass raises for such numbers, such as samples of length 0
@@ -124,7 +128,7 @@ def reads_all(module: nn.Module, run: Callable[[Any], Tensor], batch: Any) -> bo
 
     with isolated_generators(), eval_mode(module), same_state(module):
         plain = found()
-        return count < 2 or all(map(hangs, range(count)))
+        return frozenset(place for place in places if len(places) > 1 and not hangs(place))
 
 
 def input_of(module: nn.Module, batch: Any, *, nested: bool = False) -> Any:

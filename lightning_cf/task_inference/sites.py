@@ -77,6 +77,7 @@ class Watched:
         whole: whether every output layer ran.
         turned: whether the network's input has the samples along its second axis, behind tokens.
         behind: whether what the output layers compute has.
+        unread: places of the tensors, among those that the forward pass is given, on which no prediction hangs.
     """
 
     weights: frozenset[str]
@@ -85,6 +86,7 @@ class Watched:
     whole: bool = True
     turned: bool = False
     behind: bool = False
+    unread: frozenset[str] = frozenset()
 
     def both(self, other: Watched) -> Watched:
         """What held in this trial and in another one: only that is taken for a property of the network."""
@@ -108,6 +110,7 @@ class Sites:
         second: the weights among these whose layers read the samples along their input's second axis, behind tokens.
         turned: whether the network's input has them there too.
         behind: whether what the output layers compute has them there too.
+        unread: places of the tensors, among those that the forward pass is given, of which no feature is made.
     """
 
     inputs: str | None
@@ -118,6 +121,7 @@ class Sites:
     second: frozenset[str] = frozenset()
     turned: bool = False
     behind: bool = False
+    unread: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -162,8 +166,8 @@ class Sites:
         chain = _chain(module, structure, owner, number, first)
         used = {first, *(site.weight for site in hidden)}
         second = frozenset() if watched is None else watched.second & used
-        turned, behind = (False, False) if watched is None else (watched.turned, watched.behind)
-        return cls(first, tuple(hidden), heads, outputs, chain, second, turned, behind)
+        trial = Watched(frozenset()) if watched is None else watched
+        return cls(first, tuple(hidden), heads, outputs, chain, second, trial.turned, trial.behind, trial.unread)
 
     @staticmethod
     def output_layers(structure: Structure) -> dict[str, Int64[Tensor, "_"]]:
@@ -185,6 +189,7 @@ class Sites:
             "second": sorted(self.second),
             "turned": self.turned,
             "behind": self.behind,
+            "unread": sorted(self.unread),
         }
 
     @classmethod
@@ -193,8 +198,9 @@ class Sites:
         hidden = tuple(map(Site.from_state, state["hidden"]))
         heads = {path: columns.cpu() for path, columns in state["heads"].items()}
         chain = tuple(Link(weight, rows.cpu(), columns.cpu()) for weight, rows, columns in state["chain"])
-        second, turned, behind = frozenset(state.get("second", ())), state.get("turned"), state.get("behind")
-        return cls(state["inputs"], hidden, heads, state["outputs"].cpu(), chain, second, bool(turned), bool(behind))
+        second, unread = frozenset(state.get("second", ())), frozenset(state.get("unread", ()))
+        turned, behind = bool(state.get("turned")), bool(state.get("behind"))
+        return cls(state["inputs"], hidden, heads, state["outputs"].cpu(), chain, second, turned, behind, unread)
 
 
 def kept(value: Tensor) -> Tensor:

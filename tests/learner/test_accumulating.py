@@ -210,7 +210,7 @@ def test_no_feature_is_made_of_labels_that_forward_gets_too():
     evaluate = lambda module, batch: (module(batch), batch["label"])  # noqa: E731
     sequence = [dictionaries("a", [0, 1], evaluate), dictionaries("b", [7, 3], evaluate)]
     module = learned(Dictionaries(), sequence, epochs=3)
-    assert medium(module) == UNITS
+    assert medium(module) == VALUES
     x, y = points([7, 3], seed=5)
     found = module.predict({"values": x}, strategy="lda")
     assert float((found.tasks == 1).float().mean()) > 0.8
@@ -247,7 +247,7 @@ def test_labels_that_forward_gets_in_another_form_are_no_features(form):
         for name, (x, y) in rows.items()
     ]
     module = learned(WithLabels(), sequence, epochs=3)
-    assert medium(module) == UNITS
+    assert medium(module) == VALUES
     x, y = points([7, 3], seed=5)
     found = module.predict((x, given(y)), strategy="lda")
     assert torch.equal(module.predict((x, given(0 * y)), strategy="lda").probabilities, found.probabilities)
@@ -272,6 +272,28 @@ def test_several_inputs_that_outputs_hang_on_are_features():
     assert medium(module) == VALUES
     with pytest.raises(ContinualError, match=r"missing a required argument: 'more'.*predict\(\(x, y\)\)"):
         module.predict(points([0, 1])[0])
+
+
+def test_an_input_that_no_output_hangs_on_takes_no_other_from_the_features():
+    class Unread(Net):
+        def forward(self, number, x):
+            return super().forward(x)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(*batch[:2]), batch[2])
+
+    def of(name, classes):
+        x, y = points(classes)
+        loader = DataLoader(list(zip(torch.arange(len(x)), x, y, strict=True)), SIZE)
+        evaluate = lambda module, batch: (module(*batch[:2]), batch[2])  # noqa: E731
+        return Task(name, {"train": loader, "val": loader}, classes=classes, evaluate=evaluate)
+
+    module = learned(Unread(), [of("a", [0, 1]), of("b", [7, 3])], epochs=3)
+    assert medium(module) == VALUES
+    x = points([7, 3], seed=5)[0]
+    found = [module.predict((numbers, x), strategy="lda") for numbers in (torch.arange(len(x)), torch.zeros(len(x)))]
+    assert torch.equal(found[0].probabilities, found[1].probabilities)
+    assert float((found[0].tasks == 1).float().mean()) > 0.8
 
 
 def test_the_input_is_what_forward_is_given_out_of_a_dictionary():
