@@ -24,8 +24,8 @@ _READS = {
 OPERATIONS = {"aten._local_scalar_dense", "Tensor.tolist", "Tensor.numpy", "Tensor.__array__"}
 """What a trace calls these; other ways to read values, such as the length of what ``nonzero`` finds, are not tried."""
 
-_OTHERS = (0.0, 1e6, -1e6, math.nan)
-"""What is read instead, beside the opposite. A trial, no proof: a narrow window between these is not met."""
+_OTHERS = (1e6, -1e6, math.nan, -1.0, *map(float, range(17)))
+"""What is read instead, beside the opposite: also numbers of kinds, from 0 on. A trial, no proof: others may decide."""
 
 
 @torch.no_grad()

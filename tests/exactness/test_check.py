@@ -270,6 +270,21 @@ def test_a_number_of_the_input_that_is_only_looked_at_leaves_a_layer_that_never_
         check(Looked(), torch.randn(6, 4))
 
 
+@pytest.mark.parametrize("kind", [2, 7, 16])
+def test_a_number_of_the_input_that_names_a_kind_decides(kind):
+    class Kinds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.other, self.c = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            first = self.other if int(x[0, -1]) == kind else self.a
+            return self.c(first(x).relu())
+
+    with pytest.raises(StructureError, match="'other' did not run for the samples"):
+        check(Kinds(), torch.zeros(6, 4))
+
+
 def test_another_way_through_the_layers_that_a_later_sample_takes_is_refused():
     def wire(net, x):
         z = net.first(x).relu()
