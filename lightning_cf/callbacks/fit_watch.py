@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_cf.callbacks.label_watch import renumbered_in
 from lightning_cf.errors import ContinualError, DivergenceError, DivergenceWarning, warn
 from lightning_cf.exactness.overflow import overflow
 from lightning_cf.learner.state import ContinualState
@@ -118,8 +119,9 @@ class Watch:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if total == 0 and self.state.shown is not None and isinstance(loss, Tensor) and bool(loss.isinf().any()):
             raise ContinualError(
-                "masking: the loss of the first batch is infinite. While a task trains, the outputs of other tasks"
-                " hold the lowest number: label smoothing, squared errors, penalties on logits cannot take it."
+                f"masking: the loss of the first batch is infinite. {renumbered_in(self.trainer, batch)}While a task"
+                " trains, the outputs of other tasks hold the lowest number: label smoothing, squared errors,"
+                " penalties on logits cannot take it."
                 " Use MaskedGradientCallback(mask_outputs=False), or a loss over the task's own outputs."
             )
         if not self.module.automatic_optimization:

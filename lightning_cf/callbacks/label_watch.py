@@ -12,7 +12,7 @@ from lightning_cf.errors import ContinualError, DataWarning, warn
 from lightning_cf.learner.keeping import ledger_of
 from lightning_cf.lightning_api import LightningModule, Trainer
 from lightning_cf.tasks.loaders import pairs_in
-from lightning_cf.tasks.targets import labels_of, left_out
+from lightning_cf.tasks.targets import labels_of, left_out, strange
 from lightning_cf.tasks.task import Task
 
 _NONE = -1
@@ -134,3 +134,18 @@ def label_watch_of(trainer: Trainer, module: LightningModule) -> LabelWatch | No
     if watch is None or watch.task is not task:
         watch = _WATCHES[trainer] = LabelWatch(module, task)
     return watch
+
+
+def renumbered_in(trainer: Trainer, batch: Any) -> str:
+    """Which label of a batch is a class by what ``evaluate=`` makes of it alone, for a message; empty if none is."""
+    task = getattr(trainer, "datamodule", None)
+    if not isinstance(task, Task) or not task.task_loaders.renumbered:
+        return ""
+    labels = labels_of(batch)
+    found = [] if labels is None else strange(labels, task.classes or [], left_out(task))
+    if not found:
+        return ""
+    return (
+        f"The batch holds label {found[0]}, which evaluate= makes a class of task '{task.name}': let the training step"
+        " number labels as evaluate= does, or correct classes=[...] or the data. "
+    )

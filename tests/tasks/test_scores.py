@@ -674,6 +674,14 @@ def test_labels_that_evaluate_numbers_anew_are_classes_by_their_new_numbers(numb
     assert (net(x)[:, :2].argmax(1) == y).float().mean() > 0.9
 
 
+def test_a_training_step_that_does_not_number_labels_as_evaluate_does_is_told():
+    x, y = numbers(64)
+    loaders = {stage: DataLoader(TensorDataset(x, y + 2 * (y == 1)), 16) for stage in ("train", "val")}
+    task = Task("a", loaders, classes=[0, 1], evaluate=lambda net, batch: (net(batch[0]), batch[1].clamp(max=1)))
+    with pytest.raises(ContinualError, match=r"infinite. The batch holds label 3, which evaluate= makes a class"):
+        fit(Net(), task)
+
+
 def test_a_label_that_evaluate_makes_no_class_is_refused():
     data = TensorDataset(numbers(64)[0], numbers(64)[1] + 100)
     loaders = {stage: DataLoader(data, 16) for stage in ("train", "val")}
