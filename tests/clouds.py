@@ -2,12 +2,15 @@
 
 import torch
 from learning import inferred
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_cf import (
+    InvarianceCallback,
+    MaskedGradientCallback,
+    PartitionCallback,
     Task,
 )
 
@@ -57,3 +60,20 @@ def learned(module, sequence, strategy="auto", epochs=8, **options):
 
 def pair():
     return [clouds("a", [0, 1]), clouds("b", [7, 3])]
+
+
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+
+def fit(module, task, epochs=3):
+    """Fits a task with the three callbacks; what is warned of meanwhile reaches the test."""
+    callbacks = [PartitionCallback(after=0.5), InvarianceCallback(), MaskedGradientCallback()]
+    trainer = Trainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, **QUIET)
+    trainer.fit(module.train(), datamodule=task)
+    module.eval()
+
+
+@torch.no_grad()
+def outputs(module):
+    """The outputs of a first task over classes 0 and 1, for its data."""
+    return module(points([0, 1])[0])[:, :2].clone()

@@ -5,22 +5,16 @@ import warnings
 
 import pytest
 import torch
-from clouds import INPUTS, Net, clouds, loaders, points
-from lightning.pytorch import Trainer
+from clouds import INPUTS, Net, clouds, fit, loaders, outputs, points
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_cf import (
     ContinualError,
     FrozenWarning,
-    InvarianceCallback,
     LedgerWarning,
-    MaskedGradientCallback,
-    PartitionCallback,
     Task,
 )
-
-QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
 class Shifted(Net):
@@ -59,18 +53,6 @@ def truths(net, x):
 
 def the_batch_itself(net, x):
     net.mean = x[0]
-
-
-def fit(module, task, epochs=3):
-    callbacks = [PartitionCallback(after=0.5), InvarianceCallback(), MaskedGradientCallback()]
-    trainer = Trainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, **QUIET)
-    trainer.fit(module.train(), datamodule=task)
-    module.eval()
-
-
-@torch.no_grad()
-def outputs(module):
-    return module(points([0, 1])[0])[:, :2].clone()
 
 
 pytestmark = pytest.mark.filterwarnings(

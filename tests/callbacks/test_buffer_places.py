@@ -4,36 +4,18 @@ import warnings
 
 import pytest
 import torch
-from clouds import INPUTS, Net, clouds, points
-from lightning.pytorch import Trainer
+from clouds import INPUTS, Net, clouds, fit, outputs
 from torch import nn
 
 from lightning_cf import (
     ContinualError,
     FrozenWarning,
-    InvarianceCallback,
     LedgerWarning,
-    MaskedGradientCallback,
-    PartitionCallback,
 )
-
-QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*no claim within the budget", "ignore:You passed in a `val_dataloader`"
 )
-
-
-def fit(module, task, epochs=2):
-    callbacks = [PartitionCallback(after=0.5), InvarianceCallback(), MaskedGradientCallback()]
-    trainer = Trainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, **QUIET)
-    trainer.fit(module.train(), datamodule=task)
-    module.eval()
-
-
-@torch.no_grad()
-def outputs(module):
-    return module(points([0, 1])[0])[:, :2].clone()
 
 
 class Shifted(Net):
@@ -118,10 +100,10 @@ class GoneOnTheWay(Gone):
 @pytest.mark.parametrize("kind", [NothingAtFirst, NewInTheFit, AnotherShape, TwoNames, Gone, GoneOnTheWay])
 def test_what_stands_in_a_buffers_place_stays_as_the_first_task_left_it(kind):
     module = kind()
-    fit(module, clouds("a", [0, 1]))
+    fit(module, clouds("a", [0, 1]), epochs=2)
     before, left = outputs(module), module.mean.clone()
     with pytest.warns(FrozenWarning, match="'(mean|again)'.* Let a task write what only it computes with"):
-        fit(module, clouds("b", [2, 3]))
+        fit(module, clouds("b", [2, 3]), epochs=2)
     assert torch.equal(outputs(module), before)
     assert torch.equal(module.mean, left)
 
@@ -129,10 +111,10 @@ def test_what_stands_in_a_buffers_place_stays_as_the_first_task_left_it(kind):
 @pytest.mark.parametrize("kind", [NothingAtFirst, Gone])
 def test_another_one_between_fits_is_refused(kind):
     module = kind()
-    fit(module, clouds("a", [0, 1]))
+    fit(module, clouds("a", [0, 1]), epochs=2)
     module.mean = module.mean + 0.1 if kind is NothingAtFirst else None
     with pytest.raises(ContinualError, match=r"'mean' of .* changed since the last fit"):
-        fit(module, clouds("b", [2, 3]))
+        fit(module, clouds("b", [2, 3]), epochs=2)
 
 
 class Built(Shifted):
@@ -150,7 +132,7 @@ class Built(Shifted):
 
 def test_a_buffer_that_is_nothing_at_first_is_built_in_training():
     module = Built()
-    fit(module, clouds("a", [0, 1]))
+    fit(module, clouds("a", [0, 1]), epochs=2)
     assert torch.equal(module.mean, module.first)
 
 
@@ -175,9 +157,9 @@ def test_a_mask_of_infinities_that_is_built_for_each_length_is_none_of_divergenc
     module = Causal()
     with warnings.catch_warnings():
         warnings.simplefilter("error", FrozenWarning)
-        fit(module, clouds("a", [0, 1]))
+        fit(module, clouds("a", [0, 1]), epochs=2)
         before = outputs(module)
-        fit(module, clouds("b", [2, 3]))
+        fit(module, clouds("b", [2, 3]), epochs=2)
     assert torch.equal(outputs(module), before)
     assert bool(module.mask.isinf().any())
 
@@ -206,9 +188,9 @@ def test_the_trainers_counters_are_none_of_what_a_task_gave():
     with warnings.catch_warnings():
         warnings.simplefilter("error", FrozenWarning)
         warnings.simplefilter("error", LedgerWarning)
-        fit(module, clouds("a", [0, 1]))
+        fit(module, clouds("a", [0, 1]), epochs=2)
         fit(module, clouds("b", [2, 3]), epochs=4)
     module = Warming()
-    fit(module, clouds("a", [0, 1]))
+    fit(module, clouds("a", [0, 1]), epochs=2)
     with pytest.warns(FrozenWarning, match=r"^Now outputs of earlier tasks give something else"):
-        fit(module, clouds("b", [2, 3]))
+        fit(module, clouds("b", [2, 3]), epochs=2)
