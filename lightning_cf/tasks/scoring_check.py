@@ -67,22 +67,35 @@ def check_scoring(module: LightningModule, task: Task) -> None:
             if number == 0:
                 rows = scorer.one_hot or scorer.apart  # those of a later batch may be none
                 _try_score(scorer)
-            if seen >= SCANNED and (len(classes) != 1 or len(task.classes or []) == 1):
+            if seen >= SCANNED and (not classes or classes.issuperset(task.classes or [])):
                 return  # else they may be sorted: it goes on to the next class
         if scorer.metric is None:
             scorer.score()  # says that no batch came
-    _tell_one_class(task, classes & {*(task.classes or [])}, seen)
+    _tell_unjudged(task, classes, seen)
 
 
-def _tell_one_class(task: Task, found: set[int], samples: int) -> None:
-    """Warns where all that judges is of one class of several: who always says that is never wrong."""
-    if len(found) == 1 and len(task.classes or []) > 1:
-        warn(
-            f"Task '{task.name}' has classes {task.classes}, but the {samples} samples that judge its partition are all"
-            f" of class {found.pop()}: the others count for nothing. If its validation data are sorted, shuffle them"
-            " once; if too few are read or held out, raise limit_val_batches or holdout.",
-            DataWarning,
-        )
+def _tell_unjudged(task: Task, found: set[int], samples: int) -> None:
+    """Warns where all that judges is of one class of several, or a validation set has none of some classes.
+
+    Who always says the one class is never wrong, and who never says the others is not either. What is held out of
+    training data is few samples, and rare classes need them to learn from.
+    """
+    classes = task.classes or []
+    there = sorted(found.intersection(classes))
+    absent = [label for label in classes if label not in found]
+    if not there or not absent or (len(there) > 1 and not task.has_validation):
+        return
+    if len(there) == 1:
+        what = f"are all of class {there[0]}: the others count"
+    else:
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        what = f"are none of classes {', '.join(map(str, absent[:5]))}{more}: these count"
+    warn(
+        f"Task '{task.name}' has {len(classes)} classes, but the {samples} samples that judge its partition {what} for"
+        " nothing. If its validation data are sorted, shuffle them once; if too few are read or held out, raise"
+        " limit_val_batches or holdout.",
+        DataWarning,
+    )
 
 
 def _find_targets(module: LightningModule, task: Task) -> None:

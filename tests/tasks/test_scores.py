@@ -457,6 +457,20 @@ def test_judging_data_of_one_class_are_said(size, batch):
         fit(Net(), task, limit_val_batches=2, max_epochs=1)
 
 
+def test_classes_that_a_validation_set_lacks_are_said():
+    x, y = numbers(64, classes=(0, 1, 2))
+    task = Task("a", {"train": of(x, y, 16), "val": of(x[y < 2], y[y < 2], 16)}, classes=[0, 1, 2])
+    with pytest.warns(DataWarning, match=r"has 3 classes, but the \d+ samples that .* are none of classes 2: these"):
+        fit(Net(), task, max_epochs=1)
+
+
+def test_rare_classes_that_nothing_is_held_out_of_are_none_to_be_told(recwarn):
+    x, y = numbers(64, classes=(0, 1))
+    y[0] = 2
+    fit(Net(), Task("a", {"train": of(x, y, 16)}, classes=[0, 1, 2]), max_epochs=1)
+    assert not [each for each in recwarn if "count for nothing" in str(each.message)]
+
+
 def test_an_evaluate_may_number_labels_anew():
     data = loader(classes=(2, 3))
     task = Task(

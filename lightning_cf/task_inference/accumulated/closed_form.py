@@ -10,6 +10,12 @@ from torch import Tensor
 
 from lightning_cf.task_inference.accumulated.sums import STEP, Sums
 
+OUTPUTS_TO = 1e-5
+"""How exact outputs are as a share of their size: sums of many products in float32, in whatever order."""
+
+LEAST = STEP**2 / 12
+"""The least variance that a mean variance is taken for: what rounding to whole steps makes of values."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -61,7 +67,7 @@ class Separation:
         """From the sums of all classes, in float64."""
         number, means, mean = _means(sums)
         within = (sums.square() * STEP**2 - (means * sums.counts.double()[:, None]).T @ means) / number
-        added = shrinkage * float(within.diagonal().mean().clamp_min(1e-12))
+        added = shrinkage * float(within.diagonal().mean().clamp_min(LEAST))
         lower = torch.linalg.cholesky(within + added * torch.eye(len(within), dtype=torch.float64))
         centred = means - mean
         return cls(sums, centred, mean, within, added, lower, torch.cholesky_solve(centred.T, lower))
@@ -82,7 +88,7 @@ def ridge(sums: Sums, shrinkage: float) -> Linear:
     number, means, mean = _means(sums)
     covariance = sums.square() * STEP**2 / number - torch.outer(mean, mean)
     share = 1 / len(sums.classes)
-    covariance.diagonal().add_(shrinkage * covariance.diagonal().mean().clamp_min(1e-12))
+    covariance.diagonal().add_(shrinkage * covariance.diagonal().mean().clamp_min(LEAST))
     weight = torch.cholesky_solve((means - mean).T, torch.linalg.cholesky(covariance)) * share
     return Linear(torch.tensor(sums.classes), weight.float(), (-mean @ weight + share).float())
 
@@ -102,11 +108,13 @@ class Familiarity:
     :func:`discriminant`; and the relative Mahalanobis distance (Ren et al. 2021) within the directions that part the
     classes, where it depends on these outputs alone. Either finds strange what the other does not.
 
+    In float64: the distance is a small difference of squares, which are large where classes lie far apart.
+
     Attributes:
         mixing: of the outputs, the classes' share in the overall covariance.
         half: what their biases hold of each class's own size.
         middle: for samples of each class, what is to be expected of the two.
-        deviation: likewise.
+        deviation: likewise; at least what the outputs' own rounding makes of it.
     """
 
     mixing: Float[Tensor, "classes classes"]
@@ -134,13 +142,15 @@ class Familiarity:
         curved = mixing @ between
         middle = torch.stack([largest, 2 * largest - ((own @ mixing) * own).sum(dim=1) - curved.trace()])
         spread = ((slope @ between) * slope).sum(dim=1) + 2 * (curved @ curved).trace()
-        variance = torch.stack([between.diagonal(), spread]).clamp_min(1e-12)
-        return cls(mixing.float(), half.float(), middle.float(), variance.sqrt().float())
+        deviation = torch.stack([between.diagonal(), spread]).clamp_min(1e-12).sqrt()
+        rounding = OUTPUTS_TO * torch.stack([own.diagonal(), (slope * own).abs().sum(dim=1)])
+        return cls(mixing, half, middle, torch.maximum(deviation, rounding))
 
     def __call__(self, outputs: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch"]:
         """For outputs of the discriminant; in deviations from what is to be expected of the nearest class."""
-        largest, best = outputs.max(dim=1)
-        along = outputs + self.half
+        exact = outputs.to(self.half)
+        largest, best = exact.max(dim=1)
+        along = exact + self.half
         found = torch.stack([largest, 2 * largest - ((along @ self.mixing) * along).sum(dim=1)])
         deviations: Tensor = (found - self.middle[:, best]) / self.deviation[:, best]
-        return deviations.amin(dim=0)
+        return deviations.amin(dim=0).to(outputs)

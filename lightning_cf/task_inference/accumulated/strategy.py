@@ -51,7 +51,7 @@ class Accumulated(Cumulative):
         budget: how many numbers it may keep, where that is not what the callback says.
     """
 
-    at_rest = (*Cumulative.at_rest, "medium")
+    at_rest = (*Cumulative.at_rest, "medium", "familiar.")  # which are in float64, and small
     summed = ("open.",)
 
     def __init__(
