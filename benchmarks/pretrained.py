@@ -70,7 +70,7 @@ def run(options: Namespace, seed: int) -> dict[str, float]:
     for classes in TASKS:
         parts = {"train": loader(x, y, classes, shuffle=True), "val": loader(held_x, held_y, classes)}
         tasks.append(cf.Task(f"{classes}", {**parts, "test": loader(test_x, test_y, classes)}, classes=classes))
-    strategy = Accumulated("depths", features=Pretrained(2))
+    strategy = Accumulated("depths", features=Pretrained(2, mirrored=True))
     module = cf.Classifier(network, optimizer=partial(torch.optim.Adam, lr=0.002))
     result = cf.SequentialTaskRunner(
         module,
@@ -104,7 +104,7 @@ def run(options: Namespace, seed: int) -> dict[str, float]:
         seen, labels = batches[number]
         with in_full(seen):
             sums = strategy.add(sums, seen, sites, labels)
-    nearest = Accumulated("nearest", features=Pretrained(2), shrinkage=1e6)  # a covariance that is all but the identity
+    nearest = Accumulated("nearest", features=strategy.features, shrinkage=1e6)  # a covariance that is all but the identity
     outputs, others, right = told(shared), told(strategy.close(sums)), test_y[test_y > 4] - 5
     return {
         "task": result.accuracy.average,

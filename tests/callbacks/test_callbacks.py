@@ -299,9 +299,9 @@ def test_folding_keeps_what_cutting_alone_loses():
     scores = {}
     for fold in (True, False):
         module, (task, *_) = classifier("cnn"), tasks()
-        fit(module, task, three(after=1.0, fold=fold, max_claim=0.2, min_claim=0.2), epochs=6)
+        fit(module, task, three(after=1.0, fold=fold, max_claim=0.1, min_claim=0.1), epochs=6)
         scores[fold] = state_of(module).ledger.records[0]["ablation_accuracy"]
-    assert scores[True] > scores[False] + 0.05
+    assert scores[True] > scores[False] + 0.2  # 0.91 to 0.96 and 0.5 over three seeds
 
 
 class Spy(Callback):
