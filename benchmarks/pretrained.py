@@ -104,7 +104,8 @@ def run(options: Namespace, seed: int) -> dict[str, float]:
         seen, labels = batches[number]
         with in_full(seen):
             sums = strategy.add(sums, seen, sites, labels)
-    nearest = Accumulated("nearest", features=strategy.features, shrinkage=1e6)  # a covariance that is all but the identity
+    # With a covariance that is all but the identity.
+    nearest = Accumulated("nearest", features=strategy.features, shrinkage=1e6)
     outputs, others, right = told(shared), told(strategy.close(sums)), test_y[test_y > 4] - 5
     return {
         "task": result.accuracy.average,

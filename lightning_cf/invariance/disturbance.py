@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -52,21 +52,18 @@ class Disturbance:
         self.base = [
             _Base(
                 group.name,
-                rows,
-                units,
+                rows := part.among(units),
                 rows.read(tensor := self.tensors[rows.tensor]),
-                _shared(structure, owner, rows, units, tensor),
+                _shared(structure, owner, rows, tensor),
             )
             for group, units in redundant
-            for rows in group.rows
-            if rows.role != "statistic"
+            for part in group.rows
+            if part.role != "statistic"
         ]
         try:
-            for group, units in redundant:
+            for group, _ in redundant:
                 basis = (bases or {}).get(group.name)
-                self._disturb(
-                    group, units, perturbation if basis is None else InSubspace(perturbation, basis), generator
-                )
+                self._disturb(group, perturbation if basis is None else InSubspace(perturbation, basis), generator)
         except BaseException:
             self.undo()
             raise
@@ -95,31 +92,41 @@ class Disturbance:
             base.put_back(self.tensors)
         yield
         for base, values in zip(self.base, disturbed, strict=True):
-            base.rows.write(self.tensors[base.rows.tensor], values, base.units)
+            base.rows.fill(self.tensors[base.rows.tensor], values)
 
-    def _disturb(
-        self, group: UnitGroup, units: Int64[Tensor, "some"], perturbation: Perturbation, generator: Generator
-    ) -> None:
-        vectors = group.weights(self.tensors)
-        there = units.to(vectors.device)
-        alive = (vectors[there] != 0).any(dim=1)
-        disturbed = perturbation(vectors[there], generator)
-        if not isinstance(disturbed, Tensor) or disturbed.shape != vectors[there].shape:
+    def _disturb(self, group: UnitGroup, perturbation: Perturbation, generator: Generator) -> None:
+        own = [base for base in self.base if base.group == group.name]
+        weights = [base for base in own if base.rows.role == "weight"]
+        vectors = self._vectors(weights)
+        zero = _are_zero(vectors)
+        disturbed = perturbation(vectors, generator)
+        if not isinstance(disturbed, Tensor) or disturbed.shape != vectors.shape:
             found = list(disturbed.shape) if isinstance(disturbed, Tensor) else type(disturbed).__name__
             raise ContinualError(
-                f"invariance: the perturbation must give a tensor {list(vectors[there].shape)} for the units of"
+                f"invariance: the perturbation must give a tensor {list(vectors.shape)} for the units of"
                 f" '{group.name}', one row a unit, as it gets it; it gave {found}."
             )
-        vectors[there] = disturbed
-        group.write_weights(self.tensors, vectors, units)
-        own = [base for base in self.base if base.group == group.name]
+        for base, values in zip(weights, disturbed.split([base.values.shape[1] for base in weights], 1), strict=True):
+            base.rows.fill(self.tensors[base.rows.tensor], values)
         for base in own:
             base.put_back_shared(self.tensors)
-        silent = units[(alive & (group.weights(self.tensors)[there] == 0).all(dim=1)).cpu()]
+        if any(base.shared is not None for base in weights):
+            disturbed = self._vectors(weights)
+        silent = _are_zero(disturbed.to(vectors)) & ~zero
+        if bool(silent.any()):
+            self._silence([base for base in own if base.rows.role != "weight"], silent.nonzero().flatten())
+
+    def _vectors(self, weights: Sequence[_Base]) -> Float[Tensor, "units inputs"]:
+        """Copies of a group's redundant units' incoming vectors as they are now."""
+        parts = [base.rows.read(self.tensors[base.rows.tensor]) for base in weights]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _silence(self, own: Sequence[_Base], units: Int64[Tensor, "some"]) -> None:
+        """Biases, norm scales and norm shifts of units, numbered within the redundant ones, become zero."""
         for base in own:
-            if base.rows.role != "weight" and len(silent):
-                base.rows.write(self.tensors[base.rows.tensor], torch.zeros_like(base.values), silent)
-                base.put_back_shared(self.tensors)
+            there = base.rows.among(units)
+            there.fill(self.tensors[there.tensor], torch.zeros_like(base.values[units]))
+            base.put_back_shared(self.tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,15 +135,13 @@ class _Base:
 
     Attributes:
         group: the group's name.
-        rows: where its units sit in the tensor.
-        units: the redundant ones.
-        values: of all units.
+        rows: where these units sit in the tensor.
+        values: theirs.
         shared: entries that a claimed unit or output uses too; None where there is none.
     """
 
     group: str
     rows: Rows
-    units: Int64[Tensor, "some"]
     values: Shaped[Tensor, "units values"]
     shared: Bool[Tensor, "units values"] | None
 
@@ -145,19 +150,24 @@ class _Base:
         tensor, values = tensors[self.rows.tensor], self.values
         if self.shared is not None:
             values = torch.where(self.shared, self.rows.read(tensor), values)
-        self.rows.write(tensor, values, self.units)
+        self.rows.fill(tensor, values)
 
     def put_back_shared(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies the values back of entries that claimed units or outputs use too: these may not be disturbed."""
         tensor = tensors[self.rows.tensor]
         if self.shared is not None:
-            self.rows.write(tensor, torch.where(self.shared, self.values, self.rows.read(tensor)), self.units)
+            self.rows.fill(tensor, torch.where(self.shared, self.values, self.rows.read(tensor)))
+
+
+def _are_zero(vectors: Float[Tensor, "units inputs"]) -> Bool[Tensor, "units"]:
+    """Which vectors are zero; several times as fast as ``any``."""
+    return vectors.abs().amax(dim=1) == 0
 
 
 def _shared(
-    structure: Structure, owner: Int64[Tensor, "all"], rows: Rows, units: Int64[Tensor, "some"], tensor: Tensor
+    structure: Structure, owner: Int64[Tensor, "all"], rows: Rows, tensor: Tensor
 ) -> Bool[Tensor, "units values"] | None:
-    """Which entries claimed units or outputs use too; None where these are none of the entries of ``units``."""
+    """Which entries of these rows claimed units or outputs use too; None where there are none."""
     uses = structure.entries[rows.tensor]
     if len(uses) == 1:
         return None
@@ -165,4 +175,4 @@ def _shared(
     for use in uses:
         claimed |= lookup(use.target, owner, none=FREE) != FREE
     shared = rows.read(claimed)
-    return shared.to(tensor.device) if bool(shared[units].any()) else None
+    return shared.to(tensor.device) if bool(shared.any()) else None

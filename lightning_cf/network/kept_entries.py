@@ -55,7 +55,7 @@ class KeptEntries:
         self.axis = 0
         self.index: Tensor | None = None
         self.mask: Tensor | None = None
-        mask = mask.reshape((1,) * (parameter.ndim - mask.ndim) + mask.shape)
+        mask = _lean(mask.reshape((1,) * (parameter.ndim - mask.ndim) + mask.shape))
         self.broadcast = mask
         wide = [axis for axis, size in enumerate(mask.shape) if size > 1]
         if not bool(mask.all()):
@@ -119,9 +119,23 @@ class KeptEntries:
         if self.index is not None:
             self.parameter.index_copy_(self.axis, self.index, values)
         elif self.mask is not None:
-            self.parameter.copy_(torch.where(self.mask, values, self.parameter))
+            torch.where(self.mask, values, self.parameter, out=self.parameter)
         else:
             self.parameter.copy_(values)
+
+
+def _lean(mask: Bool[Tensor, "..."]) -> Bool[Tensor, "..."]:
+    """The same mask along one axis alone, where it does not vary along the others: rows, say, of a whole matrix.
+
+    >>> _lean(torch.tensor([[True, True], [False, False]])).tolist()
+    [[True], [False]]
+    """
+    wide = [axis for axis, size in enumerate(mask.shape) if size > 1]
+    for axis in wide if len(wide) > 1 else ():
+        rows = mask.all(dim=[other for other in wide if other != axis], keepdim=True)
+        if torch.equal(rows.expand_as(mask), mask):
+            return rows
+    return mask
 
 
 @dataclass(frozen=True)

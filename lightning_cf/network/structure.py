@@ -63,13 +63,25 @@ class Rows:
 
     def read(self, tensor: Tensor) -> Shaped[Tensor, "units values"]:
         """Copies each unit's entries out of the tensor, one row a unit."""
-        return self._lines(tensor)[self._places(tensor, self.index)].reshape(self.index.shape[0], -1)
+        lines, places = self._lines(tensor), self.index.flatten().to(tensor.device)
+        found = lines[torch.unravel_index(places, lines.shape)] if self.axis is None else lines.index_select(0, places)
+        return found.reshape(self.index.shape[0], -1)
 
     def write(self, tensor: Tensor, values: Shaped[Tensor, "units values"], units: Int64[Tensor, "some"]) -> None:
         """Writes the rows ``values[units]`` into the tensor, in place; the other units' entries stay."""
-        lines, index = self._lines(tensor), self.index[units.cpu()]
-        shape = () if self.axis is None else lines.shape[1:]
-        lines[self._places(tensor, index)] = values[units.to(values.device)].reshape(index.numel(), *shape).to(lines)
+        self.among(units).fill(tensor, values[units.to(values.device)])
+
+    def among(self, units: Int64[Tensor, "some"]) -> Rows:
+        """Where some units of the group sit in the tensor."""
+        return replace(self, index=self.index[units.cpu()])
+
+    def fill(self, tensor: Tensor, values: Shaped[Tensor, "units values"]) -> None:
+        """Writes each unit's entries into the tensor, in place, as :meth:`read` gives them."""
+        lines, places = self._lines(tensor), self.index.flatten().to(tensor.device)
+        if self.axis is None:
+            lines[torch.unravel_index(places, lines.shape)] = values.flatten().to(lines)
+        else:
+            lines.index_copy_(0, places, values.reshape(len(places), *lines.shape[1:]).to(lines))
 
     def width(self, tensor: Tensor) -> int:
         """How many of the tensor's entries each unit has."""
@@ -78,11 +90,6 @@ class Rows:
     def _lines(self, tensor: Tensor) -> Tensor:
         """A view of the tensor with the units' axis first, where there is one."""
         return tensor.detach() if self.axis is None else tensor.detach().movedim(self.axis, 0)
-
-    def _places(self, tensor: Tensor, index: Int64[Tensor, "some rows"]) -> tuple[Tensor, ...]:
-        """What to index ``_lines`` with for the entries of some units, given their rows of ``index``."""
-        places = index.flatten().to(tensor.device)
-        return (places,) if self.axis is not None else torch.unravel_index(places, tensor.shape)
 
 
 @dataclass(frozen=True)

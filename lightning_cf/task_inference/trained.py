@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lightning_cf.task_inference.readout import View
+from lightning_cf.task_inference.readout import View, taken
 from lightning_cf.task_inference.sites import Sites
 from lightning_cf.task_inference.strategies import Fitted, Strategy
 
@@ -101,7 +101,7 @@ class LinearHead(Trained):
 def own_units(view: View, layers: int | None = None) -> Float[Tensor, "batch units"]:
     """The task's own units in the first layers, or in all."""
     pairs = list(zip(view.hidden, view.own, strict=True))[:layers]
-    return torch.cat([hidden[:, own] for hidden, own in pairs], dim=1)
+    return torch.cat([taken(hidden, own.nonzero().flatten(), 1) for hidden, own in pairs], dim=1)
 
 
 def own_places(before: Sites, after: Sites, layers: int) -> Int64[Tensor, "_"]:

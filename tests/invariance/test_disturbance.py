@@ -357,3 +357,17 @@ def test_claimed_units_are_not_even_seen():
         now = named_tensors(network)[name]
         torch.testing.assert_close(now[free], before[name][free] + 1)
         assert now[~free].isnan().all()
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_a_perturbation_may_write_into_what_it_gets(make):
+    network, structure, ledger = prepared(make)
+    before = bits(network)
+    disturbance = disturb(network, structure, ledger, lambda vectors, generator: vectors.mul_(0.0).add_(3.0))
+    assert all(
+        (group.weights(named_tensors(network))[ledger.owners[group.name] == FREE] == 3).any()
+        for group in structure.groups
+        if bool((ledger.owners[group.name] == FREE).any())
+    )
+    disturbance.undo()
+    assert bits(network) == before

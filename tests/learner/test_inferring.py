@@ -422,7 +422,7 @@ def test_a_strategy_of_one_s_own_is_fitted_predicts_and_comes_back_from_a_checkp
     for task in sequence:
         fit(module, task, [*three(max_claim=0.3), TaskInferenceCallback(Margin())], 4)
     torch.save(module.state_dict(), tmp_path / "state.pt")
-    x, y = next(iter(sequence[0].test_dataloader()))
+    x, _ = next(iter(sequence[0].test_dataloader()))
     found = module.predict(x)
     assert inference_of(module.ledger).strategies == ("margin",)
     assert set(found.classes.tolist()) <= {0, 1, 2, 3, 4, 5, -1}

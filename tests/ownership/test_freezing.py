@@ -454,3 +454,18 @@ def test_entries_of_a_mask_over_two_axes_are_held_along_the_others(shape):
     assert entries.moved()
     entries.restore()
     assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_mask_that_varies_along_one_axis_is_kept_as_rows_of_it(axis):
+    parameter = nn.Parameter(torch.randn(4, 6, 3, 3))
+    held = torch.arange(parameter.shape[axis]) % 2 == 0
+    mask = held.reshape(-1, *[1] * (3 - axis)).expand(parameter.shape if axis == 0 else (4, 6, 1, 1))
+    entries = KeptEntries(parameter, mask)
+    entries.save()
+    assert entries.saved.numel() == parameter.numel() // 2
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.fill_(1.0)
+    entries.restore()
+    assert torch.equal(parameter, torch.where(mask, before, torch.ones(())))
