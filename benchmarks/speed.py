@@ -117,6 +117,7 @@ def ways(make: Callable[[], nn.Module], shape: tuple[int, ...], share: float) ->
     perturbed, perturbed_task = module("perturb")
     learning, _ = module()
     inferring, _ = module()
+    begun, begun_task = module(claimed=False)
     second, third = task("second", 2), task("second", 2)
     return {
         "loop by hand": lambda: by_hand(loop, loader(0)),
@@ -125,6 +126,7 @@ def ways(make: Callable[[], nn.Module], shape: tuple[int, ...], share: float) ->
         "LEARN": lambda: fit(learning, second, [masked()]),
         "INVARIANCE": lambda: fit(retrained, retrained_task, [masked(), cf.InvarianceCallback()]),
         "perturbed": lambda: fit(perturbed, perturbed_task, [masked(), cf.InvarianceCallback()]),
+        "first task, task inference": lambda: fit(begun, begun_task, [masked(), cf.TaskInferenceCallback()]),
         "LEARN, task inference": lambda: fit(inferring, third, [masked(), cf.TaskInferenceCallback()]),
     }
 
