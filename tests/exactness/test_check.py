@@ -10,6 +10,7 @@ from learning import fit, tasks, three
 from networks import NETWORKS, Wired, build
 from torch import nn
 from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
+from torch.nn import functional as F
 
 from lightning_cf import Classifier
 from lightning_cf.errors import StructureError, StructureWarning
@@ -547,3 +548,16 @@ def test_what_trying_finds_is_named_by_operation(wire, operation):
     )
     with pytest.raises(StructureError, match=rf"first in the results of {operation}.*isolation='perturb', or exclude"):
         check(network, torch.randn(4, 6))
+
+
+@pytest.mark.parametrize(
+    "how", [lambda x: F.one_hot(x, 10), lambda x: F.one_hot(x, num_classes=10)], ids=["place", "name"]
+)
+def test_what_one_hot_looks_at_of_its_input_decides_nothing(how):
+    """It looks whether the numbers are those of classes; without their count they decide how many there are."""
+    layers = {"first": nn.Linear(10, 8), "head": nn.Linear(8, 3)}
+    x = torch.randint(0, 10, (16, 5))
+    net = Wired(lambda net, x: net.head(torch.relu(net.first(how(x).float().mean(1)))), **layers)
+    assert trace(net, x).branches == ()
+    net = Wired(lambda net, x: net.head(torch.relu(net.first(F.one_hot(x).float()[..., :10].mean(1)))), **layers)
+    assert trace(net, torch.arange(10).expand(16, 10)).branches

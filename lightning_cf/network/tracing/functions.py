@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -32,6 +33,13 @@ class FunctionRules(TorchFunctionMode):
             return self._decide(out, known)
         return out
 
+    def _checked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function gives that reads its input to see whether it is allowed: nothing else is decided by that."""
+        reads, branches = len(self.tracer.found.reads), len(self.tracer.found.branches)
+        out = func(*args, **kwargs)
+        del self.tracer.found.reads[reads:], self.tracer.found.branches[branches:]
+        return out
+
     def _decide(self, out: bool, known: int) -> bool:
         """What an ``if`` on the network's input finds, or the opposite, to see what would run then."""
         del self.tracer.found.branches[known + 1 :]
@@ -42,6 +50,8 @@ class FunctionRules(TorchFunctionMode):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
             self.tracer.read(args[0], f"Tensor.{func.__name__}")
+        if func is F.one_hot and kwargs.get("num_classes", args[1] if len(args) > 1 else -1) > 0:
+            return self._checked(func, args, kwargs)
         if func not in WHOLE:
             with self.tracer.formulas.function(self.tracer.path, Reduction.of(func, args, kwargs)):
                 return func(*args, **kwargs)
