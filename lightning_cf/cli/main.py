@@ -29,7 +29,7 @@ from lightning_cf.errors import ContinualError, RunWarning, check_choice, check_
 from lightning_cf.lightning_api import Trainer
 from lightning_cf.reporting.result_pictures import write_pictures
 from lightning_cf.reporting.tables import print_summary
-from lightning_cf.reporting.unit_pictures import write_unit_pictures
+from lightning_cf.reporting.unit_pictures import PICTURED, write_unit_pictures
 from lightning_cf.sequence.comparison import VARIABLE, differences
 from lightning_cf.sequence.preflight import Method, check_root
 from lightning_cf.sequence.result import Result
@@ -45,6 +45,7 @@ _ANYWHERE = (
     "command",
     "compare",
     "optimized_metric",
+    "unit_pictures",
     "logger",
     "data_dir",
     "devices",
@@ -52,6 +53,9 @@ _ANYWHERE = (
     "pretrained",
 )
 """Options that do not change what a method's run finds, or that its runner compares by what they lead to."""
+
+_FREE = ("run", "allow", "unit_pictures")
+"""Options in which a start may differ from the folder's run without a word."""
 
 VERSION_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
 """How Hydra is asked to behave as 1.3 does: from 1.4 on it knows no other way, and warns where it is asked."""
@@ -156,7 +160,7 @@ def _train(config: DictConfig, root: Path, resolved: dict[str, Any], bar: RunBar
     if first_process:
         write_atomically(root / "result.json", json.dumps(document, indent=2))
         write_pictures(results, root)
-        write_unit_pictures(root / chosen / "tasks")
+        write_unit_pictures(root / chosen / "tasks", config.unit_pictures)
         print_summary(results, root)
     return document
 
@@ -246,6 +250,7 @@ def _checked(config: DictConfig, root: Path) -> dict[str, Any]:
     check_count("lightning-cf", "seed", config.seed, least=0)
     check_choice("lightning-cf", "method", config.method, ("partition", "finetune", "joint"))
     check_choice("lightning-cf", "isolation", config.isolation, ("exact", "perturb"))
+    check_choice("lightning-cf", "unit_pictures", config.unit_pictures, PICTURED)
     if not isinstance(config.compare, bool):
         raise ContinualError(f"lightning-cf: compare must be true or false, got {config.compare!r}.")
     if config.pretrained is not None and not isinstance(config.pretrained, str):
@@ -267,7 +272,7 @@ def _checked(config: DictConfig, root: Path) -> dict[str, Any]:
             text = f"{kept} is damaged; what the methods' states hold is compared instead."
             warn(text, RunWarning)
             return dict(resolved)
-        compared = {key: value for key, value in resolved.items() if key in found and key not in ("run", "allow")}
+        compared = {key: value for key, value in resolved.items() if key in found and key not in _FREE}
         for name, was, now in differences({key: found[key] for key in compared}, compared):
             if not any(name == each or name.startswith(f"{each}.") for each in allow):
                 raise ContinualError(

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_cf.errors import ContinualError, RunWarning, warn
+from lightning_cf.errors import ContinualError, RunWarning, check_choice, warn
 from lightning_cf.partition.options import MEASURES
 from lightning_cf.partition.similarity import Similarity
 from lightning_cf.records.record import LayerRecord, PartitionRecord
@@ -24,9 +24,20 @@ SAMPLE = 1024
 KINDS = {"claimed": "#1b6ca8", "redundant": "#f0b27a", "of earlier tasks": "#b5b5b5"}
 
 
-def write_unit_pictures(tasks: Path) -> None:
-    """Writes ``units.png`` and ``similarity.png`` beside the record of every task's partition."""
-    for manifest in sorted(tasks.glob("*/partition.json")):
+PICTURED = ("last", "all", "none")
+"""Of which tasks pictures may be asked for."""
+
+
+def write_unit_pictures(tasks: Path, which: str = "all") -> None:
+    """Writes ``units.png`` and ``similarity.png`` beside the records of tasks' partitions.
+
+    Args:
+        tasks: the folder that holds a folder for each task.
+        which: every task's, those of the last one that was partitioned, or none.
+    """
+    check_choice("unit pictures", "which", which, PICTURED)
+    manifests = sorted(tasks.glob("*/partition.json"))
+    for manifest in {"last": manifests[-1:], "all": manifests, "none": []}[which]:
         try:
             record = PartitionRecord.load(manifest.parent)
         except ContinualError as error:

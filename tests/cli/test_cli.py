@@ -58,7 +58,7 @@ def test_the_default_command_compares_three_methods_and_leaves_results_and_pictu
         ["isolation=perturb", "invariance=composed", "subspace=random", "subspace.dimensions=0.25", INFERRED],
         ["isolation=perturb", "invariance=mixture", "subspace=learned", "subspace.steps=5"],
         ["partition.every_n_epochs=1", "partition.clusters=components", "partition.representative=random"],
-        ["partition.when_below=10.0", "invariance.every_n_epochs=2"],
+        ["partition.when_below=10.0", "invariance.every_n_epochs=2", "unit_pictures=none"],
     ],
 )
 def test_every_group_runs_from_any_folder(tmp_path, arguments, monkeypatch, capsys):
@@ -79,8 +79,10 @@ def test_every_group_runs_from_any_folder(tmp_path, arguments, monkeypatch, caps
         folders = sorted((tmp_path / "run").glob("*/tasks/*"))
         assert [folder.name[3:] for folder in folders] == result["tasks"]
         for folder in folders:
-            pictures = set() if "model.network.hidden=[]" in arguments else {"units.png", "similarity.png"}
-            assert {"checkpoint.ckpt", "partition.json"} | pictures <= set(os.listdir(folder))
+            found, pictures = set(os.listdir(folder)), {"units.png", "similarity.png"}
+            last = folder == folders[-1] and "unit_pictures=none" not in arguments
+            assert {"checkpoint.ckpt", "partition.json"} <= found
+            assert found & pictures == (pictures if last and "model.network.hidden=[]" not in arguments else set())
             assert bool(list(folder.rglob("similarity/*.npy"))) == ("partition.similarity_matrix=true" in arguments)
     if "partition.every_n_epochs=1" in arguments:
         assert all(len(record["claims"]) > 1 for record in result["partition"])
@@ -90,6 +92,7 @@ def test_every_group_runs_from_any_folder(tmp_path, arguments, monkeypatch, caps
     ("arguments", "words"),
     [
         (["isolation=some"], ["isolation", "exact, perturb", "'some'"]),
+        (["unit_pictures=some"], ["unit_pictures", "last, all, none", "'some'"]),
         (["partition.measure=size"], ["measure", "weight, update, activation", "'size'"]),
         (["partition.threshold=7"], ["threshold", "[-1, 1]", "7"]),
         (["partition.exclude=[network.7]"], ["exclude", "'network.7'", "network.1, network.3"]),
