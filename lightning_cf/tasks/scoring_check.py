@@ -62,7 +62,7 @@ def check_scoring(module: LightningModule, task: Task) -> None:
             if number == 0 or rows or _to_be_looked_at(task, batch):
                 scorer.add(batch, number)
             seen += samples_in(batch)
-            labels = task.task_loaders.labels_of(batch)
+            labels = task.task_loaders.labels_of(batch, batch[1].shape[-1] if scorer.one_hot else None)
             classes.update([] if labels is None else labels.tolist())
             if number == 0:
                 rows = scorer.one_hot or scorer.apart  # those of a later batch may be none

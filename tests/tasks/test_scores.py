@@ -457,9 +457,10 @@ def test_judging_data_of_one_class_are_said(size, batch):
         fit(Net(), task, limit_val_batches=2, max_epochs=1)
 
 
-def test_classes_that_a_validation_set_lacks_are_said():
+@pytest.mark.parametrize("change", [lambda y: y, lambda y: F.one_hot(y, 4).float()], ids=["labels", "one-hot"])
+def test_classes_that_a_validation_set_lacks_are_said(change):
     x, y = numbers(64, classes=(0, 1, 2))
-    task = Task("a", {"train": of(x, y, 16), "val": of(x[y < 2], y[y < 2], 16)}, classes=[0, 1, 2])
+    task = Task("a", {"train": of(x, change(y), 16), "val": of(x[y < 2], change(y)[y < 2], 16)}, classes=[0, 1, 2])
     with pytest.warns(DataWarning, match=r"has 3 classes, but the \d+ samples that .* are none of classes 2: these"):
         fit(Net(), task, max_epochs=1)
 
