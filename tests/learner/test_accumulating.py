@@ -388,7 +388,7 @@ def test_sums_are_exact_within_a_context_of_half_precision():
         kept.append(inference_of(module.ledger).shared["lda"])
     for name in ("sums.gram", "sums.totals", "sums.counts", "features.centre"):
         assert torch.equal(kept[0][name], kept[1][name]), name
-    assert {x.dtype for x in kept[1].values()} <= {torch.float32, torch.float64, torch.int64}
+    assert {x.dtype for n, x in kept[1].items() if not n.startswith("familiar.")} <= {torch.float32, torch.int64}
 
 
 def test_units_that_a_first_task_owns_may_be_all_that_is_seen(monkeypatch):
