@@ -9,7 +9,7 @@ import statistics
 
 from common import HERE, arguments, markdown, write_section
 from matplotlib.figure import Figure
-from small import Job, run_all
+from small import IMAGES, Job, run_all
 
 REFERENCE = {
     "measure": "weight",
@@ -35,7 +35,7 @@ SCORES = ("average_accuracy", "forgetting", "learned", "partitioned", "free")
 
 
 def main() -> None:
-    options = arguments()
+    options = arguments(images=IMAGES)
     exact = run_all(options, "ablation", grid("exact", EXACT, options.seeds))
     perturb = run_all(options, "ablation", grid("perturb", PERTURB, options.seeds))
     none = {**PERTURB, "perturbation": [""], "invariance epochs": [0]}

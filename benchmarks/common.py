@@ -34,9 +34,19 @@ def options_parser(seeds: Sequence[int] = (0, 1, 2)) -> argparse.ArgumentParser:
     return parser
 
 
-def arguments(seeds: Sequence[int] = (0, 1, 2)) -> argparse.Namespace:
+def arguments(seeds: Sequence[int] = (0, 1, 2), images: int | None = None) -> argparse.Namespace:
+    """The options of a benchmark of many runs.
+
+    Args:
+        seeds: where none are given.
+        images: how many each run trains on where nobody says, for a benchmark at reduced size.
+    """
     parser = options_parser(seeds)
     parser.add_argument("--processes", type=int, default=2, help="runs at the same time, where a benchmark can")
+    if images is not None:
+        parser.add_argument(
+            "--images", type=int, default=images, help="of training; fewer to try: tables are replaced as well"
+        )
     return parser.parse_args()
 
 

@@ -4,7 +4,7 @@ import statistics
 
 from common import HERE, arguments, markdown, percent, write_section
 from matplotlib.figure import Figure
-from small import Job, run_all
+from small import IMAGES, Job, run_all
 
 SIZES = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
 HELD = {"isolation": "perturb", "perturbation": "resample", "invariance epochs": 4}
@@ -18,7 +18,7 @@ SCORES = {"forgetting": "forgetting (points)", "learned": "later tasks, as they 
 
 
 def main() -> None:
-    options = arguments()
+    options = arguments(images=IMAGES)
     runs = {}
     for kind, (job, _) in KINDS.items():
         for size in SIZES:
