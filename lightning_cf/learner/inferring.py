@@ -39,8 +39,18 @@ SAMPLES = 20_000
 
 
 def inference_of(ledger: NeuronLedger) -> TaskInference | None:
-    """What a ledger keeps to infer tasks by."""
+    """What a ledger keeps to infer tasks by, to be changed at will until :func:`keep_inference` puts it back."""
     return None if ledger.inference is None else TaskInference.from_state_dict(ledger.inference)
+
+
+def known_inference(ledger: NeuronLedger) -> TaskInference | None:
+    """What a ledger keeps to infer tasks by, to be read only: unpacked once until others are kept."""
+    if ledger.inference is None:
+        return None
+    if ledger.read is None or ledger.read[0] is not ledger.inference:
+        ledger.read = ledger.inference, TaskInference.from_state_dict(ledger.inference)
+    found: TaskInference = ledger.read[1]
+    return found
 
 
 def keep_inference(ledger: NeuronLedger, inference: TaskInference) -> None:

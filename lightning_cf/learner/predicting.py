@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lightning_cf.errors import ContinualError
-from lightning_cf.learner.inferring import inference_of
+from lightning_cf.learner.inferring import known_inference
 from lightning_cf.learner.keeping import ledger_of
 from lightning_cf.lightning_api import LightningModule, is_overridden
 from lightning_cf.network.finite import infinite_rows, rows_finite, rows_of, sample_axis
@@ -42,13 +42,17 @@ def predict_any(
     """
     ledger, inference = _known(module)
     x = as_called(module, in_precision_of(module, x), nested=inference.nested)
-    _check_call(module, x)
     chosen = _positions(inference, among)
     turned = any(task.sites.turned for task in inference.tasks)
 
     def found_of(x: Any) -> Prediction:
-        with forward_context(module):
-            readout = inference.read(module, partial(call, module), x, strategy or inference.strategies[0], alone=True)
+        try:
+            with forward_context(module):
+                run = partial(call, module)
+                readout = inference.read(module, run, x, strategy or inference.strategies[0], alone=True)
+        except TypeError:
+            _check_call(module, x)
+            raise
         if readout.missing:
             raise ContinualError(
                 f"'{readout.missing[0]}' does not run in the forward pass, so its task cannot be compared with others."
@@ -60,8 +64,8 @@ def predict_any(
 
     found = found_of(x)
     rows = rows_of(x, len(found.classes), turned=turned)
-    fine = rows_finite(rows) if rows else None
-    if fine is not None and bool(fine.any()) and not bool(fine.all()):
+    fine = None if all(bool(part.isfinite().all()) for part in rows) else rows_finite(rows)
+    if fine is not None and bool(fine.any()):
         # Another pass for the others, as if those rows were like any: a network may compute with the whole batch.
         others = found_of(_with_other_rows(x, fine, turned=turned))
         pairs = zip(others, found, strict=True)
@@ -77,7 +81,7 @@ def _known(module: LightningModule) -> tuple[NeuronLedger, TaskInference]:
         ContinualError: if there is nothing, or no forward pass to do it in.
     """
     ledger = ledger_of(module)
-    inference = None if ledger is None else inference_of(ledger)
+    inference = None if ledger is None else known_inference(ledger)
     if inference is not None and not inference.strategies:
         raise ContinualError(
             f"No strategy infers the tasks of {type(module).__name__}: its network or its tasks allow none, such as"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError
+from lightning_cf.learner.inferring import inference_of, keep_inference
 from lightning_cf.learner.state import ContinualState
 from lightning_cf.network.forward import named_tensors
 from lightning_cf.network.output_heads import check_growth, fit_head, grow_head, head_columns, head_of
@@ -152,6 +152,10 @@ def _take_note(
             " new.weight.data[:len(old.weight)] = old.weight.data, and the bias alike."
         )
     at = {column: now[layer][row] for layer, columns in before.items() for row, column in enumerate(columns)}
+    inference = inference_of(ledger)
+    if inference is not None:
+        inference.renumber(at, now)
+        keep_inference(ledger, inference)
     size = sum(map(len, now.values()))
     outputs = torch.full((size,), FREE)
     for old, new in at.items():
@@ -159,13 +163,13 @@ def _take_note(
     if ledger.width == len(ledger.outputs):
         ledger.width = size  # none were added by us, so all columns are the user's
     ledger.outputs = outputs
-    _renumber(ledger, at, now)
+    _renumber(ledger, at)
     ledger.norms = dict(state.structure.norms)
     ledger.revision += 1
     make_owner_aware(module, ledger.norm_owners())
 
 
-def _renumber(ledger: NeuronLedger, at: Mapping[int, int], heads: Mapping[str, list[int]]) -> None:
+def _renumber(ledger: NeuronLedger, at: Mapping[int, int]) -> None:
     def moved(columns: Sequence[int]) -> list[int]:
         return [at.get(column, column) for column in columns]
 
@@ -173,8 +177,3 @@ def _renumber(ledger: NeuronLedger, at: Mapping[int, int], heads: Mapping[str, l
     ledger.positions = {name: moved(columns) for name, columns in ledger.positions.items()}
     for task in ledger.tasks:
         task.outputs = moved(task.outputs)
-    inference: dict[str, Any] = ledger.inference or {}
-    for sites in [*(known["sites"] for known in inference.get("tasks", [])), inference.get("training_sites")]:
-        if sites is not None:
-            sites["outputs"] = torch.tensor(moved(sites["outputs"].tolist()), dtype=torch.int64)
-            sites["heads"] = {path: torch.tensor(heads[path], dtype=torch.int64) for path in sites["heads"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from types import SimpleNamespace
@@ -32,19 +32,21 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     ``torch.distributions`` do not look at their arguments, which would be numbers read into Python.
     """
     modes = {child: child.training for child in module.modules()}
-    module.eval()
+    if any(modes.values()):
+        module.eval()
     try:
-        with torch.compiler.set_stance("force_eager"), _unlogged(module), _unvalidated():
+        with torch.compiler.set_stance("force_eager"), _unlogged(modes), _unvalidated():
             yield
     finally:
         for child, training in modes.items():
-            child.training = training
+            if child.training != training:
+                child.training = training
 
 
 @contextmanager
-def _unlogged(module: nn.Module) -> Iterator[None]:
+def _unlogged(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Meanwhile ``self.log`` of Lightning's modules does nothing: a pass of ours is none of the user's loop."""
-    logs = {child: child.__dict__.get("log") for child in module.modules() if "_current_fx_name" in child.__dict__}
+    logs = {child: child.__dict__.get("log") for child in modules if "_current_fx_name" in child.__dict__}
     for child in logs:
         child.__dict__["log"] = _nothing
     try:

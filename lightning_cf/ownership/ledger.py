@@ -53,6 +53,7 @@ class NeuronLedger:
         origin: the file that the ledger was read from, for messages; not kept.
         ways: names of tasks that may run the network in a way of their own, which must be known before others go on.
         revision: counts the changes, so that whoever caches masks knows when to make them anew.
+        read: what ``inference`` was when it was last unpacked to be read only, and what came out; not kept.
     """
 
     owners: dict[str, Int64[Tensor, "_"]]
@@ -73,6 +74,7 @@ class NeuronLedger:
     origin: str = ""
     ways: list[str] = field(default_factory=list)
     revision: int = 0
+    read: tuple[dict[str, Any], Any] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def for_structure(cls, structure: Structure) -> NeuronLedger:

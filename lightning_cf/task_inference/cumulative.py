@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.task_inference.known import Known
+from lightning_cf.task_inference.lineup import Lineup
 from lightning_cf.task_inference.prediction import Inferred
-from lightning_cf.task_inference.readout import Readout, View
+from lightning_cf.task_inference.readout import Readout, View, taken
 from lightning_cf.task_inference.sites import Sites
 from lightning_cf.task_inference.strategies import Fitted, Strategy, TaskScores
 
@@ -102,6 +103,21 @@ class Cumulative(Strategy):
         """
         raise ContinualError(f"task_inference={self.name}: what tasks add cannot be put together again.")
 
+    def renumbered(self, kept: Shared, at: Mapping[int, int]) -> Shared:
+        """What is kept where the network's outputs have other numbers now, as when an output layer before theirs grew.
+
+        Args:
+            kept: of all tasks, or what one of them added.
+            at: by number so far, the number of each output that has another now.
+
+        Raises:
+            ContinualError: where that cannot be had.
+        """
+        raise ContinualError(
+            f"task_inference={self.name}: outputs have other numbers now, by which it keeps the classes of the tasks so"
+            " far. Add outputs behind the last one, or give the strategy a method renumbered(kept, at)."
+        )
+
     @abstractmethod
     def outputs(
         self, shared: Shared, seen: Readout, sites: Sites, columns: Int64[Tensor, "classes"]
@@ -132,19 +148,14 @@ class Cumulative(Strategy):
         raise NotImplementedError(f"{type(self).__name__} scores all tasks together.")
 
 
-def task_scores(outputs: Float[Tensor, "batch classes"], tasks: Sequence[Int64[Tensor, "_"]]) -> TaskScores:
+def task_scores(outputs: Float[Tensor, "batch classes"], lineup: Lineup) -> TaskScores:
     """The logarithm of each task's probability: its classes' together, of a softmax over all of them.
-
-    >>> scores = task_scores(torch.zeros(1, 4), [torch.tensor([0, 1, 2]), torch.tensor([3])])
-    >>> [round(float(score), 4) for score in scores.exp()[0]]
-    [0.75, 0.25]
 
     Args:
         outputs: of all classes.
-        tasks: for each, which of the outputs are its own.
+        lineup: whose outputs these are.
     """
-    logs = outputs.log_softmax(dim=1)
-    return torch.stack([logs[:, own.to(logs.device)].logsumexp(dim=1) for own in tasks], dim=1)
+    return lineup.reduced(lambda logs: logs.logsumexp(dim=-1), outputs.log_softmax(dim=1))
 
 
 Labelled = tuple[Readout, Int64[Tensor, "batch"]]
@@ -152,7 +163,12 @@ Labelled = tuple[Readout, Int64[Tensor, "batch"]]
 
 
 def infer_together(
-    strategy: Cumulative, shared: Shared, sites: Sites, tasks: Sequence[Known], readout: Readout
+    strategy: Cumulative,
+    shared: Shared,
+    sites: Sites,
+    tasks: Sequence[Known],
+    lineup: Lineup,
+    readout: Readout,
 ) -> Inferred:
     """Scores of all tasks for a batch: the logarithm of each one's probability.
 
@@ -161,27 +177,22 @@ def infer_together(
         shared: what it keeps.
         sites: where the first task's scores looked, which may have been forgotten since.
         tasks: those to score.
+        lineup: where their outputs stand.
         readout: what the network shows of the batch.
     """
-    device = readout.outputs.device
-    shared, columns = moved(strategy, shared, readout), torch.cat([task.sites.outputs for task in tasks])
-    places = torch.arange(len(columns)).split([len(task.sites.outputs) for task in tasks])
-    outputs = strategy.outputs(shared, readout, sites, columns.to(device))
-    scores = task_scores(outputs, places)
-    _, spread, threshold = torch.stack([task.calibration[strategy.name] for task in tasks]).to(device).T
-    familiar = strategy.familiarity(shared, outputs, columns.to(device))
+    shared = moved(strategy, shared, readout)
+    outputs = strategy.outputs(shared, readout, sites, lineup.columns)
+    scores = task_scores(outputs, lineup)
+    _, spread, threshold = torch.stack([task.calibration[strategy.name] for task in tasks]).to(outputs.device).T
+    familiar = strategy.familiarity(shared, outputs, lineup.columns)
     # One threshold for all tasks: what is familiar is so in one unit, and would else be ranked by how each was judged.
     none = ((threshold.mean() - familiar) / spread.mean()).sigmoid()[:, None]
-    views = [readout.outputs[:, task.sites.outputs.to(device)] for task in tasks]
-    within = [pooled(view, outputs[:, own.to(device)]) for view, own in zip(views, places, strict=True)]
-    classes = [
-        torch.tensor(task.classes, device=device)[x.argmax(dim=1)] for task, x in zip(tasks, within, strict=True)
-    ]
+    within = lineup.each(pooled, taken(readout.outputs, lineup.columns, 1), outputs)
     probabilities = torch.cat([(1 - none) * scores.exp(), none], dim=1)
-    return Inferred(scores, probabilities, torch.stack(classes, dim=1), tuple(within))
+    return Inferred(scores, probabilities, lineup.likeliest(within), within)
 
 
-def pooled(logits: Float[Tensor, "batch classes"], others: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch _"]:
+def pooled(logits: Float[Tensor, "... classes"], others: Float[Tensor, "... classes"]) -> Float[Tensor, "... classes"]:
     """What two say of the classes within a task, as one distribution: their probabilities' geometric mean.
 
     The sub-network and what all tasks share err on other samples; a logarithmic pool of both is right more often than
@@ -190,7 +201,7 @@ def pooled(logits: Float[Tensor, "batch classes"], others: Float[Tensor, "batch 
     >>> pooled(torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 4.0]])).tolist()
     [[0.5, 0.5]]
     """
-    return ((logits.log_softmax(dim=1) + others.log_softmax(dim=1)) / 2).softmax(dim=1)
+    return ((logits.log_softmax(dim=-1) + others.log_softmax(dim=-1)) / 2).softmax(dim=-1)
 
 
 def in_full(seen: Readout) -> torch.autocast:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 
 from lightning_cf.errors import ContinualError
 from lightning_cf.network.finite import not_finite
-from lightning_cf.task_inference.cumulative import Cumulative, infer_together
+from lightning_cf.task_inference.cumulative import Cumulative, cumulative, infer_together
 from lightning_cf.task_inference.electing import elected
 from lightning_cf.task_inference.known import Known
+from lightning_cf.task_inference.lineup import Lineup
 from lightning_cf.task_inference.packing import packed, unpacked
 from lightning_cf.task_inference.prediction import Inferred, Prediction
 from lightning_cf.task_inference.read_variants import read_all, variants_of
-from lightning_cf.task_inference.readout import Readout, View
+from lightning_cf.task_inference.readout import Readout, View, taken
 from lightning_cf.task_inference.registry import STRATEGIES, check_strategies
 from lightning_cf.task_inference.sites import Sites, kept
 from lightning_cf.task_inference.strategies import REJECTED
@@ -65,6 +67,9 @@ class TaskInference:
     looks: Sites | None = None
     apart: bool = False
     nested: bool = False
+    _lineups: dict[torch.device, tuple[list[Known], Lineup]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         check_strategies(self.strategies)
@@ -164,23 +169,31 @@ class TaskInference:
             return self._infer(readout, name)
 
     def _infer(self, readout: Readout, name: str) -> Inferred:
-        chosen, device = STRATEGIES[name], readout.outputs.device
+        chosen, lineup = STRATEGIES[name], self.lineup(readout.outputs.device)
         if isinstance(chosen, Cumulative):
-            return infer_together(chosen, self.shared[name], self.looks or self.tasks[0].sites, self.tasks, readout)
-        scores, classes, within = [], [], []
+            sites = self.looks or self.tasks[0].sites
+            return infer_together(chosen, self.shared[name], sites, self.tasks, lineup, readout)
+        scores, device = [], readout.outputs.device
         calibration = torch.stack([task.calibration[name] for task in self.tasks]).to(device)
         for task in self.tasks:
-            view = View.of(readout, task.sites)
             fitted = {key: value.to(device) for key, value in task.fitted[name].items()}
-            scores.append(chosen.score(fitted, view))
-            within.append(view.logits.softmax(dim=1))
-            classes.append(torch.tensor(task.classes, device=device)[view.logits.argmax(dim=1)])
+            scores.append(chosen.score(fitted, View.of(readout, task.sites)))
         found, (mean, spread, threshold) = torch.stack(scores, dim=1), calibration.T
         if not chosen.raw:
             found, threshold = (found - mean) / spread, (threshold - mean) / spread
             spread = torch.ones_like(spread)
         probabilities = chosen.probabilities(found, spread, threshold)
-        return Inferred(found, probabilities, torch.stack(classes, dim=1), tuple(within))
+        logits = taken(readout.outputs, lineup.columns, 1)
+        within = lineup.each(lambda own: own.softmax(dim=-1), logits)
+        return Inferred(found, probabilities, lineup.likeliest(logits), within)
+
+    def lineup(self, device: torch.device) -> Lineup:
+        """Where the outputs of the tasks stand, side by side."""
+        tasks, found = self._lineups.get(device, ([], None))
+        if found is None or len(tasks) != len(self.tasks) or not all(map(is_, tasks, self.tasks)):
+            found = Lineup.of(self.tasks, device)
+            self._lineups[device] = list(self.tasks), found
+        return found
 
     def predict(
         self,
@@ -203,8 +216,8 @@ class TaskInference:
             none: samples that are none of the known, whatever they look like.
             among: positions of the tasks that it can be, where that is known.
         """
-        own = torch.cat([task.sites.outputs for task in self.tasks]).to(readout.outputs.device)
-        given = [readout.outputs[:, own], *([] if readout.inputs is None else [readout.inputs])]
+        lineup = self.lineup(readout.outputs.device)
+        given = [taken(readout.outputs, lineup.columns, 1), *([] if readout.inputs is None else [readout.inputs])]
         inferred = self.infer(readout, strategy)
         inferred = (inferred if among is None else inferred.among(among)).without(given, none)
         batch, none_of = len(inferred.scores), len(self.tasks)
@@ -213,9 +226,7 @@ class TaskInference:
         classes = inferred.classes.gather(1, known[:, None])[:, 0].masked_fill(best == none_of, -1)
         probabilities = inferred.probabilities.new_zeros(batch, width + 1)
         probabilities[:, -1] = inferred.probabilities[:, -1]
-        for number, (task, within) in enumerate(zip(self.tasks, inferred.within, strict=True)):
-            columns = torch.tensor(task.classes, device=within.device)
-            probabilities.index_add_(1, columns, inferred.probabilities[:, number : number + 1] * within)
+        probabilities.index_add_(1, lineup.classes, inferred.probabilities[:, lineup.task] * inferred.within)
         tasks = best.masked_fill(best == none_of, -1)
         return Prediction(classes, probabilities, tasks, inferred.scores.amax(dim=1))
 
@@ -239,6 +250,25 @@ class TaskInference:
         """
         names = self.strategies if strategy is None else (strategy,)
         return read_all(module, [task.sites for task in self.tasks], run, batch, variants_of(names), alone=alone)
+
+    def renumber(self, at: Mapping[int, int], heads: Mapping[str, Sequence[int]]) -> None:
+        """Outputs have other numbers now, as where an output layer grew.
+
+        Args:
+            at: by number so far, the number of each output now.
+            heads: by path of each output layer, the outputs that it computes now.
+
+        Raises:
+            ContinualError: if a strategy cannot follow.
+        """
+        at = {old: new for old, new in at.items() if old != new}
+        for strategy in cumulative(STRATEGIES[name] for name in self.strategies) if at else ():
+            for own in (self.shared, *(task.fitted for task in self.tasks)):
+                if strategy.name in own:
+                    own[strategy.name] = dict(strategy.renumbered(own[strategy.name], at))
+        self.tasks = [replace(task, sites=task.sites.renumbered(at, heads)) for task in self.tasks]
+        self.looks = None if self.looks is None else self.looks.renumbered(at, heads)
+        self.training_sites = None if self.training_sites is None else self.training_sites.renumbered(at, heads)
 
     def stored_floats(self, strategy: str | None = None) -> int:
         """How many numbers a strategy keeps beside the network, of all tasks together."""

@@ -38,13 +38,13 @@ class Inferred:
         scores: of each task, higher is likelier.
         probabilities: of each task and, last, of none.
         classes: the class that each task sees in each sample.
-        within: for each task the probabilities of its classes.
+        within: the probabilities of each task's classes, given the task; those of one behind those of another.
     """
 
     scores: Float[Tensor, "batch tasks"]
     probabilities: Float[Tensor, "batch tasks_and_none"]
     classes: Int64[Tensor, "batch tasks"]
-    within: tuple[Float[Tensor, "batch _"], ...]
+    within: Float[Tensor, "batch outputs"]
 
     def among(self, chosen: Sequence[int]) -> Inferred:
         """The same where it is known to be one of some tasks, or none of the known ones.
@@ -80,5 +80,5 @@ class Inferred:
             self,
             scores=self.scores.masked_fill(here, -torch.inf),
             probabilities=torch.where(here, certain, self.probabilities),
-            within=tuple(torch.where(here, 0, within) for within in self.within),
+            within=torch.where(here, 0, self.within),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -177,6 +177,16 @@ class Sites:
             columns = structure.entries[f"{layer}.weight"][0].target.flatten() - structure.head.first
             found[layer] = columns[columns >= 0]
         return found
+
+    def renumbered(self, at: Mapping[int, int], heads: Mapping[str, Sequence[int]]) -> Sites:
+        """The same where outputs have other numbers now.
+
+        Args:
+            at: by number so far, the number of each output that has another now.
+            heads: by path of each output layer, the outputs that it computes now.
+        """
+        outputs = torch.tensor([at.get(column, column) for column in self.outputs.tolist()], dtype=torch.long)
+        return replace(self, outputs=outputs, heads={path: torch.tensor(heads[path]) for path in self.heads})
 
     def state_dict(self) -> dict[str, Any]:
         """Where scores look, as tensors and plain containers for a checkpoint."""

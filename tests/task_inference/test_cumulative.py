@@ -15,6 +15,7 @@ from lightning_cf.task_inference.cumulative import task_scores
 from lightning_cf.task_inference.features.base import inner
 from lightning_cf.task_inference.forgetting import forgotten
 from lightning_cf.task_inference.gathering import gather
+from lightning_cf.task_inference.lineup import Lineup
 from lightning_cf.task_inference.prediction import Inferred
 from lightning_cf.tasks.training_batches import training_batches
 
@@ -101,10 +102,12 @@ def test_a_task_that_was_claimed_and_then_sealed_counts_once():
 
 
 def test_scores_are_probabilities_of_tasks():
-    outputs = torch.randn(5, 4)
-    scores = task_scores(outputs, [torch.tensor([0, 3]), torch.tensor([1]), torch.tensor([2])])
+    outputs, places = torch.randn(5, 4), torch.arange(4)
+    scores = task_scores(
+        outputs, Lineup(places, places, torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 3]), (2, 1, 1))
+    )
     torch.testing.assert_close(scores.exp().sum(dim=1), torch.ones(5))
-    torch.testing.assert_close(scores[:, 1], outputs.log_softmax(dim=1)[:, 1])
+    torch.testing.assert_close(scores[:, 1], outputs.log_softmax(dim=1)[:, 2])
 
 
 class Told(TaskInference):
@@ -113,7 +116,7 @@ class Told(TaskInference):
     def infer(self, readout, strategy=None):
         right = {"lda": self.right[0], "subspaces": self.right[1]}[strategy]
         scores = torch.nn.functional.one_hot((torch.arange(100) < right).long(), 2).float()
-        return Inferred(scores, scores, scores.long(), ())
+        return Inferred(scores, scores, scores.long(), scores)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -131,6 +131,12 @@ class Accumulated(Cumulative):
         """The classifier, solved for these tasks' sums alone."""
         return self._solved(shared, reduce(Sums.__add__, map(unpacked, added)))
 
+    def renumbered(self, kept: Shared, at: Mapping[int, int]) -> Shared:
+        """The classifier, solved for the same sums under other numbers; or these alone, where a task added them."""
+        if "classes" in kept:
+            return packed(unpacked(kept).renumbered(at))
+        return self._solved(kept, unpacked(inner(kept, "sums")).renumbered(at))
+
     def _solved(self, shared: Shared, sums: Sums) -> Shared:
         shared = {name: value for name, value in shared.items() if not name.startswith("open.")}
         shrinkage = self.shrinkage
@@ -153,6 +159,8 @@ class Accumulated(Cumulative):
         """The classifier's outputs for these classes, times its sharpness; a class without samples is never likely."""
         linear = Linear(shared["order"], shared["weight"], shared["bias"])
         outputs = linear(self._rounded(shared, seen, sites)) * SHARPNESS[self.form]
+        if _same(linear.classes, columns):
+            return outputs
         never = ~torch.isin(columns.to(linear.classes.device), linear.classes)
         return outputs[:, _places(linear.classes, columns)].masked_fill(never, -torch.inf)
 
@@ -161,7 +169,10 @@ class Accumulated(Cumulative):
     ) -> Float[Tensor, "batch"]:
         """How much better a sample suits its nearest class than all together; its largest output for ridge."""
         kept = inner(shared, "familiar")
-        return Familiarity(**kept)(outputs[:, _places(columns, shared["order"])]) if kept else outputs.amax(dim=1)
+        if not kept:
+            return outputs.amax(dim=1)
+        order = shared["order"]
+        return Familiarity(**kept)(outputs if _same(columns, order) else outputs[:, _places(columns, order)])
 
     @property
     def _looks_at_units(self) -> bool:
@@ -178,6 +189,11 @@ class Accumulated(Cumulative):
             rows = rounded(((rows - shared["centre"]) / shared["scale"]).nan_to_num(0.0))
             seen.found[self.name] = shared["centre"], rows
         return rows
+
+
+def _same(order: Int64[Tensor, "classes"], columns: Int64[Tensor, "_"]) -> bool:
+    """Whether columns stand as the classifier's classes do, so that none need be looked for."""
+    return order.device == columns.device and torch.equal(order, columns)
 
 
 def _places(order: Int64[Tensor, "classes"], columns: Int64[Tensor, "_"]) -> Int64[Tensor, "_"]:

@@ -97,6 +97,21 @@ class Sums:
         kept = ((left.counts != 0) | (left.totals != 0).any(dim=1)).nonzero().flatten()
         return Sums([left.classes[i] for i in kept.tolist()], left.gram, left.totals[kept], left.counts[kept])
 
+    def renumbered(self, at: Mapping[int, int]) -> Sums:
+        """The same sums under other numbers.
+
+        >>> sums = Sums([0, 1], torch.ones(1).long(), torch.tensor([[3], [5]]), torch.tensor([1, 2]))
+        >>> moved = sums.renumbered({0: 4})
+        >>> moved.classes, moved.totals.tolist()
+        ([1, 4], [[5], [3]])
+
+        Args:
+            at: by number so far, the number of each class that has another now.
+        """
+        named = [at.get(label, label) for label in self.classes]
+        order = sorted(range(len(named)), key=named.__getitem__)
+        return Sums([named[i] for i in order], self.gram, self.totals[order], self.counts[order])
+
 
 def products(features: Float[Tensor, "batch features"]) -> Float[Tensor, "features features"]:
     """The sum of outer products of rounded features, exact, in float64."""
