@@ -44,6 +44,10 @@ MOVED = {
 """Where the modules are now from which public names could be imported, or which the documentation named."""
 
 
+ELSEWHERE = {"inferring": {"predict_any": "learner.predicting"}}
+"""Names that the documentation had, which went to another module than the rest."""
+
+
 class MovedFinder(MetaPathFinder, Loader):
     """Finds a module under its former name, asked only where Python finds none of that name.
 
@@ -65,6 +69,8 @@ class MovedFinder(MetaPathFinder, Loader):
         warn(f"{module.__name__} is {now} now; the former name goes with the next release.", DeprecationWarning)
         present = import_module(now)
         vars(module).update({name: value for name, value in vars(present).items() if not name.startswith("__")})
+        for name, place in ELSEWHERE.get(module.__name__.partition(".")[2], {}).items():
+            setattr(module, name, getattr(import_module(f"lightning_cf.{place}"), name))
 
 
 def install() -> None:

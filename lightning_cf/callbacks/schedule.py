@@ -90,6 +90,11 @@ class Schedule:
         Raises:
             ContinualError: if the Trainer does not say how long the fit is.
         """
+        if trainer.max_epochs == 0:
+            raise ContinualError(
+                f"partition: after={self.after} is a share of the fit's epochs, but the Trainer has max_epochs=0, which"
+                " allows none; raise it."
+            )
         if trainer.max_epochs is None or trainer.max_epochs < 1:
             raise ContinualError(
                 f"partition: after={self.after} is a share of the fit's epochs or steps, but the Trainer has"

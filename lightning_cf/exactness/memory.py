@@ -72,7 +72,8 @@ class Memory:
         now, exactly = self._now(), exactly and self.device.type == "cpu"
         left_out = set() if outputs else {*self.structure.head.layers, OUTPUTS}
         places = (place for place in self._before if place[0] not in left_out)
-        layer = next((place[0] for place in places if not _same(self._before[place], now[place], exactly)), "")
+        moved = (p for p in places if p not in now or not _same(self._before[p], now[p], exactly))
+        layer = next((place[0] for place in moved), "")
         return (
             "outputs of earlier tasks" if layer == OUTPUTS else layer and f"units of earlier tasks in layer '{layer}'"
         )

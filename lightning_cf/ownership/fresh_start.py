@@ -65,6 +65,9 @@ def reinitialise_free(
             for name, fresh in drawn.items():
                 if fresh.shape == own[name].shape:
                     own[name].copy_(torch.where(masks[name].to(own[name].device), fresh.to(own[name]), own[name]))
+            if getattr(layer, "momentum", 0.0) is None and bool(masks.get("running_mean", torch.zeros(1)).any()):
+                # An average over all batches counts them: those before the fresh start are none of its own.
+                layer.get_buffer("num_batches_tracked").zero_()
 
 
 class _Kept:

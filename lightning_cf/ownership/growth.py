@@ -57,9 +57,9 @@ def grown(
         layers = ", ".join(f"'{layer}'" for layer in joined)
         raise ContinualError(
             f"Task '{task}' runs the network in a way that joins units which earlier tasks own one by one: those of"
-            f" {layers} would share one fate, since it adds, concatenates or normalises them together. Make all"
-            " tasks known before the first one is learned, ContinualModule(module).add_task(task) for each, as the"
-            " runner does; or give this task a layer of its own there."
+            f" {layers} would share one fate, since it adds, concatenates or normalises them together, or uses a weight"
+            " transposed. Make all tasks known before the first one is learned, ContinualModule(module).add_task(task)"
+            " for each, as the runner does; or give this task a layer of its own there."
         )
     if found.items() >= known.items() and len(fresh.outputs) >= len(outputs):
         kept = {name: owners.get(name, owner) for name, owner in fresh.hidden.items()}

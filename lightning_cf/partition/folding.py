@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_cf.errors import LeakError
 from lightning_cf.network.consumers import consumers, input_units
 from lightning_cf.network.structure import Structure, lookup
 from lightning_cf.ownership.ledger import NeuronLedger
@@ -55,11 +56,24 @@ def fold_claimed(module: nn.Module, structure: Structure, ledger: NeuronLedger, 
 
 @torch.no_grad()
 def cut_claimed(module: nn.Module, structure: Structure, ledger: NeuronLedger) -> None:
-    """Sets the weights from redundant into claimed units and outputs to zero."""
+    """Sets the weights from redundant into claimed units and outputs to zero.
+
+    Raises:
+        LeakError: if earlier tasks compute with one of them, where isolation is exact.
+    """
     parameters = dict(module.named_parameters())
+    sealed = ledger.sealed(structure, parameters)
     for name, uses in structure.entries.items():
         if name in parameters:
-            parameters[name].masked_fill_(ledger.cut(structure, uses).to(parameters[name].device), 0)
+            weight, cut = parameters[name], ledger.cut(structure, uses)
+            both = (cut & sealed[name] if ledger.exact else torch.zeros_like(cut)).to(weight.device)
+            if bool(both.any()) and bool((weight[both.expand(weight.shape)] != 0).any()):
+                raise LeakError(
+                    f"'{name}' is used at several places, and the claim of task '{ledger.tasks[-1].name}' would cut"
+                    " weights at one of them that earlier tasks compute with at another. Give the places weights of"
+                    " their own, or use isolation='perturb'."
+                )
+            weight.masked_fill_(cut.to(weight.device), 0)
 
 
 def _bias(parameters: Mapping[str, Tensor], weight: str) -> Tensor | None:

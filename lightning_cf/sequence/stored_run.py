@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from lightning_cf.sequence.run_lock import RunLock
 from lightning_cf.sequence.run_progress import RunProgress
 from lightning_cf.sequence.store import RunStore
 from lightning_cf.sequence.stored_state import FoundState
-from lightning_cf.sequence.trainers import Trainers, check_trains, end_processes
+from lightning_cf.sequence.trainers import Trainers, check_trains, end_processes, ended_at_once
 from lightning_cf.tasks.contexts import placed_on, seeded
 from lightning_cf.tasks.evaluation import transferred
+from lightning_cf.tasks.own_generators import OwnGenerators
 from lightning_cf.tasks.task import Task
 from lightning_cf.utilities.files import make_folder, writing
 from lightning_cf.utilities.noting import noting
@@ -70,6 +71,7 @@ class StoredRun(ABC):
         allow: Sequence[str],
     ) -> None:
         self.module, self.tasks, self.trainers, self.seed = module, list(tasks), trainers, seed
+        self.own = OwnGenerators(self.tasks)
         self.store = RunStore(root)
         self.lock = RunLock(root)
         self.folders = TaskFolders(root / "tasks", similarity_matrix)
@@ -133,7 +135,7 @@ class StoredRun(ABC):
 
         From here to the end of :meth:`run` nobody else can run in the folder.
         """
-        with noting(self.notes):
+        with noting(self.notes), self.own.seeded("start"):
             self._start()
 
     def _start(self) -> None:
@@ -144,7 +146,8 @@ class StoredRun(ABC):
         batches = check_tasks(self.tasks, self._host, self.seed)
         strategy = self._host.strategy
         if strategy.launcher is not None:
-            strategy.launcher.launch(strategy.setup_environment, trainer=self._host)
+            with ended_at_once() if self._host.num_nodes > 1 else nullcontext():
+                strategy.launcher.launch(strategy.setup_environment, trainer=self._host)
         check_strategy(self._host)
         self.module.trainer = self._host
         self._host.precision_plugin.convert_module(self.module)
@@ -230,7 +233,7 @@ class StoredRun(ABC):
         if name in self.progress.finished:
             return
         began = time.monotonic()
-        with seeded(self.seed, name), noting(self.notes):
+        with seeded(self.seed, name), self.own.seeded(name), noting(self.notes):
             step()
             synchronise(self.host, self.module)
         check_finite(self.module, self.state.structure, f"runner: phase '{name}' is not stored")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import signal
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,6 +118,21 @@ def fit_whole(trainer: Trainer, module: LightningModule, data: LightningDataModu
         raise
     if trainer.interrupted:
         raise ContinualError("runner: the fit was interrupted before its end; run again to go on after the last phase.")
+
+
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """Meanwhile SIGTERM and SIGINT end the process: one that waits for other nodes runs no handler of Python's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def end_processes(trainer: Trainer) -> None:

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError
+from lightning_cf.errors import ContinualError, ContinualWarning, warn
 from lightning_cf.task_inference.batches import joined, numbers_in
 from lightning_cf.task_inference.cumulative import Cumulative, Labelled, Shared, cumulative, in_full, moved
 from lightning_cf.task_inference.electing import without
-from lightning_cf.task_inference.inference import TaskInference
+from lightning_cf.task_inference.inference import BUDGET, TaskInference
 from lightning_cf.task_inference.known import Known
 from lightning_cf.task_inference.readout import Readout
 from lightning_cf.task_inference.registry import STRATEGIES
@@ -172,14 +172,31 @@ def _keep(inference: TaskInference, known: Known, found: Gathering, before: Shar
             raise found.error
         added = found.strategy.added(before, found.shared) if inference.apart else {}
         calibration = found.calibration()
+        spoiled = [key for key, x in found.shared.items() if bool(x.isnan().any())]
+        if spoiled:
+            raise ContinualError(f"what it keeps of all tasks holds values that are not numbers ({spoiled[0]}).")
     except Exception as error:  # whatever a strategy raises on data that its trial did not see
         inference.strategies = without(inference.strategies, name, error, several=inference.votes is not None)
         inference.shared.pop(name, None)
         return
     known.calibration[name] = kept(calibration)
     inference.shared[name] = {key: kept(value) for key, value in found.shared.items()}
+    _tell_size(inference, found.strategy, before)
     if added:
         known.fitted[name] = {key: kept(value) for key, value in added.items()}
+
+
+def _tell_size(inference: TaskInference, strategy: Cumulative, before: Shared) -> None:
+    """Says where a strategy came to keep more than the budget that somebody gave it."""
+    now, then = (sum(x.numel() for x in held.values()) for held in (inference.shared[strategy.name], before))
+    budget = getattr(strategy, "budget", None) or inference.budget
+    if then <= budget < now and (budget != BUDGET or getattr(strategy, "features", None) is None):
+        warn(
+            f"task_inference={strategy.name} keeps {now:,} numbers, more than budget={budget:,}: so few do not hold"
+            " what it needs, or its features were given and say how many there are. Raise the budget, or give fewer"
+            " features.",
+            ContinualWarning,
+        )
 
 
 def _read(

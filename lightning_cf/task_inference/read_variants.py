@@ -58,7 +58,17 @@ def _read(module: nn.Module, tasks: Sequence[Sites], run: Callable[[Any], Any], 
     x = _given(module, *calls[-1]) if calls else batch if alone else input_of(module, batch)
     x = _without(tasks[0].unread, tree_map_only(Tensor, lambda leaf: leaf.detach().to(device), x))
     whole = not any(sites.turned for sites in tasks) and all(_by_rows(leaf, count) for leaf in tree_leaves(x))
-    return replace(found, x=x if whole else None)
+    return replace(found, x=x if whole else None, padding=_padding_of(module))
+
+
+def _padding_of(module: nn.Module) -> int | None:
+    """The token that all embeddings take for padding which know one."""
+    known = {
+        layer.padding_idx
+        for layer in module.modules()
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.padding_idx is not None
+    }
+    return known.pop() if len(known) == 1 else None
 
 
 def _without(places: Collection[str], x: Any) -> Any:

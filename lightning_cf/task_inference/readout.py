@@ -42,6 +42,7 @@ class Readout:
             tensors with one row a sample.
         maps: by weight, what its layer reads as it stands: samples first, units last, positions or tokens between.
         ragged: of several batches, axes along which samples of one are longer than those of another.
+        padding: a token that the network takes for none, if it does (``nn.Embedding(padding_idx=...)``).
         found: by strategy, what it made of all this and may be asked for again; a part or a copy begins without.
     """
 
@@ -55,6 +56,7 @@ class Readout:
     x: Any = None
     maps: Mapping[str, Float[Tensor, "batch ..."]] = field(default_factory=dict)
     ragged: tuple[int, ...] = ()
+    padding: int | None = None
     found: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def part(self, chosen: Bool[Tensor, "batch"]) -> Readout:

@@ -224,6 +224,11 @@ def test_a_trainer_that_counts_steps_needs_no_number_of_epochs(options):
     assert state_of(module).ledger.tasks[-1].phase == ("sealed" if options else "invariance")
 
 
+def test_a_share_of_no_epochs_is_refused_by_their_number():
+    with pytest.raises(ContinualError, match="the Trainer has max_epochs=0, which allows none; raise it"):
+        fit(classifier(), tasks()[0], three(after=0.5), epochs=0)
+
+
 def test_a_share_of_nothing_is_refused_before_training():
     message = r"after=0.5 is a share of the fit's epochs or steps, but the Trainer has neither max_epochs nor max_steps"
     with pytest.raises(ContinualError, match=message):

@@ -12,6 +12,25 @@ from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
 
 
+def test_an_average_over_all_batches_begins_anew():
+    """momentum=None: batches before the fresh start are none of the free channels' own."""
+    torch.manual_seed(0)
+    norm, x = nn.BatchNorm1d(6, momentum=None), torch.randn(8, 1, 12)
+    network = nn.Sequential(nn.Conv1d(1, 6, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(60, 4))
+    structure = trace(network.eval(), x)
+    ledger = NeuronLedger.for_structure(structure)
+    ledger.owners["0"][::2] = 0
+    network.train()
+    for _ in range(5):
+        network(x + 3)
+    held = norm.running_mean[::2].clone()
+    reinitialise_free(network, structure, ledger, 0, "a")
+    assert torch.equal(norm.running_mean[::2], held) and not bool(norm.running_mean[1::2].any())
+    network(x)
+    mean = network[0](x).mean(dim=(0, 2))
+    torch.testing.assert_close(norm.running_mean[1::2], mean[1::2])
+
+
 def prepared(make):
     """A network, its structure, and a ledger with every other unit and the first output owned."""
     network, example = build(make)

@@ -12,7 +12,7 @@ from lightning_cf.task_inference import Cumulative, Known, Readout, Sites, TaskI
 from lightning_cf.task_inference.accumulated import Accumulated
 from lightning_cf.task_inference.accumulated.sums import unpacked
 from lightning_cf.task_inference.cumulative import task_scores
-from lightning_cf.task_inference.features.base import inner
+from lightning_cf.task_inference.features.base import Values, inner
 from lightning_cf.task_inference.forgetting import forgotten
 from lightning_cf.task_inference.gathering import gather
 from lightning_cf.task_inference.lineup import Lineup
@@ -89,6 +89,26 @@ def test_each_of_several_may_have_a_budget_of_its_own():
     module = learned(sequence("a", "b"), [small, large])
     kept = [inference_of(module.ledger).stored_floats(name) for name in ("small", "large")]
     assert 500 < kept[0] <= 2000 < kept[1] <= 5000
+
+
+@pytest.mark.parametrize(("strategy", "budget"), [("lda", 30), (Accumulated("wide", features=Values()), 100)])
+def test_a_budget_that_cannot_be_kept_is_told(strategy, budget):
+    with pytest.warns(ContinualWarning, match=rf"keeps [\d,]+ numbers, more than budget={budget}:"):
+        learned(sequence("a"), strategy, budget=budget)
+
+
+class Spoiled(NearestMean):
+    """Divides by what there is none of."""
+
+    def close(self, shared):
+        return {**shared, "sums": shared["sums"] / shared["counts"][:, None]}
+
+
+def test_what_is_kept_holds_numbers_alone():
+    with pytest.raises(
+        ContinualError, match=r"nearest_mean: .*what it keeps of all tasks holds values that are not num"
+    ):
+        learned(sequence("a"), Spoiled())
 
 
 def test_a_task_that_was_claimed_and_then_sealed_counts_once():

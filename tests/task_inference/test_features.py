@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from lightning_cf import ContinualError
+from lightning_cf import ContinualError, ContinualWarning
 from lightning_cf.task_inference.accumulated import Accumulated
 from lightning_cf.task_inference.features import (
     Custom,
@@ -21,10 +21,56 @@ from lightning_cf.task_inference.features import (
     Values,
     by_medium,
 )
+from lightning_cf.task_inference.features.base import moments
 from lightning_cf.task_inference.features.by_medium import medium_of
 from lightning_cf.task_inference.features.patches import NOISE
 from lightning_cf.task_inference.readout import Readout
 from lightning_cf.task_inference.sites import Site, Sites
+
+
+def test_a_value_that_is_not_finite_counts_as_the_mean_of_its_feature():
+    x = torch.rand(40, 5, generator=generator())
+    x[3, 1], x[4, 1], x[7, 2] = torch.nan, torch.inf, -torch.inf
+    mine, behind = Accumulated("mine", features=Custom(lambda x: x)), RandomFeatures(20, Custom(lambda x: x))
+    with pytest.warns(ContinualWarning, match=r"mine: 3 of 200 values of features are not finite"):
+        kept = mine.begin(seen(x), nowhere(), generator(), 10**6)
+    fine = x[:, 1][x[:, 1].isfinite()]
+    torch.testing.assert_close(kept["centre"][1], fine.mean())
+    torch.testing.assert_close(kept["scale"][1], fine.std(correction=0))
+    fixed = behind.begin(seen(x), nowhere(), generator())
+    centred = torch.where(x.isfinite(), x, fixed["centre"])
+    assert torch.equal(behind.of(fixed, seen(x), nowhere()), behind.of(fixed, seen(centred), nowhere()))
+
+
+def test_moments_of_what_is_finite_are_those_of_the_whole():
+    rows = torch.randn(50, 4, generator=generator())
+    spoiled = torch.cat([rows, torch.full((1, 4), torch.nan)])
+    for found, expected in zip(moments(spoiled), moments(rows), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert torch.equal(moments(rows)[0], rows.mean(dim=0))
+
+
+def test_patches_of_one_value_are_refused():
+    with pytest.raises(ContinualError, match="PatchBank: size must be a whole number of at least 2, got 1"):
+        PatchBank(8, size=1)
+    with pytest.raises(ContinualError, match="patches of images of 1 x 5 pixels are single values"):
+        PatchBank(8).begin(seen(torch.rand(4, 1, 1, 5)), nowhere(), generator())
+
+
+def test_features_that_are_given_take_no_budget():
+    with pytest.raises(ContinualError, match="mine: budget says how many features to choose, and features= were given"):
+        Accumulated("mine", features=PatchBank(8), budget=2000)
+
+
+@given(st.integers(0, 3), st.integers(0, 6))
+def test_padding_is_no_token(padding, more):
+    tokens = torch.randint(4, 9, (3, 10), generator=generator())
+    padded = torch.cat([tokens, torch.full((3, more), padding)], dim=1)
+    features = by_medium(medium_of(seen(tokens, padding=padding), 10**5))
+    assert features.padding == padding
+    found = [features.of({}, seen(x), nowhere()) for x in (tokens, padded)]
+    assert torch.equal(*found)
+    assert by_medium(medium_of(seen(tokens), 10**5)).padding is None
 
 
 def seen(x, outputs=10, **parts):

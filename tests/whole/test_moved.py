@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 
 import lightning_cf
+from lightning_cf.learner.predicting import predict_any
 from lightning_cf.moved import MOVED
 
 BEFORE = {
@@ -49,6 +50,12 @@ def test_names_are_found_where_they_were(module):
         assert getattr(import_module(f"lightning_cf.{module}"), name) is getattr(lightning_cf, name)
     for name in OTHERS.get(module, "").split():
         assert callable(getattr(import_module(f"lightning_cf.{module}"), name)) or name == "STRATEGIES"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_name_that_went_elsewhere_is_found_too(monkeypatch):
+    monkeypatch.delitem(sys.modules, "lightning_cf.inferring", raising=False)
+    assert import_module("lightning_cf.inferring").predict_any is predict_any
 
 
 @pytest.mark.parametrize("module", MOVED)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_cf.network.structure import Role
 from lightning_cf.network.tracing.findings import Use
-from lightning_cf.network.tracing.labels import NO_LABEL, UNUSED, Units, compress
+from lightning_cf.network.tracing.labels import NO_LABEL, UNUSED, Units
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,40 @@ class Placed:
 
 
 def unite_shared_layers(units: Units, uses: Sequence[Use]) -> None:
-    """A layer that is used at several places computes the same units at each of them."""
-    first: dict[str, list[Tensor]] = {}
+    """A layer that is used at several places, or in parts, computes the same units at each of them.
+
+    Where it is used transposed too, what an entry computes at the one place shares its fate with what it reads at the
+    other: else a claim of one would cut entries that owned units of the other compute with.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for use in uses:
         if use.role == "weight":
-            target = use.origin.place(use.target, use.shape).clamp_min(NO_LABEL)
-            for other in first.setdefault(use.name, []):
-                if _meet(target, other):
+            nothing = torch.full_like(use.target, NO_LABEL)
+            labels = (use.target, nothing if use.source is None else use.source)
+            target, source = (use.origin.place(each, use.shape).clamp_min(NO_LABEL) for each in labels)
+            for other, read in found.setdefault(use.name, []):
+                if _turned(target, source, other, read):
+                    units.unite(target, read)
+                    units.unite(source, other)
+                else:
                     units.unite(target, other)
-                    break
-            else:
-                first[use.name].append(target)
+            found[use.name].append((target, source))
 
 
-def _meet(a: Tensor, b: Tensor) -> bool:
-    """Whether two uses lay their units along the same axes."""
-    return compress(a).shape == compress(b).shape
+def _turned(target: Tensor, source: Tensor, other: Tensor, read: Tensor) -> bool:
+    """Whether one use of a tensor lays what it computes along other axes than another one, whose labels follow."""
+    along, across = _axes(target), _axes(other)
+    if along and across:
+        return along != across
+    return bool(_axes(source) & across if across else _axes(read) & along)
+
+
+def _axes(labels: Tensor) -> set[int]:
+    """Along which axes one comes from one unit to another."""
+    there = labels != NO_LABEL
+    top, low = labels.where(there, -1), labels.where(there, torch.iinfo(labels.dtype).max)
+    axes = range(labels.ndim if labels.numel() else 0)
+    return {axis for axis in axes if bool((top.amax(axis) > low.amin(axis)).any())}
 
 
 def place(units: Units, uses: Sequence[Use]) -> dict[str, list[Placed]]:

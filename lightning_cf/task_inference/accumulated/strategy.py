@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError, check_choice, check_count, check_number
+from lightning_cf.errors import ContinualError, ContinualWarning, check_choice, check_count, check_number, warn
 from lightning_cf.task_inference.accumulated.closed_form import Familiarity, Linear, Separation, discriminant, ridge
 from lightning_cf.task_inference.accumulated.sums import Sums, packed, products, rounded, unpacked
 from lightning_cf.task_inference.cumulative import Cumulative, Shared
-from lightning_cf.task_inference.features.base import Features, inner
+from lightning_cf.task_inference.features.base import Features, inner, moments
 from lightning_cf.task_inference.features.by_medium import by_medium, medium_of
 from lightning_cf.task_inference.readout import Readout
 from lightning_cf.task_inference.sites import Sites
@@ -48,7 +48,7 @@ class Accumulated(Cumulative):
         within: whether these are to be made of the first task's units, whatever the input is.
         shrinkage: of the covariance, towards a multiple of the identity, as a share of its mean variance. Default: what
             the features say, else :data:`SHRINKAGE` times features over samples.
-        budget: how many numbers it may keep, where that is not what the callback says.
+        budget: how many numbers it may keep, where that is not what the callback says and no features are given.
     """
 
     at_rest = (*Cumulative.at_rest, "medium", "familiar.")  # which are in float64, and small
@@ -66,6 +66,11 @@ class Accumulated(Cumulative):
     ) -> None:
         self.name = name  # type: ignore[misc]
         self.form = check_choice(name, "form", form, FORMS)
+        if features is not None and budget is not None:
+            raise ContinualError(
+                f"{name}: budget says how many features to choose, and features= were given, which say so themselves;"
+                " leave one of them out."
+            )
         self.features, self.within = features, within
         self.shrinkage = None if shrinkage is None else check_number(name, "shrinkage", shrinkage, above=0.0)
         self.budget = None if budget is None else check_count(name, "budget", budget)
@@ -84,9 +89,16 @@ class Accumulated(Cumulative):
             kept["shrinkage"] = torch.tensor(features.shrinkage)
         fixed = features.begin(seen, sites, generator)
         rows = features.of(fixed, seen, sites)
-        deviation = rows.std(dim=0, correction=0)
+        centre, deviation = moments(rows)
+        bad = int((~rows.isfinite()).sum())
+        if bad:
+            warn(
+                f"task_inference={self.name}: {bad} of {rows.numel()} values of features are not finite on the first"
+                " task's data; each counts as its feature's mean. Look at what the features divide by.",
+                ContinualWarning,
+            )
         scale = deviation.clamp_min(FLOOR * float(deviation.mean())).clamp_min(1e-6)
-        kept |= {"centre": rows.mean(dim=0), "scale": scale}
+        kept |= {"centre": centre, "scale": scale}
         return kept | {f"features.{name}": value for name, value in fixed.items()}
 
     def lean(self, seen: Readout) -> Readout:

@@ -90,6 +90,20 @@ def inner(fixed: Fixed, part: int | str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in fixed.items() if name.startswith(prefix)}
 
 
+def moments(rows: Rows) -> tuple[Float[Tensor, "features"], Float[Tensor, "features"]]:
+    """Mean and deviation of each feature, over the samples in which it is finite.
+
+    >>> [x.tolist() for x in moments(torch.tensor([[1.0, 5.0], [3.0, torch.nan]]))]
+    [[2.0, 5.0], [1.0, 0.0]]
+    """
+    fine = rows.isfinite()
+    if bool(fine.all()):
+        return rows.mean(dim=0), rows.std(dim=0, correction=0)
+    count = fine.sum(dim=0).clamp_min(1)
+    mean = rows.where(fine, 0).sum(dim=0) / count
+    return mean, ((rows - mean).square().where(fine, 0).sum(dim=0) / count).sqrt()
+
+
 class Custom(Features):
     """Whatever a function of one's own makes of the input, such as a frozen network of another library's.
 

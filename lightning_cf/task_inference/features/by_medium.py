@@ -50,7 +50,7 @@ def medium_of(seen: Readout, budget: int, *, within: bool = False) -> Int64[Tens
     """What an input is, from some of the first task's data: kept, so that every later batch is seen in the same way.
 
     Its kind, how many features there are to be, an image's channels and smaller side, and the axis along which the
-    length of samples varies from batch to batch (0: none).
+    length of samples varies from batch to batch (0: none); for tokens, one more than that which is padding instead.
 
     Args:
         seen: what the network shows of a few batches.
@@ -68,7 +68,7 @@ def medium_of(seen: Readout, budget: int, *, within: bool = False) -> Int64[Tens
     x = leaves[0]
     whole = not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
     if len(leaves) == 1 and whole and x.ndim == 2:
-        return torch.tensor([TOKENS, width_for(budget, classes), 0, 0, 0])
+        return torch.tensor([TOKENS, width_for(budget, classes), 0, 0, 0 if seen.padding is None else seen.padding + 1])
     if len(leaves) == 1 and x.is_floating_point() and x.ndim == 4 and min(x.shape[2:]) >= SMALLEST:
         channels, side = x.shape[1], min(x.shape[2:])
         return torch.tensor([IMAGES, _width_of_patches(budget, classes, channels, side), channels, side, 0])
@@ -94,7 +94,8 @@ def by_medium(medium: Int64[Tensor, "5"]) -> Features:
     if kind == UNITS:
         return RandomFeatures(width, FirstUnits())
     if kind == TOKENS:
-        return HashedNgrams((max(1, width // 9), max(1, width * 4 // 9), max(1, width * 4 // 9)))
+        bins = max(1, width // 9), max(1, width * 4 // 9), max(1, width * 4 // 9)
+        return HashedNgrams(bins, padding=axis - 1 if axis else None)
     if kind == VALUES:
         return RandomFeatures(width, Values(axis) if axis else None)
     layered = channels == 1 and width > PLAIN

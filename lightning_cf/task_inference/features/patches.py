@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_cf.errors import check_count, check_flag, check_number
+from lightning_cf.errors import ContinualError, check_count, check_flag, check_number
 from lightning_cf.task_inference.features.base import Features, Fixed, Rows, images_of
 from lightning_cf.task_inference.readout import Readout
 from lightning_cf.task_inference.sites import Sites
@@ -59,7 +59,7 @@ class PatchBank(Features):
         power: float = 1.0,
     ) -> None:
         self.filters = check_count("PatchBank", "filters", filters)
-        self.size = check_count("PatchBank", "size", size)
+        self.size = check_count("PatchBank", "size", size, least=2)
         sides = grid if isinstance(grid, Sequence) and len(grid) == 2 else (grid, grid)
         self.grid = tuple(check_count("PatchBank", "grid", cells) for cells in sides)
         self.threshold = check_number("PatchBank", "threshold", threshold, least=0.0)
@@ -70,6 +70,11 @@ class PatchBank(Features):
         """The filters, as a convolution's weight and bias over patches that are centred and scaled."""
         images = images_of(seen)
         size = min(self.size, *images.shape[2:])
+        if images.shape[1] * size**2 == 1:
+            raise ContinualError(
+                f"task_inference: patches of images of {images.shape[2]} x {images.shape[3]} pixels are single values,"
+                " which hold nothing to compare. Use RandomFeatures, which take the values as they are."
+            )
         patches = _drawn(images.cpu(), size, generator)
         centre, whitening = _whitening(patches)
         chosen = (patches - centre)[: self.filters] @ whitening

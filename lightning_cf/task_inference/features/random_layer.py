@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_cf.errors import check_count
-from lightning_cf.task_inference.features.base import Features, Fixed, Rows, Values, inner
+from lightning_cf.task_inference.features.base import Features, Fixed, Rows, Values, inner, moments
 from lightning_cf.task_inference.readout import Readout
 from lightning_cf.task_inference.sites import Sites
 from lightning_cf.utilities.randomness import keyed_generator
@@ -43,13 +43,14 @@ class RandomFeatures(Features):
         """The mean of each value that is read, and the deviation of all of them."""
         kept = self.behind.begin(seen, sites, generator)
         rows = folded(self.behind.of(kept, seen, sites), self.seed)
-        scale = rows.std().nan_to_num(1.0).clamp_min(1e-6)
-        return {"centre": rows.mean(dim=0), "scale": scale, **{f"behind.{name}": v for name, v in kept.items()}}
+        fine = rows.isfinite()
+        scale = (rows if bool(fine.all()) else rows[fine]).std().nan_to_num(1.0).clamp_min(1e-6)
+        return {"centre": moments(rows)[0], "scale": scale, **{f"behind.{name}": v for name, v in kept.items()}}
 
     def of(self, fixed: Fixed, seen: Readout, sites: Sites) -> Rows:
         """The units' values, one row a sample."""
         rows = folded(self.behind.of(inner(fixed, "behind"), seen, sites), self.seed)
-        rows = (rows - fixed["centre"]) / fixed["scale"]
+        rows = ((rows - fixed["centre"]) / fixed["scale"]).nan_to_num(0.0, 0.0, 0.0)
         weight, bias = (part.to(rows) for part in _drawn(self.seed, rows.shape[1], self.width))
         return (rows @ weight + bias).relu_()
 
