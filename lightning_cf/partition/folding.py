@@ -62,12 +62,12 @@ def cut_claimed(module: nn.Module, structure: Structure, ledger: NeuronLedger) -
         LeakError: if earlier tasks compute with one of them, where isolation is exact.
     """
     parameters = dict(module.named_parameters())
-    sealed = ledger.sealed(structure, parameters)
+    several = [name for name, uses in structure.entries.items() if len(uses) > 1 and name in parameters]
+    sealed = ledger.sealed(structure, several if ledger.exact else ())
     for name, uses in structure.entries.items():
         if name in parameters:
             weight, cut = parameters[name], ledger.cut(structure, uses)
-            both = (cut & sealed[name] if ledger.exact else torch.zeros_like(cut)).to(weight.device)
-            if bool(both.any()) and bool((weight[both.expand(weight.shape)] != 0).any()):
+            if name in sealed and bool(torch.where((cut & sealed[name]).to(weight.device), weight, 0).any()):
                 raise LeakError(
                     f"'{name}' is used at several places, and the claim of task '{ledger.tasks[-1].name}' would cut"
                     " weights at one of them that earlier tasks compute with at another. Give the places weights of"

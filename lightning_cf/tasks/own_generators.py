@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -87,8 +86,16 @@ def _parts(x: Any) -> list[Any]:
     if isinstance(x, MethodType):
         return [x.__self__]
     if isinstance(x, FunctionType):
-        return [*inspect.getclosurevars(x).nonlocals.values(), *(x.__defaults__ or ())]
+        return [*map(_within, x.__closure__ or ()), *(x.__defaults__ or ())]
     return [part for name, part in getattr(x, "__dict__", {}).items() if name not in ("trainer", "_trainer")]
+
+
+def _within(cell: CellType) -> Any:
+    """What a closure's cell holds; nothing where it is still empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def _is_global(x: Generator) -> bool:
