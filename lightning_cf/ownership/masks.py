@@ -93,12 +93,16 @@ class Masks:
         Args:
             uses: all uses of one tensor.
         """
-        levels = self.before if self.phase == "learn" else self.now
-        masks = []
-        for use in uses:
-            target, source = levels.of(use), lookup(use.source, levels.owner, none=NO_OWNER)
-            masks.append((target >= 0) & ((source == FREE) | (source > target)))
-        return _any(masks)
+        return _cut(uses, self.before if self.phase == "learn" else self.now)
+
+    def lost(self, uses: Sequence[Entries], name: str) -> Bool[Tensor, "..."]:
+        """Entries of earlier tasks that the current claim cuts and that were not cut before; there should be none.
+
+        Args:
+            uses: all uses of one tensor.
+            name: of that tensor.
+        """
+        return _cut(uses, self.now) & ~_cut(uses, self.before) & self.sealed([name])[name]
 
     def needed(self, tensors: Mapping[str, Tensor], way: int) -> Bool[Tensor, "units"]:
         """Units that the current task must claim, since what reads them cannot be cut.
@@ -122,6 +126,14 @@ class Masks:
                     there = there & (tensor.detach() != 0).cpu()
                     needed[use.source.expand(there.shape)[there]] = True
         return needed[:-1]
+
+
+def _cut(uses: Iterable[Entries], levels: Levels) -> Bool[Tensor, "..."]:
+    masks = []
+    for use in uses:
+        target, source = levels.of(use), lookup(use.source, levels.owner, none=NO_OWNER)
+        masks.append((target >= 0) & ((source == FREE) | (source > target)))
+    return _any(masks)
 
 
 def _any(masks: Iterable[Bool[Tensor, "..."]]) -> Bool[Tensor, "..."]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from lightning_cf.errors import LeakError
@@ -62,18 +63,20 @@ def cut_claimed(module: nn.Module, structure: Structure, ledger: NeuronLedger) -
         LeakError: if earlier tasks compute with one of them, where isolation is exact.
     """
     parameters = dict(module.named_parameters())
-    several = [name for name, uses in structure.entries.items() if len(uses) > 1 and name in parameters]
-    sealed = ledger.sealed(structure, several if ledger.exact else ())
     for name, uses in structure.entries.items():
         if name in parameters:
-            weight, cut = parameters[name], ledger.cut(structure, uses)
-            if name in sealed and bool(torch.where((cut & sealed[name]).to(weight.device), weight, 0).any()):
-                raise LeakError(
-                    f"'{name}' is used at several places, and the claim of task '{ledger.tasks[-1].name}' would cut"
-                    " weights at one of them that earlier tasks compute with at another. Give the places weights of"
-                    " their own, or use isolation='perturb'."
-                )
-            weight.masked_fill_(cut.to(weight.device), 0)
+            if ledger.exact and len(uses) > 1:
+                _check_lost(name, parameters[name], ledger.lost(structure, name), ledger.tasks[-1].name)
+            parameters[name].masked_fill_(ledger.cut(structure, uses).to(parameters[name].device), 0)
+
+
+def _check_lost(name: str, weight: Tensor, lost: Bool[Tensor, "..."], task: str) -> None:
+    """Raises LeakError where a claim would cut what earlier tasks compute with."""
+    if bool(torch.where(lost.to(weight.device), weight, 0).any()):
+        raise LeakError(
+            f"'{name}' is used at several places, and the claim of task '{task}' would cut weights at one of them that"
+            " earlier tasks compute with at another. Give the places weights of their own, or use isolation='perturb'."
+        )
 
 
 def _bias(parameters: Mapping[str, Tensor], weight: str) -> Tensor | None:
