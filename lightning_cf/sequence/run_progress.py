@@ -22,6 +22,7 @@ class RunProgress:
         files: SHA-256 of the files that phases left in the tasks' folders, by their path in the run's folder.
         initial_weights: SHA-256 of the weights that the run began with.
         allowed: in what later starts differed from the first one, as ``allow`` let them.
+        attributes: the module's plain attributes that are not what they were at the start (see ``attributes.py``).
     """
 
     finished: list[str] = field(default_factory=list)
@@ -34,6 +35,7 @@ class RunProgress:
     files: dict[str, str] = field(default_factory=dict)
     initial_weights: str = ""
     allowed: list[str] = field(default_factory=list)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def note_capacity(self, free: Mapping[str, float]) -> None:
         """Keeps the share of units that are free after a task, by layer."""

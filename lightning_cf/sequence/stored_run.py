@@ -21,6 +21,7 @@ from lightning_cf.module import ContinualModule
 from lightning_cf.network.finite import check_finite
 from lightning_cf.records.folders import TaskFolders
 from lightning_cf.records.manifest import MANIFEST
+from lightning_cf.sequence.attributes import attributes_of, changed, put
 from lightning_cf.sequence.comparison import check_allow
 from lightning_cf.sequence.preflight import check_root, check_tasks
 from lightning_cf.sequence.run_folder import check_room, size_of, take_folder, tell_damage, tell_differences
@@ -79,6 +80,7 @@ class StoredRun(ABC):
         self.progress = RunProgress()
         self.notes: list[str] = []
         self._host: Trainer | None = None
+        self._attributes: dict[str, dict[str, Any]] = {}
         self._initial = ""
         """SHA-256 of the weights that the module came with; :meth:`prepare_module` finds it."""
 
@@ -179,9 +181,10 @@ class StoredRun(ABC):
         """Goes on from what the folder holds of this run, if it holds something."""
         settings = self.settings()
         found = self.first_only(lambda: self.store.find(settings, self.allow))
-        self.progress = RunProgress(initial_weights=self._initial)
+        self.progress, self._attributes = RunProgress(initial_weights=self._initial), attributes_of(self.module)
         if found is not None:
             self.progress = self.store.take_up(found, self.module, self.state)
+            put(self.module, self.progress.attributes)
         self.first_only(partial(self.check_folder, found, settings))
         self.mend_files()
 
@@ -238,6 +241,7 @@ class StoredRun(ABC):
             synchronise(self.host, self.module)
         check_finite(self.module, self.state.structure, f"runner: phase '{name}' is not stored")
         self.progress.warnings = list(self.notes)
+        self.progress.attributes = changed(self.module, self._attributes)
         self.progress.seconds += time.monotonic() - began
         self.progress.finished.append(name)
         self.first_only(partial(self.save, name))
