@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
@@ -77,7 +77,7 @@ def _found(holders: list[Any]) -> list[Generator]:
 
 def _parts(x: Any) -> list[Any]:
     """What an object consists of, as far as it may lead to a generator."""
-    if isinstance(x, Mapping):
+    if isinstance(x, dict):
         return list(x.values()) if len(x) <= FEW else []
     if isinstance(x, (list, tuple, set, frozenset)):
         return list(x) if len(x) <= FEW else []
