@@ -23,6 +23,7 @@ from lightning_cf.network.forward import call, eval_mode, fresh, same_state
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.task_inference import STRATEGIES, Known, Sites, TaskInference, View
 from lightning_cf.task_inference.read_variants import input_of, read_all, unread, variants_of
+from lightning_cf.task_inference.registry import check_strategies
 from lightning_cf.task_inference.sites import Watched
 from lightning_cf.task_inference.trained import trained_heads
 from lightning_cf.task_inference.watching import watch
@@ -50,6 +51,7 @@ def known_inference(ledger: NeuronLedger) -> TaskInference | None:
     if ledger.read is None or ledger.read[0] is not ledger.inference:
         ledger.read = ledger.inference, TaskInference.from_state_dict(ledger.inference)
     found: TaskInference = ledger.read[1]
+    check_strategies(found.strategies)  # some may have been taken out of the registry since
     return found
 
 
