@@ -72,7 +72,7 @@ class StoredRun(ABC):
         allow: Sequence[str],
     ) -> None:
         self.module, self.tasks, self.trainers, self.seed = module, list(tasks), trainers, seed
-        self.own = OwnGenerators(self.tasks)
+        self.own = OwnGenerators([*self.tasks, module])
         self.store = RunStore(root)
         self.lock = RunLock(root)
         self.folders = TaskFolders(root / "tasks", similarity_matrix)

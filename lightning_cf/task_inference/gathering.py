@@ -188,13 +188,14 @@ def _keep(inference: TaskInference, known: Known, found: Gathering, before: Shar
 
 def _tell_size(inference: TaskInference, strategy: Cumulative, before: Shared) -> None:
     """Says where a strategy came to keep more than the budget that somebody gave it."""
+    own = getattr(strategy, "budget", None)
+    budget, given = own or inference.budget, own is not None or inference.budget != BUDGET
     now, then = (sum(x.numel() for x in held.values()) for held in (inference.shared[strategy.name], before))
-    budget = getattr(strategy, "budget", None) or inference.budget
-    if then <= budget < now and (budget != BUDGET or getattr(strategy, "features", None) is None):
+    if given and then <= budget < now:
         warn(
             f"task_inference={strategy.name} keeps {now:,} numbers, more than budget={budget:,}: so few do not hold"
-            " what it needs, or its features were given and say how many there are. Raise the budget, or give fewer"
-            " features.",
+            " what it needs, or there are more classes than at first, or its features were given and say how many there"
+            " are. Raise the budget, or give fewer features.",
             ContinualWarning,
         )
 

@@ -1,11 +1,11 @@
-"""Random generators of the data's own, such as a loader's: like the global ones, they begin anew with each phase."""
+"""Random generators of the user's own, such as a loader's: like the global ones, they begin anew with each phase."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -25,8 +25,8 @@ FEW = 64
 MOST = 10_000
 """So many objects are looked at, at most."""
 
-_NONE = (str, bytes, int, float, type, ModuleType, Tensor, np.ndarray, nn.Module)
-"""What holds no generator that data are drawn from, or is looked after by others."""
+_NONE = (str, bytes, int, float, type, ModuleType, Tensor, np.ndarray)
+"""What holds no generator that data are drawn from."""
 
 Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
@@ -38,7 +38,7 @@ class OwnGenerators:
     otherwise than in a run that was not stopped.
 
     Args:
-        holders: such as the data of tasks.
+        holders: such as tasks and the network.
     """
 
     def __init__(self, holders: Iterable[Any]) -> None:
@@ -50,8 +50,9 @@ class OwnGenerators:
         """Each draws what depends on its own seed and the key alone; afterwards it is as it was."""
         with ExitStack() as stack:
             for generator in _found(self.holders):
-                _, own = self.keys.setdefault(id(generator), (generator, _seed_of(generator)))
-                stack.callback(_reseeded(generator, derive_seed(own, *key)))
+                with suppress(Exception):  # what has no state, or none that can be set, such as the system's
+                    _, own = self.keys.setdefault(id(generator), (generator, _seed_of(generator)))
+                    stack.callback(_reseeded(generator, derive_seed(own, *key)))
             yield
 
 
@@ -60,15 +61,16 @@ def _found(holders: list[Any]) -> list[Generator]:
     found, seen = list[Generator](), dict[int, Any]()
 
     def look(x: Any, depth: int) -> None:
-        if isinstance(x, _NONE) or id(x) in seen or depth > DEPTH or len(seen) > MOST:
-            return
-        seen[id(x)] = x  # held, so that no other object gets its number
-        if isinstance(x, Generator):
-            if not _is_global(x):
-                found.append(x)
-            return
-        for part in _parts(x):
-            look(part, depth + 1)
+        with suppress(Exception):  # whatever an object raises that is looked at, such as a weak reference to nothing
+            if id(x) in seen or depth > DEPTH or len(seen) > MOST or isinstance(x, _NONE):
+                return
+            seen[id(x)] = x  # held, so that no other object gets its number
+            if isinstance(x, Generator):
+                if not _is_global(x):
+                    found.append(x)
+                return
+            for part in _parts(x):
+                look(part, depth + 1)
 
     for holder in holders:
         look(holder, 0)
@@ -76,18 +78,25 @@ def _found(holders: list[Any]) -> list[Generator]:
 
 
 def _parts(x: Any) -> list[Any]:
-    """What an object consists of, as far as it may lead to a generator."""
+    """What an object consists of, as far as it may lead to a generator and costs nothing to look at."""
     if isinstance(x, dict):
-        return list(x.values()) if len(x) <= FEW else []
-    if isinstance(x, (list, tuple, set, frozenset)):
-        return list(x) if len(x) <= FEW else []
+        return list(x.values()) if type(x).values is dict.values and len(x) <= FEW else []
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(x, kind):
+            return list(x) if type(x).__iter__ is kind.__iter__ and len(x) <= FEW else []
     if isinstance(x, partial):
         return [x.func, *x.args, *x.keywords.values()]
     if isinstance(x, MethodType):
         return [x.__self__]
     if isinstance(x, FunctionType):
         return [*map(_within, x.__closure__ or ()), *(x.__defaults__ or ())]
+    if isinstance(x, nn.Module):
+        return [value for part in x.modules() for name, value in vars(part).items() if name not in _OF_MODULES]
     return [part for name, part in getattr(x, "__dict__", {}).items() if name not in ("trainer", "_trainer")]
+
+
+_OF_MODULES = {*vars(nn.Module()), "_trainer", "_fabric"}
+"""What every module has."""
 
 
 def _within(cell: CellType) -> Any:

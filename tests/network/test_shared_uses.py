@@ -188,6 +188,16 @@ def test_a_task_that_uses_a_layer_transposed_is_told_of_in_advance():
     ways(True, run_a, run_back, run_turned)
 
 
+def run_reshaped(n, x):
+    z = F.relu(n.i(x))
+    return head(n, 1, F.linear(z, n.p.weight.reshape(16, 64)[:, :32]).repeat(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:No task is inferred")
+def test_a_task_that_reshapes_a_layer_leaves_its_units_apart():
+    ways(True, run_a, run_reshaped)
+
+
 def test_a_layer_that_earlier_tasks_ran_and_that_runs_no_more_is_told():
     module = ContinualModule(Shared(run_a, i=nn.Linear(INPUTS, 32), p=nn.Linear(32, 32), h0=nn.Linear(32, 4)))
     first, second = clouds("a", [0, 1]), clouds("b", [2, 3])

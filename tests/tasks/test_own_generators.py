@@ -1,6 +1,7 @@
 """Generators that data hold themselves begin anew with each phase, wherever they are held."""
 
 import random
+import weakref
 from functools import partial
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule
 from runs import data, net, run_of
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from lightning_cf import Task
@@ -45,7 +47,16 @@ def closed_over(held):
     return lambda x: (held, x)
 
 
+class Augmented(nn.Module):
+    """A transform that is a module, as those of torchvision are, in a row of them."""
+
+    def __init__(self, held):
+        super().__init__()
+        self._held = held
+
+
 PLACES = {
+    "a row of modules": lambda g: nn.Sequential(nn.Identity(), Augmented(g)),
     "itself": lambda g: g,
     "a data module": Data,
     "a dictionary of lists": lambda g: {"train": [1, (g,)]},
@@ -79,6 +90,50 @@ def test_global_generators_and_long_lists_are_left_alone(held):
     before = random.getstate(), torch.get_rng_state()
     with OwnGenerators([{"held": held}]).seeded("a"):
         assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+class Raising:
+    @property
+    def __dict__(self):
+        raise RuntimeError("nothing to see")
+
+
+class Loading(dict):
+    def values(self):
+        raise RuntimeError("would load everything")
+
+
+class Endless(list):
+    def __iter__(self):
+        raise RuntimeError("would load everything")
+
+
+class Own(random.Random):
+    def getstate(self):
+        raise NotImplementedError
+
+
+def gone():
+    return weakref.proxy(Noisy([], None))
+
+
+ODD = {
+    "the system's": random.SystemRandom,
+    "numpy's legacy over another": lambda: np.random.RandomState(np.random.PCG64(1)),
+    "raising": Raising,
+    "loading": lambda: Loading(a=1),
+    "endless": lambda: Endless([1]),
+    "its own": Own,
+    "gone": gone,
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_cannot_be_looked_at_or_seeded_is_left_alone(odd):
+    generator = random.Random(1)
+    with OwnGenerators([{"held": ODD[odd](), "beside": generator}]).seeded("a"):
+        found = generator.random()
+    assert found != generator.random() == random.Random(1).random()
 
 
 class Stop(Callback):

@@ -36,21 +36,22 @@ def unite_shared_layers(units: Units, uses: Sequence[Use]) -> None:
     """A layer that is used at several places, or in parts, computes the same units at each of them.
 
     Where it is used transposed too, what an entry computes at the one place shares its fate with what it reads at the
-    other: else a claim of one would cut entries that owned units of the other compute with.
+    other: else a claim of one would cut entries that owned units of the other compute with. Ways through the network
+    that lay it out otherwise still, as by a reshape, are left apart: that would unite nearly all (see ``Masks.lost``).
     """
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    found: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
     for use in uses:
         if use.role == "weight":
             nothing = torch.full_like(use.target, NO_LABEL)
             labels = (use.target, nothing if use.source is None else use.source)
             target, source = (use.origin.place(each, use.shape).clamp_min(NO_LABEL) for each in labels)
-            for other, read in found.setdefault(use.name, []):
-                if _turned(target, source, other, read):
+            for way, other, read in found.setdefault(use.name, []):
+                if not _turned(target, source, other, read):
+                    units.unite(target, other)
+                elif way == use.way or not _axes(target) & _axes(other):
                     units.unite(target, read)
                     units.unite(source, other)
-                else:
-                    units.unite(target, other)
-            found[use.name].append((target, source))
+            found[use.name].append((use.way, target, source))
 
 
 def _turned(target: Tensor, source: Tensor, other: Tensor, read: Tensor) -> bool:
