@@ -4,6 +4,16 @@ The names in the expressions are those of ``test_wrong_inputs.py``.
 """
 
 CONSTRUCT = [
+    ("features.HashedNgrams(())", "HashedNgrams: bins must be at least one number, got none."),
+    ('features.HashedNgrams("64")', "HashedNgrams: bins must be a list of whole numbers, got '64'."),
+    ("features.HashedNgrams((64,), padding=-1)", "HashedNgrams: padding must be a whole number of at least 0, got -1."),
+    (
+        "features.HashedNgrams((64,), padding='x')",
+        "HashedNgrams: padding must be a whole number of at least 0, got 'x'.",
+    ),
+    ("features.Custom(3)", "Custom: function must be callable on the network's input, got int."),
+    ("features.PatchBank(8, size=1)", "PatchBank: size must be a whole number of at least 2, got 1."),
+    ("features.PatchBank(8, size=1.5)", "PatchBank: size must be a whole number of at least 2, got 1.5."),
     ('Noise(scale="x")', "Noise: scale must be a finite number of at least 0, got 'x'."),
     ("Noise(scale=None)", "Noise: scale must be a finite number of at least 0, got None."),
     ("Noise(scale=-1)", "Noise: scale must be a finite number of at least 0, got -1."),

@@ -31,6 +31,7 @@ from lightning_cf import (
 )
 from lightning_cf.models import CNN, MLP, ResNet
 from lightning_cf.partition.options import PartitionOptions
+from lightning_cf.task_inference import features  # noqa: F401
 
 pytestmark = [
     pytest.mark.usefixtures("unchecked", "somewhere"),

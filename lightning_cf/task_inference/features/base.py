@@ -112,6 +112,10 @@ class Custom(Features):
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
+        if not callable(function):
+            raise ContinualError(
+                f"Custom: function must be callable on the network's input, got {type(function).__name__}."
+            )
         self.function = function
 
     def of(self, fixed: Fixed, seen: Readout, sites: Sites) -> Rows:

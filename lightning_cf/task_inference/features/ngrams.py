@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_cf.errors import ContinualError, check_count
+from lightning_cf.errors import ContinualError, check_count, check_list
 from lightning_cf.task_inference.features.base import Features, Fixed, Rows, leaves_of
 from lightning_cf.task_inference.readout import Readout
 from lightning_cf.task_inference.sites import Sites
@@ -28,8 +28,11 @@ class HashedNgrams(Features):
     shrinkage = 0.3
 
     def __init__(self, bins: Sequence[int] = (256, 1024, 1024), *, padding: int | None = None) -> None:
-        self.bins = [check_count("HashedNgrams", "bins", each) for each in bins]
-        self.padding = padding
+        listed = check_list("HashedNgrams", "bins", bins, "whole numbers")
+        if not listed:
+            raise ContinualError("HashedNgrams: bins must be at least one number, got none.")
+        self.bins = [check_count("HashedNgrams", "bins", each) for each in listed]
+        self.padding = None if padding is None else check_count("HashedNgrams", "padding", padding, least=0)
 
     def of(self, fixed: Fixed, seen: Readout, sites: Sites) -> Rows:
         """The logarithms of one more than each count, divided by their length as a vector."""
