@@ -264,10 +264,6 @@ class NeuronLedger:
         """
         return self._masks(structure).cut(uses)
 
-    def lost(self, structure: Structure, name: str) -> Bool[Tensor, "..."]:
-        """Entries of a tensor that the current claim cuts though earlier tasks compute with them."""
-        return self._masks(structure).lost(structure.entries[name], name)
-
     def needed(self, structure: Structure, tensors: Mapping[str, Tensor]) -> Bool[Tensor, "units"]:
         """Units that the current task must claim, since what reads them cannot be cut; ``tensors`` are parameters."""
         if structure.ways == 1 or not self.exact:

@@ -93,16 +93,7 @@ class Masks:
         Args:
             uses: all uses of one tensor.
         """
-        return _cut(uses, self.before if self.phase == "learn" else self.now)
-
-    def lost(self, uses: Sequence[Entries], name: str) -> Bool[Tensor, "..."]:
-        """Entries of earlier tasks that the current claim cuts and that were not cut before; there should be none.
-
-        Args:
-            uses: all uses of one tensor.
-            name: of that tensor.
-        """
-        return _cut(uses, self.now) & ~_cut(uses, self.before) & self.sealed([name])[name]
+        return cut_by(uses, self.before if self.phase == "learn" else self.now)
 
     def needed(self, tensors: Mapping[str, Tensor], way: int) -> Bool[Tensor, "units"]:
         """Units that the current task must claim, since what reads them cannot be cut.
@@ -128,7 +119,13 @@ class Masks:
         return needed[:-1]
 
 
-def _cut(uses: Iterable[Entries], levels: Levels) -> Bool[Tensor, "..."]:
+def cut_by(uses: Iterable[Entries], levels: Levels) -> Bool[Tensor, "..."]:
+    """Entries from a free or later unit into an owned one.
+
+    Args:
+        uses: all uses of one tensor.
+        levels: who owns what.
+    """
     masks = []
     for use in uses:
         target, source = levels.of(use), lookup(use.source, levels.owner, none=NO_OWNER)

@@ -14,6 +14,7 @@ from lightning_cf.network.consumers import consumers, input_units
 from lightning_cf.network.structure import Structure, lookup
 from lightning_cf.ownership.ledger import NeuronLedger
 from lightning_cf.ownership.levels import FREE
+from lightning_cf.ownership.masks import cut_by
 from lightning_cf.partition.regression import Seen, fold, input_moments
 
 Passes = Callable[[], Iterator[Callable[[], Any]]]
@@ -65,13 +66,16 @@ def cut_claimed(module: nn.Module, structure: Structure, ledger: NeuronLedger) -
     parameters = dict(module.named_parameters())
     for name, uses in structure.entries.items():
         if name in parameters:
+            cut = ledger.cut(structure, uses)
             if ledger.exact and len(uses) > 1:
-                _check_lost(name, parameters[name], ledger.lost(structure, name), ledger.tasks[-1].name)
-            parameters[name].masked_fill_(ledger.cut(structure, uses).to(parameters[name].device), 0)
+                before = ledger.levels(structure, len(ledger.tasks) - 1)
+                lost = cut & ~cut_by(uses, before) & ledger.sealed(structure, [name])[name]
+                _check_lost(name, parameters[name], lost, ledger.tasks[-1].name)
+            parameters[name].masked_fill_(cut.to(parameters[name].device), 0)
 
 
 def _check_lost(name: str, weight: Tensor, lost: Bool[Tensor, "..."], task: str) -> None:
-    """Raises LeakError where a claim would cut what earlier tasks compute with."""
+    """Raises LeakError where a claim would newly cut what earlier tasks compute with."""
     if bool(torch.where(lost.to(weight.device), weight, 0).any()):
         raise LeakError(
             f"'{name}' is used at several places, and the claim of task '{task}' would cut weights at one of them that"

@@ -37,7 +37,8 @@ def unite_shared_layers(units: Units, uses: Sequence[Use]) -> None:
 
     Where it is used transposed too, what an entry computes at the one place shares its fate with what it reads at the
     other: else a claim of one would cut entries that owned units of the other compute with. Ways through the network
-    that lay it out otherwise still, as by a reshape, are left apart: that would unite nearly all (see ``Masks.lost``).
+    that lay it out otherwise still, as by a reshape, are left apart: that would unite nearly all, and ``cut_claimed``
+    refuses what it must not cut.
     """
     found: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
     for use in uses:
