@@ -15,6 +15,7 @@ from torch.distributed import TCPStore
 from lightning_cf.sequence.trainers import ended_at_once
 import signal
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may begin deaf to it
 with ended_at_once():
     print("waits", flush=True)
     TCPStore("127.0.0.1", 0, 2, is_master=True, timeout=timedelta(seconds=100))
