@@ -100,7 +100,7 @@ def same_state(module: nn.Module) -> Iterator[None]:
     A flag, a count or a size may say that a buffer was built (``if not self.ready: ...``); one without the other would
     leave a network that never builds it.
     """
-    plain = {child: _plain(child) for child in module.modules()}
+    plain = {child: plain_attributes(child) for child in module.modules()}
     kept = {child: dict(child._buffers.items()) for child in module.modules()}
     values = [
         (x, x.detach().clone()) for own in kept.values() for x in own.values() if x is not None and not is_lazy(x)
@@ -118,12 +118,12 @@ def same_state(module: nn.Module) -> Iterator[None]:
             if not torch.equal(x, old):
                 x.detach().copy_(old)
         for child, before in plain.items():
-            for name in _plain(child).keys() - before.keys():
+            for name in plain_attributes(child).keys() - before.keys():
                 del child.__dict__[name]
             child.__dict__.update(before)
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """Attributes of a module's own that are numbers, texts or nothing."""
     return {name: x for name, x in vars(module).items() if x is None or isinstance(x, (bool, int, float, str))}
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_cf.network.forward import plain_attributes
+
 Attributes = Mapping[str, Mapping[str, Any]]
 """By path of each submodule, the values of its attributes by name."""
 
@@ -16,7 +18,7 @@ def attributes_of(module: nn.Module) -> dict[str, dict[str, Any]]:
     return {
         path: {
             name: x
-            for name, x in vars(part).items()
+            for name, x in plain_attributes(part).items()
             if (x is None or type(x) in (bool, int, float, str)) and name != "training" and not name.startswith("_")
         }
         for path, part in module.named_modules()
